@@ -1,0 +1,1 @@
+"""Next-scale models, written for export: stateless step functions over official checkpoints."""

@@ -1,0 +1,31 @@
+"""Interpolation along one axis as a constant matrix: exact, and one MatMul on every backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvar_trt.plugins.oracle import area_weights
+
+
+def area_matrix(size_out: int, size_in: int) -> Tensor:
+    """`F.interpolate(mode="area")` along one axis: fp32 [size_out, size_in]."""
+    return torch.from_numpy(area_weights(size_out, size_in))
+
+
+def bicubic_matrix(size_out: int, size_in: int) -> Tensor:
+    """`F.interpolate(mode="bicubic")` along one axis: fp32 [size_out, size_in].
+
+    Interpolation is linear in its input, so interpolating the unit vectors gives the matrix, with the
+    kernel and the border handling of torch itself.
+    """
+    unit = torch.eye(size_in).view(size_in, 1, size_in, 1)
+    # The other axis has one cell, which every cubic tap reads: their weights sum to 1.
+    resized = F.interpolate(unit, size=(size_out, 1), mode="bicubic")
+    return resized.view(size_in, size_out).T.contiguous()
+
+
+def resize_map(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, C, h', w'] by `rows` [h', h] and `columns` [w', w]."""
+    return rows @ (x @ columns.T)

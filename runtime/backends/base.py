@@ -1,0 +1,101 @@
+"""The interface between the scale loop and whatever runs the graphs."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from fastvar_trt.runtime.manifest import DTYPE_BYTES, GraphSpec, TensorSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """Memory of a backend, allocated once: a dense row-major tensor. `owner` keeps it alive."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pointer: int
+    owner: Any
+
+    def view(self) -> View:
+        """The whole buffer."""
+        return View(self, self.shape, self.pointer)
+
+    def rows(self, start: int, count: int) -> View:
+        """`count` entries of the first axis from `start`; a view, nothing is copied."""
+        assert 0 <= start and start + count <= self.shape[0], (start, count, self.shape)
+        row_bytes = math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
+        return View(self, (count, *self.shape[1:]), self.pointer + start * row_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A contiguous part of a buffer, as it is bound to a graph's input or output."""
+
+    buffer: Buffer
+    shape: tuple[int, ...]
+    pointer: int
+
+    def matches(self, spec: TensorSpec) -> bool:
+        """True where the view has the shape and dtype that a graph asks for."""
+        return self.shape == spec.shape and self.buffer.dtype == spec.dtype
+
+
+class BoundGraph(abc.ABC):
+    """A graph with all its buffers bound."""
+
+    @abc.abstractmethod
+    def enqueue(self) -> None:
+        """Run the graph on the bound buffers, or queue the run on the backend's stream."""
+
+
+class Backend(abc.ABC):
+    """Loads graphs, owns memory, runs. Constructing one touches no device; `open` does.
+
+    A backend that cannot do what it is asked raises `BackendError` in `open` or `load`; none falls back to
+    another device.
+    """
+
+    name: str
+
+    @abc.abstractmethod
+    def open(self, bundle: Path) -> None:
+        """Acquire the device for the graphs of one bundle."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Release everything; may be called twice."""
+
+    @abc.abstractmethod
+    def load(self, graph: GraphSpec) -> None:
+        """Make one graph of the bundle ready to bind."""
+
+    @abc.abstractmethod
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A zeroed buffer on the device."""
+
+    @abc.abstractmethod
+    def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:
+        """Bind views by tensor name; outputs that are not named are not computed."""
+
+    @abc.abstractmethod
+    def upload(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        """Copy an array of the buffer's shape and dtype into it."""
+
+    @abc.abstractmethod
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """A copy of the buffer on the host; waits for what was enqueued."""
+
+    @abc.abstractmethod
+    def mark(self) -> Any:
+        """A point in time on the backend's stream, for `elapsed_ms`."""
+
+    @abc.abstractmethod
+    def elapsed_ms(self, start: Any, stop: Any) -> float:
+        """Milliseconds between two marks; waits for the second."""

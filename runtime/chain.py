@@ -1,0 +1,182 @@
+"""The scale loop: one chain of graphs for one batch size, with every buffer allocated and bound once.
+
+The host only binds buffers between steps. Keys and values live in one buffer per layer, [S_total, B2, H, D]:
+a step reads its head as `past` and writes its tail as `new`, so appending copies nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvar_trt.runtime import manifest as names
+from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, View
+from fastvar_trt.runtime.errors import BundleError
+from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec
+from fastvar_trt.runtime.plan import ResolvedPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainOutputs:
+    """What one run of the chain computed, on the host."""
+
+    tokens: list[NDArray[Any]]  # per step: int32 [B, L]
+    f_hat: NDArray[Any]  # fp32 [B, C_vae, h_K, w_K]
+    pixels: NDArray[Any]  # uint8 [B, H, W, 3]
+    logits: list[NDArray[Any]] | None  # per step: fp32 [B, L, V]
+    image: NDArray[Any] | None  # fp32 [B, 3, H, W]
+    timings: dict[str, float]  # graph name -> ms
+
+
+class Chain:
+    """Condition, steps and decoder of one batch size, bound to their buffers on an open backend."""
+
+    def __init__(self, backend: Backend, manifest: Manifest, batch: int) -> None:
+        self._backend = backend
+        self._graphs = manifest.chain(batch)
+        self._plan = manifest.resolved_plan
+        self.batch = batch
+        for graph in self._graphs:
+            backend.load(graph)
+        self._buffers: dict[str, Buffer] = {}
+        self._bound: dict[frozenset[str], list[BoundGraph]] = {}
+        self._bind(frozenset())
+
+    @property
+    def num_buffer_bytes(self) -> int:
+        """Memory of all buffers: requests, modulations, keys and values, caches, results."""
+        return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
+
+    def run(
+        self,
+        labels: NDArray[Any],
+        noise: Mapping[int, NDArray[Any]],
+        request: Mapping[str, NDArray[Any]],
+        optional: Collection[str] = (),
+    ) -> ChainOutputs:
+        """One batch of images.
+
+        Args:
+            labels: int64 [B].
+            noise: scale -> fp32 [B, L], U[0, 1).
+            request: the `REQUEST_INPUTS`, each [B].
+            optional: those of `OPTIONAL_OUTPUTS` that shall be returned.
+        """
+        backend = self._backend
+        wanted = frozenset(optional)
+        if wanted not in self._bound:
+            self._bind(wanted)
+        backend.upload(self._buffers[names.LABELS], labels)
+        for name in names.REQUEST_INPUTS:
+            backend.upload(self._buffers[name], request[name])
+        for scale, uniform in noise.items():
+            backend.upload(self._buffers[_at(names.UNIFORM, scale)], uniform)
+
+        marks = [backend.mark()]
+        for bound in self._bound[wanted]:
+            bound.enqueue()
+            marks.append(backend.mark())
+        steps = self._plan.steps
+
+        def per_step(name: str) -> list[NDArray[Any]]:
+            return [backend.download(self._buffers[_at(name, k)]) for k in steps]
+
+        return ChainOutputs(
+            tokens=per_step(names.TOKENS),
+            f_hat=backend.download(self._buffers[_f_hat_after(steps[-1])]),
+            pixels=backend.download(self._buffers[names.PIXELS]),
+            logits=per_step(names.LOGITS) if names.LOGITS in wanted else None,
+            image=backend.download(self._buffers[names.IMAGE]) if names.IMAGE in wanted else None,
+            timings={
+                graph.name: backend.elapsed_ms(start, stop)
+                for graph, start, stop in zip(self._graphs, marks, marks[1:], strict=False)
+            },
+        )
+
+    def _bind(self, optional: frozenset[str]) -> None:
+        bound = []
+        for graph in self._graphs:
+            inputs = {spec.name: self._view(graph, spec) for spec in graph.inputs}
+            outputs = {
+                spec.name: self._view(graph, spec)
+                for spec in graph.outputs
+                if spec.name not in names.OPTIONAL_OUTPUTS or spec.name in optional
+            }
+            bound.append(self._backend.bind(graph, inputs, outputs))
+        self._bound[optional] = bound
+
+    def _view(self, graph: GraphSpec, spec: TensorSpec) -> View:
+        """The part of a buffer that a graph's tensor is bound to; allocates the buffer at its first use."""
+        view = self._key_value_view(graph, spec)
+        if view is None:
+            key = _buffer_key(graph, spec.name, self._plan)
+            if key not in self._buffers:
+                self._buffers[key] = self._backend.allocate(spec.shape, spec.dtype)
+            view = self._buffers[key].view()
+        if not view.matches(spec):
+            raise BundleError(
+                f"{graph.file}: tensor {spec.name}: got {spec.dtype} {spec.shape}, but the graphs before it give "
+                f"{view.buffer.dtype} {view.shape}; export the bundle again"
+            )
+        return view
+
+    def _key_value_view(self, graph: GraphSpec, spec: TensorSpec) -> View | None:
+        kind, _, layer_text = spec.name.rpartition("_")
+        if kind not in ("past_k", "past_v", "new_k", "new_v"):
+            return None
+        assert graph.scale is not None
+        layer, scale = int(layer_text), graph.scale
+        start = self._plan.num_past(scale, layer)
+        key = f"{kind[-1]}_{layer}"
+        if key not in self._buffers:
+            last = self._plan.steps[-1]  # emits no keys: nothing follows that would read them
+            shape = (self._plan.num_past(last, layer), *spec.shape[1:])  # [S_total, B2, H, D]
+            self._buffers[key] = self._backend.allocate(shape, spec.dtype)
+        buffer = self._buffers[key]
+        if kind.startswith("past"):
+            return buffer.rows(0, start)
+        return buffer.rows(start, self._plan.kept(scale, layer))
+
+
+def _at(name: str, scale: int) -> str:
+    return f"{name}@{scale}"
+
+
+def _f_hat_after(scale: int) -> str:
+    # Two buffers in turn: a step reads the one and writes the other.
+    return f"{names.F_HAT}@{scale % 2}"
+
+
+def _buffer_key(graph: GraphSpec, tensor: str, plan: ResolvedPlan) -> str:
+    """The buffer behind a tensor: shared by name, except what every step has its own of."""
+    if tensor == names.F_HAT:
+        # The decoder reads what the last step wrote, a step what the step before it wrote.
+        return _f_hat_after(plan.steps[-1] if graph.scale is None else graph.scale - 1)
+    if graph.scale is None:
+        return tensor
+    if tensor == names.F_HAT_OUT:
+        return _f_hat_after(graph.scale)
+    if tensor in (names.UNIFORM, names.TOKENS, names.LOGITS):
+        return _at(tensor, graph.scale)
+    return tensor
+
+
+def plan_batches(count: int, sizes: Collection[int]) -> list[int]:
+    """Batch sizes that cover `count` images: the largest that fits, then padding in the smallest that covers."""
+    chunks = []
+    while count > 0:
+        fitting = [size for size in sizes if size <= count]
+        size = max(fitting) if fitting else min(sizes)
+        chunks.append(size)
+        count -= size
+    return chunks
+
+
+def pad_rows(array: NDArray[Any], rows: int) -> NDArray[Any]:
+    """The array with its last row repeated up to `rows` rows."""
+    missing = rows - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array

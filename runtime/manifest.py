@@ -1,0 +1,298 @@
+"""The manifest: the one contract between the exporter and the runtime. Standard library only.
+
+Tensor names that both sides use are defined here and nowhere else. Dimension letters: B images, B2 = 2B
+rows with classifier-free guidance (conditional rows first), L tokens, K kept tokens, S keys seen so far,
+T cached tokens, H heads, D head dim, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastvar_trt.runtime.errors import BundleError
+from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"
+REFERENCE_FILE = "reference.npz"  # what PyTorch computed at export; `fastvar verify` compares with it
+ENGINES_FOLDER = "engines"
+ENGINES_FILE = "engines.json"
+
+# Graph inputs and outputs.
+LABELS = "labels"  # int64 [B], class indices
+START = "start"  # [B2, C], condition embedding: the first token map before positions
+HEAD_MODULATION = "head_modulation"  # [B2, 2, C]
+F_HAT = "f_hat"  # fp32 [B, C_vae, h_K, w_K], accumulated token features
+F_HAT_OUT = "f_hat_out"  # the same after this step (a graph's input and output cannot share one name)
+UNIFORM = "uniform"  # fp32 [B, L], U(0, 1), one per draw
+CFG = "cfg"  # fp32 [B]
+TEMPERATURE = "temperature"  # fp32 [B]
+TOP_K = "top_k"  # int64 [B], 1..max_top_k
+TOP_P = "top_p"  # fp32 [B]; at least 1 keeps everything
+GREEDY = "greedy"  # bool [B]
+TOKENS = "tokens"  # int32 [B, L]
+LOGITS = "logits"  # fp32 [B, L, V], after guidance, before temperature; bound on request only
+IMAGE = "image"  # fp32 [B, 3, H, W] in [0, 1], RGB; bound on request only
+PIXELS = "pixels"  # uint8 [B, H, W, 3], RGB
+
+SUBLAYERS = ("attn", "ffn")
+REQUEST_INPUTS = (CFG, TEMPERATURE, TOP_K, TOP_P, GREEDY)
+OPTIONAL_OUTPUTS = (LOGITS, IMAGE)
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "int32": 4,
+    "int64": 8,
+}
+
+
+def modulation(layer: int) -> str:
+    """Adaptive-norm modulations of a layer: fp32 [B2, 6, C] (gamma1, gamma2, 1+scale1, 1+scale2, shift1, shift2)."""
+    return f"modulation_{layer}"
+
+
+def past_k(layer: int) -> str:
+    """Keys kept so far in a layer: [S, B2, H, D]."""
+    return f"past_k_{layer}"
+
+
+def past_v(layer: int) -> str:
+    """Values kept so far in a layer: [S, B2, H, D]."""
+    return f"past_v_{layer}"
+
+
+def new_k(layer: int) -> str:
+    """Keys of this step's kept tokens: [K, B2, H, D]."""
+    return f"new_k_{layer}"
+
+
+def new_v(layer: int) -> str:
+    """Values of this step's kept tokens: [K, B2, H, D]."""
+    return f"new_v_{layer}"
+
+
+def cache(layer: int, sublayer: str) -> str:
+    """A sublayer's output at the cache scale: [B2, T, C]."""
+    return f"cache_{layer}_{sublayer}"
+
+
+def graph_file(kind: str, batch: int, scale: int | None = None) -> str:
+    """File name of a graph; only batch sizes other than 1 are part of the name."""
+    stem = kind if scale is None else f"{kind}_{scale:02d}"
+    return f"{stem}.onnx" if batch == 1 else f"{stem}_b{batch}.onnx"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Name, static shape and dtype (a numpy name, or `bfloat16`) of a graph's input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the dense tensor in bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX graph of the bundle: `kind` is condition, step or decoder; `scale` is set for steps."""
+
+    file: str
+    kind: str
+    batch: int
+    scale: int | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def name(self) -> str:
+        """`condition`, `step_00`, ..., `decoder`: the graph's name in timings and messages."""
+        return self.kind if self.scale is None else f"{self.kind}_{self.scale:02d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Sizes of the exported model."""
+
+    family: str  # var
+    depth: int
+    width: int
+    num_heads: int
+    num_classes: int
+    vocab_size: int
+    code_channels: int
+    image_height: int
+    image_width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSpec:
+    """Sampling limits and defaults; `max_top_k` is fixed in the graphs, the rest are run-time values."""
+
+    max_top_k: int
+    cfg: float
+    top_k: int
+    top_p: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSpec:
+    """Size and SHA-256 of one file of the bundle."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All that is known of a bundle without opening another file."""
+
+    model: ModelSpec
+    schedule: tuple[tuple[int, int], ...]
+    plan: PruningPlan
+    precision: str
+    batches: tuple[int, ...]
+    sampling: SamplingSpec
+    graphs: tuple[GraphSpec, ...]
+    files: Mapping[str, FileSpec]
+    operators: Mapping[str, int]
+    tools: Mapping[str, str]
+
+    @property
+    def resolved_plan(self) -> ResolvedPlan:
+        """The pruning plan in absolute terms."""
+        return self.plan.resolve(self.schedule, self.model.depth)
+
+    def chain(self, batch: int) -> tuple[GraphSpec, ...]:
+        """Condition, steps in order, decoder, for one batch size."""
+        graphs = [g for g in self.graphs if g.batch == batch]
+        steps = sorted((g for g in graphs if g.kind == "step"), key=lambda g: g.scale or 0)
+        condition = next(g for g in graphs if g.kind == "condition")
+        decoder = next(g for g in graphs if g.kind == "decoder")
+        return (condition, *steps, decoder)
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as a JSON object."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": dataclasses.asdict(self.model),
+            "schedule": [list(size) for size in self.schedule],
+            "plan": self.plan.to_json(),
+            "precision": self.precision,
+            "batches": list(self.batches),
+            "sampling": dataclasses.asdict(self.sampling),
+            "graphs": [dataclasses.asdict(graph) for graph in self.graphs],
+            "files": {name: dataclasses.asdict(spec) for name, spec in self.files.items()},
+            "operators": dict(self.operators),
+            "tools": dict(self.tools),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> Manifest:
+        """A manifest from its JSON object; `where` names the file in errors.
+
+        Raises:
+            BundleError: another format version, or a field that is missing or of the wrong type.
+        """
+        if not isinstance(data, dict):
+            raise BundleError(f"{where}: got a JSON {type(data).__name__}, expected an object; export again")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{where}: format version: got {version!r}, this release reads {FORMAT_VERSION}; export the bundle "
+                "again with fastvar-export of this release"
+            )
+
+        def tensors(entries: Any) -> tuple[TensorSpec, ...]:
+            specs = tuple(TensorSpec(str(e["name"]), tuple(map(int, e["shape"])), str(e["dtype"])) for e in entries)
+            for spec in specs:
+                if spec.dtype not in DTYPE_BYTES:
+                    raise ValueError(f"tensor {spec.name}: unknown dtype {spec.dtype!r}")
+            return specs
+
+        try:
+            return cls(
+                model=ModelSpec(**data["model"]),
+                schedule=tuple((int(h), int(w)) for h, w in data["schedule"]),
+                plan=PruningPlan.from_json(data["plan"]),
+                precision=str(data["precision"]),
+                batches=tuple(map(int, data["batches"])),
+                sampling=SamplingSpec(**data["sampling"]),
+                graphs=tuple(
+                    GraphSpec(
+                        file=str(g["file"]),
+                        kind=str(g["kind"]),
+                        batch=int(g["batch"]),
+                        scale=None if g["scale"] is None else int(g["scale"]),
+                        inputs=tensors(g["inputs"]),
+                        outputs=tensors(g["outputs"]),
+                    )
+                    for g in data["graphs"]
+                ),
+                files={str(name): FileSpec(**spec) for name, spec in data["files"].items()},
+                operators={str(name): int(version) for name, version in data["operators"].items()},
+                tools={str(name): str(version) for name, version in data["tools"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"{where}: damaged ({type(error).__name__}: {error}); export the bundle again") from error
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest of the bundle in that folder.
+
+    Raises:
+        BundleError: no such folder, no manifest in it, or one that cannot be read.
+    """
+    path = bundle / MANIFEST_FILE
+    if not bundle.is_dir():
+        raise BundleError(f"bundle {bundle}: no such folder; make one with fastvar-export")
+    if not path.is_file():
+        raise BundleError(f"bundle {bundle}: no {MANIFEST_FILE} in it: not a bundle, or an incomplete copy")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be read as JSON ({error}); export the bundle again") from error
+    return Manifest.from_json(data, str(path))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(bundle: Path, manifest: Manifest, *, hashes: bool) -> None:
+    """That every file of the manifest is there with its size and, where `hashes`, its content.
+
+    Raises:
+        BundleError: naming the first file that is missing, truncated or changed.
+    """
+    for name, spec in manifest.files.items():
+        path = bundle / name
+        if not path.is_file():
+            raise BundleError(f"bundle {bundle}: {name} is missing; copy the bundle again, or export it again")
+        size = path.stat().st_size
+        if size != spec.num_bytes:
+            raise BundleError(
+                f"bundle {bundle}: {name}: got {size} bytes, expected {spec.num_bytes} (an incomplete copy?); copy "
+                "the bundle again, or export it again"
+            )
+        if hashes and file_sha256(path) != spec.sha256:
+            raise BundleError(
+                f"bundle {bundle}: {name}: its SHA-256 is not that of the manifest (damaged or changed); copy the "
+                "bundle again, or export it again"
+            )

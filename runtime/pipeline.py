@@ -1,0 +1,305 @@
+"""`Pipeline`: a bundle, loaded, that draws images."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvar_trt.runtime import manifest as names
+from fastvar_trt.runtime.backends import Backend, create_backend
+from fastvar_trt.runtime.chain import Chain, ChainOutputs, pad_rows, plan_batches
+from fastvar_trt.runtime.errors import BundleError, RequestError
+from fastvar_trt.runtime.manifest import Manifest, check_files, read_manifest
+from fastvar_trt.runtime.noise import MAX_SEED, uniform_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationResult:
+    """Images and what led to them.
+
+    Attributes:
+        images: uint8 [N, H, W, 3], RGB.
+        tokens: per step, int32 [N, L].
+        f_hat: fp32 [N, C_vae, h_K, w_K], what the decoder ran on.
+        timings: graph name -> ms, summed over the batches that the images were split into.
+        logits: per step, fp32 [N, L, V], after guidance; None unless asked for.
+        float_images: fp32 [N, 3, H, W] in [0, 1], RGB; None unless asked for.
+    """
+
+    images: NDArray[Any]
+    tokens: list[NDArray[Any]]
+    f_hat: NDArray[Any]
+    timings: dict[str, float]
+    logits: list[NDArray[Any]] | None = None
+    float_images: NDArray[Any] | None = None
+
+
+class Pipeline:
+    """A loaded bundle. Use it as a context manager; `generate` may be called from several threads, which
+    then take turns.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
+        self.bundle = bundle
+        self.manifest = manifest
+        self.backend = backend
+        self._lock = threading.Lock()
+        self._chains: dict[int, Chain] = {}
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        backend: str | Backend = "onnxruntime",
+        device: str = "cpu",
+        num_threads: int | None = None,
+        engines: str = "auto",
+        check: str = "full",
+    ) -> Pipeline:
+        """Open a bundle and make its graphs ready to run.
+
+        Args:
+            bundle: the folder that fastvar-export wrote.
+            backend: `onnxruntime`, or an object that implements `Backend`.
+            device: where the backend runs: `cpu`.
+            num_threads: threads of one operator on the CPU; default: one per core that this process may use.
+            engines: `auto` uses what `fastvar build` made for this device, `off` never does, `require` raises
+                where there is nothing.
+            check: `full` compares the SHA-256 of every file with the manifest, `size` their sizes only.
+
+        Raises:
+            BundleError: a bundle that is incomplete, damaged or of another format version.
+            BackendError: a backend that is not installed, or that cannot run this bundle.
+        """
+        if check not in ("full", "size"):
+            raise RequestError(f"check: got {check!r}, expected 'full' or 'size'")
+        path = Path(bundle)
+        manifest = read_manifest(path)
+        check_files(path, manifest, hashes=check == "full")
+        if isinstance(backend, str):
+            backend = create_backend(backend, device, num_threads, engines)
+        pipeline = cls(path, manifest, backend)
+        try:
+            backend.open(path)
+            for batch in manifest.batches:
+                pipeline._chains[batch] = Chain(backend, manifest, batch)
+        except BaseException:
+            backend.close()
+            raise
+        return pipeline
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the graphs and their memory; may be called twice."""
+        with self._lock:
+            self._closed = True
+            self._chains.clear()
+            self.backend.close()
+
+    def generate(
+        self,
+        labels: Sequence[int],
+        *,
+        seeds: int | Sequence[int] = 0,
+        cfg: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        greedy: bool = False,
+        return_logits: bool = False,
+        return_float_images: bool = False,
+    ) -> GenerationResult:
+        """Draw one image per label.
+
+        An image depends on its own label, seed and sampling values only, not on its neighbours or on the
+        batch sizes of the bundle, up to the rounding of the backend's kernels.
+
+        Args:
+            labels: N class indices.
+            seeds: one per image, or one for all: then image i gets seed + i.
+            cfg: guidance scale, ramped linearly over the scales as VAR does; default: the manifest's.
+            temperature: divides the logits; above 0.
+            top_k: how many of the likeliest tokens may be drawn, at most the manifest's `max_top_k`; 0 for all
+                of them, where the bundle allows it.
+            top_p: the smallest set of likeliest tokens with this total probability may be drawn; 0 or 1: all.
+            greedy: take the likeliest token; seeds, top_k and top_p are then without effect.
+            return_logits: fill `GenerationResult.logits`.
+            return_float_images: fill `GenerationResult.float_images`.
+            (cfg, temperature, top_k and top_p may be one value per image.)
+
+        Raises:
+            RequestError: a value out of range; the message gives the range.
+            BackendError: the backend failed.
+        """
+        request = self._request(labels, cfg, temperature, top_k, top_p, greedy)
+        label_array = np.asarray(labels, dtype=np.int64)
+        seed_list = self._seeds(seeds, len(label_array))
+        optional = [
+            name
+            for name, wanted in ((names.LOGITS, return_logits), (names.IMAGE, return_float_images))
+            if wanted
+        ]
+        plan = self.manifest.resolved_plan
+
+        outputs: list[ChainOutputs] = []
+        start = 0
+        for batch in plan_batches(len(label_array), self.manifest.batches):
+            part = slice(start, start + batch)
+            noise = {
+                k: np.stack([uniform_noise(seed, k, plan.num_tokens(k)) for seed in seed_list[part]])
+                for k in plan.steps
+            }
+            with self._lock:
+                if self._closed:
+                    raise RequestError("the pipeline is closed; load the bundle again")
+                outputs.append(
+                    self._chains[batch].run(
+                        pad_rows(label_array[part], batch),
+                        {k: pad_rows(rows, batch) for k, rows in noise.items()},
+                        {name: pad_rows(values[part], batch) for name, values in request.items()},
+                        optional,
+                    )
+                )
+            start += batch
+        return _merge(outputs, len(label_array))
+
+    def _request(
+        self, labels: Sequence[int], cfg: Any, temperature: Any, top_k: Any, top_p: Any, greedy: bool
+    ) -> dict[str, NDArray[Any]]:
+        model, sampling = self.manifest.model, self.manifest.sampling
+        count = len(labels)
+        if count == 0:
+            raise RequestError("labels: got none, expected at least one class index")
+        for label in labels:
+            if not 0 <= int(label) < model.num_classes:
+                raise RequestError(f"class {label}: this model has {model.num_classes} classes, 0 to "
+                                   f"{model.num_classes - 1}")  # fmt: skip
+
+        def per_image(name: str, value: Any, dtype: str) -> NDArray[Any]:
+            array = np.asarray(value, dtype=dtype)
+            if array.shape not in ((), (count,)):
+                raise RequestError(f"{name}: got {array.shape}, expected one value or one per image ({count})")
+            if not np.isfinite(array).all():
+                raise RequestError(f"{name}: got {value}, expected finite numbers")
+            return np.broadcast_to(array, (count,))
+
+        cfg_array = per_image("cfg", sampling.cfg if cfg is None else cfg, "float32")
+        temperatures = per_image("temperature", temperature, "float32")
+        if (temperatures <= 0).any():
+            raise RequestError(f"temperature: got {temperature}, expected above 0 (for the likeliest token, use greedy)")
+        top_ps = per_image("top_p", sampling.top_p if top_p is None else top_p, "float32")
+        if ((top_ps < 0) | (top_ps > 1)).any():
+            raise RequestError(f"top_p: got {top_p}, expected 0 to 1")
+        top_ks = per_image("top_k", sampling.top_k if top_k is None else top_k, "int64")
+        limit = sampling.max_top_k
+        too_large = (top_ks < 0) | (top_ks > limit) | ((top_ks == 0) & (limit < model.vocab_size))
+        if too_large.any() and not greedy:
+            raise RequestError(
+                f"top_k: got {top_k}, this bundle takes {0 if limit == model.vocab_size else 1} to {limit}; export with "
+                f"--max-top-k (0 for all {model.vocab_size}) for more"
+            )
+        return {
+            names.CFG: cfg_array,
+            names.TEMPERATURE: temperatures,
+            names.TOP_K: np.where((top_ks == 0) | too_large, limit, top_ks),
+            # At 1 the rounding of the cumulative sum would still cut the tail: 2 cuts nothing.
+            names.TOP_P: np.where((top_ps == 0) | (top_ps == 1), np.float32(2), top_ps),
+            names.GREEDY: np.full(count, greedy, dtype=np.bool_),
+        }
+
+    @staticmethod
+    def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
+        if isinstance(seeds, int | np.integer):
+            seeds = [int(seeds) + i for i in range(count)]
+        if len(seeds) != count:
+            raise RequestError(f"seeds: got {len(seeds)}, expected one, or one per image ({count})")
+        for seed in seeds:
+            if not 0 <= seed <= MAX_SEED:
+                raise RequestError(f"seed: got {seed}, expected 0 to 2**64 - 1")
+        return [int(seed) for seed in seeds]
+
+
+def _merge(outputs: list[ChainOutputs], count: int) -> GenerationResult:
+    """The batches as one result, without the rows that padded the last one."""
+
+    def rows(parts: list[Any]) -> NDArray[Any]:
+        return np.concatenate(parts)[:count]
+
+    def per_step(parts: list[Any]) -> list[NDArray[Any]]:
+        return [rows(list(step)) for step in zip(*parts, strict=True)]
+
+    first = outputs[0]
+    return GenerationResult(
+        images=rows([o.pixels for o in outputs]),
+        tokens=per_step([o.tokens for o in outputs]),
+        f_hat=rows([o.f_hat for o in outputs]),
+        timings={name: sum(o.timings[name] for o in outputs) for name in first.timings},
+        logits=None if first.logits is None else per_step([o.logits for o in outputs]),
+        float_images=None if first.image is None else rows([o.image for o in outputs]),
+    )
+
+
+def compare_with_reference(pipeline: Pipeline) -> dict[str, Any]:
+    """Run the known-answer test that the exporter left in the bundle: greedy images, as PyTorch computed them.
+
+    Returns:
+        `token_agreement`: per step, the share of equal tokens; `logits_max_error`: per step, over the images
+        whose earlier tokens all agree (None where there are none); `f_hat_max_error`, `image_max_error`: over
+        the images whose tokens all agree.
+
+    Raises:
+        BundleError: the reference cannot be read.
+    """
+    path = pipeline.bundle / names.REFERENCE_FILE
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            reference = dict(data)
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleError(f"{path}: cannot be read ({error}); export the bundle again") from error
+    result = pipeline.generate(
+        reference["labels"].tolist(),
+        cfg=float(reference["cfg"]),
+        greedy=True,
+        return_logits=True,
+        return_float_images=True,
+    )
+    assert result.logits is not None and result.float_images is not None
+    agreement: list[float] = []
+    logits_error: list[float | None] = []
+    same = np.ones(len(result.images), dtype=bool)  # images whose tokens agree so far
+    for k, tokens, logits in zip(pipeline.manifest.resolved_plan.steps, result.tokens, result.logits, strict=True):
+        expected, probe = reference[f"step_{k:02d}"], reference[f"logits_{k:02d}"]
+        error = np.abs(logits[:, : probe.shape[1]] - probe)[same]
+        logits_error.append(float(error.max()) if error.size else None)
+        agreement.append(float((tokens == expected).mean()))
+        same &= (tokens == expected).all(axis=1)
+
+    def max_error(ours: NDArray[Any], expected: NDArray[Any]) -> float | None:
+        error = np.abs(ours - expected)[same]
+        return float(error.max()) if error.size else None
+
+    return {
+        "token_agreement": agreement,
+        "logits_max_error": logits_error,
+        "f_hat_max_error": max_error(result.f_hat, reference["f_hat"]),
+        "image_max_error": max_error(result.float_images, reference["image"]),
+        "num_images": len(result.images),
+        "num_images_equal": int(same.sum()),
+        "finite": bool(np.isfinite(result.float_images).all()),
+    }
