@@ -174,15 +174,19 @@ def deployment_tensors(
     state: Mapping[str, Tensor],
     vae_state: Mapping[str, Tensor],
     dtype: torch.dtype,
+    max_top_k: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a bundle, one at a time, in the names of `export.models.var`.
 
     `dtype` is that of the large matrices and of the decoder's convolutions. fp32 stay: embeddings and
     positions (added to the residual stream), modulation biases (1 + scale would lose the scale's digits),
     the code book and its convolutions (they accumulate in f_hat), normalisation parameters, and the
-    interpolation matrices.
+    interpolation matrices. `norm.weight` (ones) and `sampling.rank` (0 .. max_top_k - 1) are constants that
+    would otherwise be repeated in every graph.
     """
     c = config.width
+    yield "norm.weight", torch.ones(c)
+    yield "sampling.rank", torch.arange(max_top_k)
     yield "class_emb.weight", state["class_emb.weight"].float()
     yield "word_embed.weight", state["word_embed.weight"].float()
     yield "word_embed.bias", state["word_embed.bias"].float()
@@ -234,8 +238,12 @@ def deployment_tensors(
         yield f"phi.{index}.bias", vae_state[phi_key(vae_config, index) + "bias"].float() * ratio
     last = config.patch_nums[-1]
     for side in sorted(set(config.patch_nums) - {last}):
-        yield f"resize.bicubic_{last}_{side}", bicubic_matrix(last, side)
-        yield f"resize.area_{side}_{last}", area_matrix(side, last)
+        for name, matrix in (
+            (f"resize.bicubic_{last}_{side}", bicubic_matrix(last, side)),
+            (f"resize.area_{side}_{last}", area_matrix(side, last)),
+        ):
+            yield name, matrix
+            yield f"{name}_t", matrix.T.contiguous()
     for key in expected_vae_keys(vae_config):
         if not key.startswith("quantize."):
             is_norm = ".norm" in key

@@ -26,6 +26,9 @@ def bicubic_matrix(size_out: int, size_in: int) -> Tensor:
     return resized.view(size_in, size_out).T.contiguous()
 
 
-def resize_map(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, C, h', w'] by `rows` [h', h] and `columns` [w', w]."""
-    return rows @ (x @ columns.T)
+def resize_map(x: Tensor, rows: Tensor, columns_t: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, C, h', w'] by `rows` [h', h] and `columns_t` [w, w'].
+
+    The second is taken transposed: a transpose of a constant would be folded into a copy in every graph.
+    """
+    return rows @ (x @ columns_t)

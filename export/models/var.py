@@ -79,7 +79,7 @@ class BlockSpec:
         """The inputs of `run_block`, in order."""
         past = ("past_k", "past_v") if self.num_past else ()
         cached = ("cached_attn", "cached_ffn") if self.keep is not None else ()
-        return ("x", "modulation", *past, *cached, *self.weight_names)
+        return ("x", "modulation", "norm.weight", *past, *cached, *self.weight_names)
 
     @property
     def outputs(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
@@ -98,8 +98,8 @@ def run_block(spec: BlockSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, .
 
     Args:
         spec: the static part.
-        tensors: `spec.input_names`: x fp32 [B2, L, C]; modulation fp32 [B2, 6, C]; past_k, past_v [S, B2, H, D];
-            cached_attn, cached_ffn [B2, T, C]; weights in torch's [out, in] layout.
+        tensors: `spec.input_names`: x fp32 [B2, L, C]; modulation fp32 [B2, 6, C]; norm.weight, fp32 ones [C];
+            past_k, past_v [S, B2, H, D]; cached_attn, cached_ffn [B2, T, C]; weights in torch's [out, in] layout.
 
     Returns:
         `spec.outputs`.
@@ -113,7 +113,7 @@ def run_block(spec: BlockSpec, tensors: Mapping[str, Tensor]) -> tuple[Tensor, .
         if spec.keep is not None:
             indices = pivotal_tokens(x, spec.keep)
             x = gather_tokens(x, indices)
-        normed = F.layer_norm(x, (spec.channels,), eps=spec.norm_eps) * scale + shift
+        normed = F.layer_norm(x, (spec.channels,), tensors["norm.weight"], eps=spec.norm_eps) * scale + shift
         return normed.flatten(0, 1).to(spec.dtype), indices
 
     def sublayer_output(y: Tensor, gamma: Tensor, indices: Tensor | None, cached: str) -> Tensor:
@@ -175,7 +175,7 @@ def _attention(spec: BlockSpec, tensors: Mapping[str, Tensor], hidden: Tensor) -
 def _normalise(x: Tensor) -> Tensor:
     """x / ||x|| over the last axis in fp32, the norm clamped as in `F.normalize` (which exports an Expand)."""
     x = x.float()
-    return x / x.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    return x / (x * x).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ class StepOutputs:
     caches: dict[int, tuple[Tensor, Tensor]]  # layer -> attn, ffn: [B2, T, C]
 
 
-def sample(logits: Tensor, uniform: Tensor, request: Request, max_top_k: int) -> Tensor:
+def sample(logits: Tensor, uniform: Tensor, request: Request, rank: Tensor) -> Tensor:
     """Draw one token per position: top-k, then top-p, then the inverse CDF over the sorted candidates.
 
     The distribution is that of `sample_with_top_k_top_p_` of VAR, but for exact ties at the k-th value, which
@@ -209,13 +209,12 @@ def sample(logits: Tensor, uniform: Tensor, request: Request, max_top_k: int) ->
     Args:
         logits: fp32 [B, L, V].
         uniform: fp32 [B, L], U[0, 1).
-        max_top_k: upper bound of `request.top_k`, static.
+        rank: int64 [max_top_k], 0, 1, ...; its length bounds `request.top_k`.
 
     Returns:
         int32 [B, L].
     """
-    values, order = _top_k(logits, max_top_k)  # [B, L, max_top_k], descending
-    rank = torch.arange(max_top_k, device=logits.device)
+    values, order = _top_k(logits, len(rank))  # [B, L, max_top_k], descending
     values = values / request.temperature[:, None, None]
     values = values.masked_fill(rank >= request.top_k[:, None, None], float("-inf"))
     probabilities = values.softmax(dim=-1)
@@ -245,12 +244,11 @@ class VAR(nn.Module):
     Parameters carry the tensors' names; they are created by `load_tensors`, without a copy.
     """
 
-    def __init__(self, config: VARConfig, vae_config: VQVAEConfig, dtype: torch.dtype, max_top_k: int) -> None:
+    def __init__(self, config: VARConfig, vae_config: VQVAEConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         self.vae_config = vae_config
         self.dtype = dtype
-        self.max_top_k = max_top_k
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> VAR:
         """Take the tensors as parameters, by name; nothing is copied."""
@@ -365,7 +363,7 @@ class VAR(nn.Module):
         new_caches: dict[int, tuple[Tensor, Tensor]] = {}
         for layer in range(config.depth):
             spec = self.block_spec(plan, scale, layer, 2 * batch)
-            tensors = {"x": x, "modulation": modulations[layer]}
+            tensors = {"x": x, "modulation": modulations[layer], "norm.weight": self.weight("norm.weight")}
             if spec.num_past:
                 tensors["past_k"], tensors["past_v"] = past[layer]
             if spec.keep is not None:
@@ -379,7 +377,7 @@ class VAR(nn.Module):
                 new_caches[layer] = (outputs[-2], outputs[-1])
 
         logits = self._logits(x, head_modulation, scale, request.cfg)
-        tokens = sample(logits, uniform, request, self.max_top_k)
+        tokens = sample(logits, uniform, request, self.weight("sampling.rank"))
         return StepOutputs(tokens, self._accumulate(tokens, f_hat, scale), logits, new_kv, new_caches)
 
     def decode(self, f_hat: Tensor) -> tuple[Tensor, Tensor]:
@@ -391,8 +389,8 @@ class VAR(nn.Module):
         """f_hat, area-resized to the scale's map and embedded: [B, L, C]."""
         side, last = self.config.patch_nums[scale], self.config.patch_nums[-1]
         if side != last:
-            area = self.weight(f"resize.area_{side}_{last}")
-            f_hat = resize_map(f_hat, area, area)
+            area = f"resize.area_{side}_{last}"
+            f_hat = resize_map(f_hat, self.weight(area), self.weight(f"{area}_t"))
         batch, channels = f_hat.shape[:2]
         tokens = f_hat.view(batch, channels, side * side).transpose(1, 2).reshape(-1, channels)  # [B*L, C_vae]
         embedded = F.linear(tokens, self.weight("word_embed.weight"), self.weight("word_embed.bias"))
@@ -409,7 +407,7 @@ class VAR(nn.Module):
         ramp = scale / max(len(self.config.patch_nums) - 1, 1)
         if ramp == 0:
             x, head_modulation = x[:batch], head_modulation[:batch]
-        hidden = F.layer_norm(x, (channels,), eps=self.config.norm_eps)
+        hidden = F.layer_norm(x, (channels,), self.weight("norm.weight"), eps=self.config.norm_eps)
         hidden = hidden * head_modulation[:, 0:1] + head_modulation[:, 1:2]
         if ramp != 0:
             t = (cfg * ramp)[:, None, None]
@@ -425,8 +423,8 @@ class VAR(nn.Module):
         codes = F.embedding(tokens.long(), self.weight("quantize.embedding.weight"))  # [B, L, C_vae]
         codes = codes.transpose(1, 2).reshape(tokens.shape[0], config.code_channels, side, side)
         if side != last:
-            bicubic = self.weight(f"resize.bicubic_{last}_{side}")
-            codes = resize_map(codes, bicubic, bicubic)
+            bicubic = f"resize.bicubic_{last}_{side}"
+            codes = resize_map(codes, self.weight(bicubic), self.weight(f"{bicubic}_t"))
         phi = self.vae_config.phi_index(scale, len(config.patch_nums))
         codes = F.conv2d(codes, self.weight(f"phi.{phi}.weight"), self.weight(f"phi.{phi}.bias"), padding=1)
         return codes if f_hat is None else f_hat + codes
