@@ -136,7 +136,7 @@ def export_var(
         errors: dict[str, GraphError] = {}
         for batch in batches:
             batch_specs, batch_errors = _export_chain(
-                model, plan, batch, places, folder, progress, write_reference=batch == batches[0]
+                model, plan, batch, options.precision, places, folder, progress, write_reference=batch == batches[0]
             )
             specs += batch_specs
             errors |= batch_errors
@@ -174,6 +174,7 @@ def _export_chain(
     model: VAR,
     plan: ResolvedPlan,
     batch: int,
+    precision: str,
     places: Mapping[str, TensorPlace],
     folder: Path,
     progress: Callable[[str, str], None],
@@ -201,7 +202,7 @@ def _export_chain(
         inputs = _graph_inputs(model, function, labels, state)
         expected = function.run(inputs, None)
         got = run_in_onnxruntime(folder, spec, graph, inputs)
-        errors[spec.file] = compare_graph(function, expected, got, model.dtype)
+        errors[spec.file] = compare_graph(function, expected, got, precision)
         if spec.kind == "condition":
             state = ChainState.begin(model, labels)
         elif spec.scale is not None:

@@ -17,13 +17,7 @@ from fastvar_trt.runtime.backends import Buffer
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec
-
-# Largest error that may be due to rounding, as a share of the tensor's largest magnitude. Both sides compute in the
-# bundle's precision, in another order of summation. Measured: README, "Numbers".
-TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-# Share of the tokens that may differ: those whose draw falls on the edge between two candidates.
-MAX_TOKENS_CHANGED: Mapping[str, float] = {"float32": 0.01, "float16": 0.2, "bfloat16": 0.5}
-
+from fastvar_trt.runtime.verify import MAX_TOKENS_CHANGED, TOLERANCE
 
 @dataclasses.dataclass(frozen=True)
 class GraphError:
@@ -68,7 +62,7 @@ def _buffer(tensor: Tensor) -> Buffer:
 
 
 def compare_graph(
-    function: GraphFunction, expected: Mapping[str, Tensor], got: Mapping[str, Tensor], dtype: torch.dtype
+    function: GraphFunction, expected: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: str
 ) -> GraphError:
     """Compare the outputs of one graph.
 
@@ -78,7 +72,6 @@ def compare_graph(
     Raises:
         ExportError: naming graph, tensor and maximum error.
     """
-    precision = DTYPE_NAME[dtype]
     worst = GraphError("", 0.0, 0.0, 0.0)
     same_image = None
     changed = 0.0

@@ -1,0 +1,141 @@
+"""`fastvar-export`: checkpoints in, a bundle out."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastvar_trt.runtime.command import ErrorCommand, Integers
+from fastvar_trt.runtime.errors import CheckpointError, ExportError
+from fastvar_trt.runtime.plan import PRESETS, load_plan
+
+_DEFAULT_PLAN = "fastvar-var"
+_EXAMPLES = """
+\b
+Examples:
+  fastvar-export demo --out out/demo
+  fastvar-export var --checkpoint var_d16.pth --vae vae_ch160v4096z32.pth --out out/d16
+  fastvar-export var --checkpoint var_d36.pth --vae vae_ch160v4096z32.pth \\
+      --prune my_plan.json --precision fp16 --batch 1,4 --out out/d36 --target cpu
+"""
+
+
+class _Progress:
+    """One bar per graph, advancing with its phases."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, graph: str, phase: str) -> None:
+        from fastvar_trt.export.exporter import PHASES
+
+        if phase == PHASES[0]:
+            self._bar = click.progressbar(
+                length=len(PHASES),
+                label=f"{graph:<18}",
+                item_show_func=lambda item: item,
+                show_eta=False,
+                width=24,
+            )
+            self._bar.__enter__()
+            self._bar.update(0, phase)
+        elif phase == "done":
+            self._bar.update(1, phase)
+            self.close()
+        else:
+            self._bar.update(1, phase)
+
+    def close(self) -> None:
+        """End the line of an unfinished bar."""
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
+@click.command(cls=ErrorCommand, epilog=_EXAMPLES)
+@click.argument("model", type=click.Choice(["demo", "var"]))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="var_d16.pth ... var_d36.pth, or .safetensors.")
+@click.option("--vae", type=click.Path(path_type=Path), help="vae_ch160v4096z32.pth, or .safetensors.")
+@click.option("--config", help="JSON of what the state dict does not tell: num_heads, patch_nums.")
+@click.option(
+    "--prune",
+    default=_DEFAULT_PLAN,
+    show_default=True,
+    help=f"Pruning plan: a preset ({', '.join(PRESETS)}) or a JSON file.",
+)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--batch", "batches", type=Integers(), default="1", show_default=True, help="Batch sizes: N or N,N,...")
+@click.option("--max-top-k", type=click.IntRange(0), default=900, show_default=True, help="Bound of top-k; 0: no bound.")
+@click.option("--target", type=click.Choice(["cpu"]), help="Also build engines for this target, as `fastvar build` does.")
+@click.option("--force", is_flag=True, help="Replace the bundle that is there.")
+def main(
+    model: str,
+    out: Path,
+    checkpoint: Path | None,
+    vae: Path | None,
+    config: str | None,
+    prune: str,
+    precision: str,
+    batches: tuple[int, ...],
+    max_top_k: int,
+    target: str | None,
+    force: bool,
+) -> None:
+    """Export a next-scale model to a bundle: one ONNX graph per scale step.
+
+    MODEL is `var` for an official VAR checkpoint, or `demo` for a small model with random weights.
+    """
+    if model == "var" and (checkpoint is None or vae is None):
+        raise click.UsageError("MODEL var needs --checkpoint and --vae")
+    if model == "demo" and (checkpoint is not None or vae is not None or config is not None):
+        raise click.UsageError("MODEL demo takes no --checkpoint, --vae or --config")
+    plan = load_plan(prune)
+    overrides = _read_config(config)
+    try:
+        from fastvar_trt.export import exporter
+        from fastvar_trt.export.models.random_init import random_checkpoint
+    except ImportError as error:
+        raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
+
+    begin = time.perf_counter()
+    if checkpoint is not None and vae is not None:
+        source = exporter.VARSource.from_files(checkpoint, vae, overrides)
+    else:
+        source = exporter.VARSource.from_state(*random_checkpoint(depth=4, width=256))
+    options = exporter.ExportOptions(plan, precision, batches, max_top_k)
+    progress = _Progress()
+    try:
+        report = exporter.export_var(source, out, options, force=force, progress=progress)
+    finally:
+        progress.close()
+    if target == "cpu":
+        from fastvar_trt.export.build_cpu import build_cpu
+
+        build_cpu(out)
+    worst_file, worst = max(report.errors.items(), key=lambda item: item[1].relative_error)
+    click.echo(
+        f"{out}: {len(report.errors)} graphs, {sum(f.num_bytes for f in report.manifest.files.values()) / 2**20:.1f} MiB; "
+        f"largest difference from PyTorch {worst.max_error:.2g} ({worst.relative_error:.1g} of the largest value), in "
+        f"{worst.worst_tensor} of {worst_file}"
+    )
+    click.echo(json.dumps({"bundle": str(out), "export_s": round(time.perf_counter() - begin, 1)}))
+
+
+def _read_config(text: str | None) -> dict[str, Any] | None:
+    """The --config option: JSON, or the name of a JSON file."""
+    if text is None:
+        return None
+    try:
+        if Path(text).is_file():
+            text = Path(text).read_text(encoding="utf-8")
+        data = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--config: neither JSON nor a JSON file that exists: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"--config: got a JSON {type(data).__name__}, expected an object")
+    return data

@@ -1,0 +1,115 @@
+"""The known-answer test of a bundle: what PyTorch computed at export against what this machine computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvar_trt.runtime import manifest as names
+from fastvar_trt.runtime.errors import BundleError
+from fastvar_trt.runtime.pipeline import Pipeline
+
+# Largest error that may be due to rounding, as a share of the tensor's largest magnitude: both sides compute in the
+# bundle's precision, in another order of summation. About ten times what was measured on the test models.
+TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+# Share of the tokens of one step that may differ: those whose choice falls on the edge between two candidates.
+MAX_TOKENS_CHANGED: Mapping[str, float] = {"fp32": 0.01, "fp16": 0.2, "bf16": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCheck:
+    """One step against the reference, over the images whose tokens agreed up to it.
+
+    Attributes:
+        scale: which one.
+        num_images: how many images could be compared.
+        token_agreement: share of equal tokens; None where there are no such images.
+        logits_error: maximum absolute error.
+        relative_error: the same as a share of the largest logit.
+    """
+
+    scale: int
+    num_images: int
+    token_agreement: float | None
+    logits_error: float | None
+    relative_error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """The outcome of `verify_bundle`; `failures` is empty where the bundle is sound here."""
+
+    steps: tuple[StepCheck, ...]
+    image_error: float | None  # of images in [0, 1] whose tokens all agree
+    num_images: int
+    num_images_equal: int
+    failures: tuple[str, ...]
+
+
+def verify_bundle(pipeline: Pipeline) -> Verification:
+    """Draw the greedy images that the exporter left in the bundle, and compare.
+
+    A token that differs changes everything after it, so an image is compared up to its first difference.
+
+    Raises:
+        BundleError: the reference cannot be read.
+    """
+    path = pipeline.bundle / names.REFERENCE_FILE
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            reference = dict(data)
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleError(f"{path}: cannot be read ({error}); export the bundle again") from error
+    precision = pipeline.manifest.precision
+    result = pipeline.generate(
+        reference["labels"].tolist(),
+        cfg=float(reference["cfg"]),
+        greedy=True,
+        return_logits=True,
+        return_float_images=True,
+    )
+    assert result.logits is not None and result.float_images is not None
+    failures: list[str] = []
+    steps: list[StepCheck] = []
+    same = np.ones(len(result.images), dtype=bool)  # images whose tokens agree so far
+    for k, tokens, logits in zip(pipeline.manifest.resolved_plan.steps, result.tokens, result.logits, strict=True):
+        step = _check_step(k, tokens, logits, reference, same)
+        steps.append(step)
+        if step.token_agreement is None or step.relative_error is None:
+            continue
+        if not step.relative_error <= TOLERANCE[precision]:  # also true of NaN
+            failures.append(
+                f"step {k}: logits differ by {step.logits_error:.3g}, {step.relative_error:.2g} of the largest; "
+                f"{precision} allows {TOLERANCE[precision]:g}"
+            )
+        if 1 - step.token_agreement > MAX_TOKENS_CHANGED[precision]:
+            failures.append(f"step {k}: only {step.token_agreement:.1%} of the tokens agree")
+        same &= (tokens == reference[f"step_{k:02d}"]).all(axis=1)
+    image_error = None
+    if same.any():
+        image_error = float(np.abs(result.float_images - reference["image"])[same].max())
+        if not image_error <= TOLERANCE[precision]:
+            failures.append(f"image: differs by {image_error:.3g}; {precision} allows {TOLERANCE[precision]:g}")
+    if not np.isfinite(result.float_images).all():
+        failures.append("image: not finite")
+    return Verification(tuple(steps), image_error, len(same), int(same.sum()), tuple(failures))
+
+
+def _check_step(
+    scale: int, tokens: NDArray[Any], logits: NDArray[Any], reference: Mapping[str, NDArray[Any]], same: NDArray[Any]
+) -> StepCheck:
+    if not same.any():
+        return StepCheck(scale, 0, None, None, None)
+    expected, probe = reference[f"step_{scale:02d}"], reference[f"logits_{scale:02d}"]
+    error = float(np.abs(logits[:, : probe.shape[1]] - probe)[same].max())
+    return StepCheck(
+        scale=scale,
+        num_images=int(same.sum()),
+        token_agreement=float((tokens == expected)[same].mean()),
+        logits_error=error,
+        relative_error=error / max(float(np.abs(probe[same]).max()), 1e-6),
+    )

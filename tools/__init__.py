@@ -1,0 +1,1 @@
+"""Commands around a bundle: generate, inspect, verify, build."""

@@ -1,0 +1,298 @@
+"""`fastvar`: everything that is done with a bundle. Needs neither torch nor onnx, but for `build`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+
+from fastvar_trt.runtime.command import ErrorCommand
+from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, TensorSpec, check_files, read_manifest
+from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
+from fastvar_trt.runtime.verify import verify_bundle
+from fastvar_trt.tools.tables import format_table
+
+_BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+class _Group(click.Group):
+    command_class = ErrorCommand
+
+
+def _runtime_options(command: Any) -> Any:
+    for option in (
+        click.option(
+            "--engines",
+            type=click.Choice(["auto", "off", "require"]),
+            default="auto",
+            show_default=True,
+            help="Whether to use what `fastvar build` made.",
+        ),
+        click.option("--threads", type=click.IntRange(1), help="Threads per operator; default: one per core."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Group)
+@click.version_option(package_name="fastvar-trt")
+def main() -> None:
+    """Run, check and build exported bundles (make one with fastvar-export)."""
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  fastvar generate out/b --class 207 --class 88 --seed 1 -o out/dogs.png
+  fastvar generate out/b --class 3 --cfg 4 --top-k 900 --top-p 0.96 -o out/3.png
+  fastvar generate out/b --class 3 --greedy --save-tokens out/t.npz -o out/3.png
+"""
+)
+@_BUNDLE
+@click.option("--class", "labels", type=int, multiple=True, required=True, help="Class index; repeat for more images.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i is drawn with seed + i.")
+@click.option("--cfg", type=float, help="Guidance scale; default: the bundle's.")
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, help="Draw from the K likeliest tokens; default: the bundle's.")
+@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this total probability; default: the bundle's.")
+@click.option("--greedy", is_flag=True, help="Take the likeliest token instead of drawing.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG; several images make a grid.")
+@click.option("--save-tokens", type=click.Path(path_type=Path), help="NPZ with step_00, ..., f_hat and image.")
+@_runtime_options
+def generate(
+    bundle: Path,
+    labels: tuple[int, ...],
+    seed: int,
+    cfg: float | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    greedy: bool,
+    out: Path,
+    save_tokens: Path | None,
+    threads: int | None,
+    engines: str,
+) -> None:
+    """Draw images of the given classes."""
+    for path in (out, save_tokens):
+        if path is not None:
+            _check_writable(path)
+    with Pipeline.load(bundle, num_threads=threads, engines=engines) as pipe:
+        result = pipe.generate(
+            labels,
+            seeds=seed,
+            cfg=cfg,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            greedy=greedy,
+            return_float_images=save_tokens is not None,
+        )
+        manifest = pipe.manifest
+    save_png(result, out)
+    if save_tokens is not None:
+        _save_tokens(result, manifest, save_tokens)
+    click.echo(_timing_table(result, manifest))
+    total = sum(result.timings.values())
+    click.echo(
+        json.dumps(
+            {
+                "images": len(result.images),
+                "total_ms": round(total, 1),
+                "timings_ms": {name: round(ms, 2) for name, ms in result.timings.items()},
+                "out": str(out),
+            }
+        )
+    )
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes of work, that the result can be written."""
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot be made: {error.strerror}; give another output") from error
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise RequestError(f"{path}: cannot be written; give another output")
+
+
+def save_png(result: GenerationResult, path: Path) -> None:
+    """All images as one PNG, row by row in a near-square grid."""
+    count, height, width, _ = result.images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
+    for i, image in enumerate(result.images):
+        y, x = i // columns * height, i % columns * width
+        grid[y : y + height, x : x + width] = image
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        Image.fromarray(grid).save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _save_tokens(result: GenerationResult, manifest: Manifest, path: Path) -> None:
+    arrays = {f"step_{k:02d}": tokens for k, tokens in zip(manifest.resolved_plan.steps, result.tokens, strict=True)}
+    assert result.float_images is not None
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays, f_hat=result.f_hat, image=result.float_images)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _timing_table(result: GenerationResult, manifest: Manifest) -> str:
+    plan = manifest.resolved_plan
+    rows: list[list[object]] = []
+    total = sum(result.timings.values())
+    for k, (height, width) in enumerate(manifest.schedule):
+        layers = f"{plan.first_layer}-{plan.last_layer}" if plan.is_pruned(k) else ""
+        ms = result.timings.get(f"step_{k:02d}")
+        rows.append(
+            [k, f"{height}x{width}", f"{plan.num_kept[k]}/{height * width}", layers]
+            + (["skipped", ""] if ms is None else [f"{ms:.1f}", f"{ms / total:.1%}"])
+        )
+    for name in ("condition", "decoder"):
+        rows.append([name, "", "", "", f"{result.timings[name]:.1f}", f"{result.timings[name] / total:.1%}"])
+    rows.append(["total", "", "", "", f"{total:.1f}", ""])
+    return format_table(["scale", "map", "tokens kept", "pruned layers", "ms", "share"], rows)
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  fastvar verify out/b
+  fastvar verify out/b --engines require
+"""
+)
+@_BUNDLE
+@_runtime_options
+def verify(bundle: Path, threads: int | None, engines: str) -> None:
+    """Check every file's hash, then draw the images that PyTorch drew at export and compare."""
+    with Pipeline.load(bundle, num_threads=threads, engines=engines) as pipe:
+        outcome = verify_bundle(pipe)
+        num_files = len(pipe.manifest.files)
+
+    def show(value: float | None, spec: str) -> str:
+        return "-" if value is None else format(value, spec)
+
+    rows = [
+        [s.scale, s.num_images, show(s.token_agreement, ".2%"), show(s.logits_error, ".2g"), show(s.relative_error, ".2g")]
+        for s in outcome.steps
+    ]
+    click.echo(format_table(["scale", "images compared", "tokens equal", "max logits error", "relative"], rows))
+    click.echo(
+        f"{num_files} files match the manifest; {outcome.num_images_equal} of {outcome.num_images} images have PyTorch's "
+        f"tokens, max image error {show(outcome.image_error, '.2g')}"
+    )
+    click.echo(json.dumps(dataclasses.asdict(outcome)))
+    if outcome.failures:
+        raise BundleError(f"bundle {bundle} does not compute what PyTorch computed: {'; '.join(outcome.failures)}")
+
+
+@main.command(
+    epilog="""
+\b
+Examples:
+  fastvar inspect out/b
+  fastvar inspect out/b --tensors
+  fastvar inspect out/b --json
+"""
+)
+@_BUNDLE
+@click.option("--tensors", is_flag=True, help="List the inputs and outputs of every graph.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON and nothing else.")
+def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
+    """Show what a bundle holds."""
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest, hashes=False)
+    if as_json:
+        click.echo(json.dumps(manifest.to_json(), indent=1))
+        return
+    model, plan = manifest.model, manifest.resolved_plan
+    click.echo(
+        f"{model.family}, {model.depth} layers x {model.width}, {model.num_heads} heads, {model.num_classes} classes, "
+        f"vocabulary {model.vocab_size}, {model.image_width}x{model.image_height} pixels, {manifest.precision}, "
+        f"batch {', '.join(map(str, manifest.batches))}"
+    )
+    click.echo(
+        f"plan {manifest.plan.name}"
+        + ("" if plan.cache_scale is None else f": cache of scale {plan.cache_scale}, layers {plan.first_layer} to {plan.last_layer}")
+    )
+    rows = [
+        [k, f"{h}x{w}", h * w, plan.num_kept[k] or "skipped", *(plan.num_past(k, i) for i in (0, model.depth - 1))]
+        for k, (h, w) in enumerate(manifest.schedule)
+    ]
+    click.echo("\n" + format_table(["scale", "map", "tokens", "kept", "past keys, first layer", "last layer"], rows))
+    memory = _memory_rows(manifest)
+    click.echo("\n" + format_table(["memory, batch", *[str(b) for b in manifest.batches]], memory))
+    files = [[name, f"{spec.num_bytes / 2**20:.2f}", spec.sha256[:12]] for name, spec in manifest.files.items()]
+    click.echo("\n" + format_table(["file", "MiB", "SHA-256"], files))
+    if tensors:
+        for graph in manifest.graphs:
+            click.echo(f"\n{graph.file}")
+            lines = [[way, t.name, t.dtype, list(t.shape)] for way, ts in (("in", graph.inputs), ("out", graph.outputs)) for t in ts]
+            click.echo(format_table(["", "tensor", "dtype", "shape"], lines))
+
+
+def _memory_rows(manifest: Manifest) -> list[list[object]]:
+    """Buffers that the runtime holds, MiB per batch size; activations come on top."""
+
+    def mib(tensors: list[TensorSpec]) -> str:
+        return f"{sum(t.num_bytes for t in tensors) / 2**20:.2f} MiB"
+
+    def outputs(batch: int, *prefixes: str) -> list[TensorSpec]:
+        return [t for g in manifest.chain(batch) for t in g.outputs if t.name.startswith(prefixes)]
+
+    weights = f"{manifest.files[WEIGHTS_FILE].num_bytes / 2**20:.2f} MiB"
+    return [
+        ["weights", *[weights for _ in manifest.batches]],
+        ["keys and values", *[mib(outputs(b, "new_k_", "new_v_")) for b in manifest.batches]],
+        ["token cache", *[mib(outputs(b, "cache_")) for b in manifest.batches]],
+        ["modulations", *[mib(outputs(b, "modulation_", "head_modulation")) for b in manifest.batches]],
+    ]
+
+
+@main.command(
+    epilog="""
+\b
+Example:
+  fastvar build out/b --target cpu
+"""
+)
+@_BUNDLE
+@click.option("--target", type=click.Choice(["cpu"]), required=True, help="What to build for.")
+def build(bundle: Path, target: str) -> None:
+    """Build what a target needs beyond the graphs; for cpu: weights prepacked for this processor.
+
+    Needs the extra `export`.
+    """
+    try:
+        from fastvar_trt.export.build_cpu import build_cpu
+    except ImportError as error:
+        raise BackendError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
+    report = build_cpu(bundle)
+    if not report.built:
+        click.echo(f"{bundle}: the engines for {target} are up to date; nothing to build")
+        return
+    click.echo(
+        f"{bundle}: {report.num_graphs} graphs for {target}, {report.num_bytes / 2**20:.1f} MiB of prepacked weights, "
+        f"{report.seconds:.1f} s"
+    )
