@@ -1,0 +1,75 @@
+"""Shared fixtures: goldens (skipped by name where they are absent) and small bundles, exported once per run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource, export_var
+from fastvar_trt.export.models.random_init import random_checkpoint
+from fastvar_trt.runtime.plan import PruningPlan
+
+GOLDEN_FOLDER = Path(__file__).parents[2] / "shared" / "golden"
+
+# Four scales to 8x8, two layers: seconds to export, and everything that a large model has.
+TINY_PATCH_NUMS = (1, 3, 5, 8)
+TINY_PLAN = PruningPlan("tiny", fractions=((-1, 0.5),), cache_scale=-2, first_layer=1)
+
+
+class Golden:
+    """A folder of `golden/`: the case, its checkpoint files, and what the public reference code computed."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = GOLDEN_FOLDER / name
+        if not self.folder.is_dir():
+            pytest.skip(f"golden {name} is not beside the project")
+        self.case: dict[str, Any] = json.loads((self.folder / "case.json").read_text())
+        self.expected = load_file(self.folder / "expected.safetensors")
+        self.checkpoint, self.vae = self.folder / "var.pth", self.folder / "vae.pth"
+
+    def source(self) -> VARSource:
+        return VARSource.from_files(self.checkpoint, self.vae)
+
+
+def tiny_states(**changes: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """State dicts of the tiny model in the official keys."""
+    sizes: dict[str, Any] = {"depth": 2, "width": 128, "num_heads": 2, "patch_nums": TINY_PATCH_NUMS, "vocab_size": 96}
+    return random_checkpoint(**(sizes | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_source() -> VARSource:
+    return VARSource.from_state(*tiny_states())
+
+
+@pytest.fixture(scope="session")
+def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ExportReport]]:
+    """Export a bundle, or hand out the one that an earlier test exported under the same key."""
+    done: dict[str, tuple[Path, ExportReport]] = {}
+
+    def export(key: str, source: VARSource, options: ExportOptions) -> tuple[Path, ExportReport]:
+        if key not in done:
+            path = tmp_path_factory.mktemp("bundles") / key
+            done[key] = path, export_var(source, path, options)
+        return done[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_source: VARSource, export_once: Callable[..., tuple[Path, ExportReport]]) -> Path:
+    """The tiny model, pruned, batch sizes 1 and 2."""
+    path, _ = export_once("tiny", tiny_source, ExportOptions(plan=TINY_PLAN, batches=(1, 2)))
+    return path
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

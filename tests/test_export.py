@@ -1,0 +1,268 @@
+"""Export: what a bundle holds, in every variant of model and precision, and that nothing is lost when it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import TINY_PLAN, tiny_states
+from polygraphy.backend.onnx import OnnxFromPath
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from fastvar_trt.export import exporter, validation
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource, export_var
+from fastvar_trt.export.models.random_init import random_checkpoint
+from fastvar_trt.export.models.var import VAR
+from fastvar_trt.export.models.resize import area_matrix, bicubic_matrix
+from fastvar_trt.runtime import ExportError, Pipeline, PlanError, PruningPlan, read_manifest
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, file_sha256
+from fastvar_trt.runtime.verify import TOLERANCE, verify_bundle
+
+Export = Callable[..., tuple[Path, ExportReport]]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shared_aln": {"shared_aln": True},
+    "no_l2_norm": {"attn_l2_norm": False},
+    "one_scale_wide": {"patch_nums": (2, 4), "width": 192, "num_heads": 3, "depth": 3},
+}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_variants_match_pytorch(variant: str, export_once: Export) -> None:
+    plan = PruningPlan("half", ((-1, 0.5),), cache_scale=0, first_layer=1)
+    source = VARSource.from_state(*tiny_states(**VARIANTS[variant]))
+    bundle, report = export_once(f"variant_{variant}", source, ExportOptions(plan=plan))
+    assert len(report.errors) == len(source.config.patch_nums) + 2
+    assert all(error.relative_error < TOLERANCE["fp32"] / 10 for error in report.errors.values())
+    with Pipeline.load(bundle) as pipe:
+        outcome = verify_bundle(pipe)
+    assert not outcome.failures
+    assert outcome.num_images_equal == outcome.num_images == 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precisions(precision: str, tiny_source: VARSource, export_once: Export) -> None:
+    bundle, report = export_once(f"tiny_{precision}", tiny_source, ExportOptions(plan=TINY_PLAN, precision=precision))
+    assert max(error.relative_error for error in report.errors.values()) < TOLERANCE[precision]
+    dtypes = {t.name: t.dtype for g in report.manifest.graphs for t in (*g.inputs, *g.outputs)}
+    half = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert dtypes["new_k_0"] == dtypes["past_v_1"] == dtypes["cache_1_ffn"] == half
+    assert dtypes["f_hat"] == dtypes["logits"] == dtypes["uniform"] == dtypes["modulation_0"] == "float32"
+    weights = onnx.load(bundle / "step_01.onnx", load_external_data=False).graph.initializer
+    by_name = {w.name: w.data_type for w in weights}
+    assert by_name["blocks.0.ffn.fc1.weight"] == {"fp16": 10, "bf16": 16}[precision]
+    assert by_name["pos.1"] == onnx.TensorProto.FLOAT
+
+
+def test_every_graph_points_into_one_weights_file(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    weights = load_file(tiny_bundle / WEIGHTS_FILE)
+    used = set()
+    for graph in manifest.graphs:
+        onnx.checker.check_model(str(tiny_bundle / graph.file), full_check=True)
+        model = onnx.load(tiny_bundle / graph.file, load_external_data=False)
+        assert (tiny_bundle / graph.file).stat().st_size < 150_000
+        assert [opset.version for opset in model.opset_import if opset.domain == ""] == [23]
+        assert {tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in model.graph.input} == {
+            i.shape for i in graph.inputs
+        }
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                assert {e.key: e.value for e in tensor.external_data}["location"] == WEIGHTS_FILE
+                used.add(tensor.name)
+            else:
+                assert tensor.ByteSize() < 512
+    assert used == set(weights)  # nothing is stored that no graph reads
+    # Read back by another implementation of the format and of external data.
+    model = OnnxFromPath(str(tiny_bundle / "step_02.onnx"))()
+    fc1 = next(t for t in model.graph.initializer if t.name == "blocks.1.ffn.fc1.weight")
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(fc1), weights["blocks.1.ffn.fc1.weight"])
+
+
+def test_pruned_steps_hold_the_operator_and_dense_steps_do_not(tiny_bundle: Path) -> None:
+    plan = read_manifest(tiny_bundle).resolved_plan
+    for scale in plan.steps:
+        model = onnx.load(tiny_bundle / f"step_{scale:02d}.onnx", load_external_data=False)
+        custom = [node.op_type for node in model.graph.node if node.domain == "fastvar"]
+        pruned_sublayers = 2 * sum(plan.prunes(scale, layer) for layer in range(plan.depth))
+        assert custom.count("PivotalTokens") == custom.count("RestoreTokens") == pruned_sublayers
+        assert {f.name for f in model.functions} == set(custom)
+        names = [o.name for o in model.graph.output]
+        assert any(n.startswith("new_k") for n in names) == (scale != plan.steps[-1])
+        assert ("cache_1_attn" in names) == (scale == plan.cache_scale)
+
+
+def test_the_manifest_is_complete(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    assert set(manifest.files) == {p.name for p in tiny_bundle.iterdir() if p.is_file()} - {"manifest.json"}
+    for name, spec in manifest.files.items():
+        assert spec.sha256 == file_sha256(tiny_bundle / name)
+    assert manifest.batches == (1, 2)
+    assert {g.file for g in manifest.graphs if g.batch == 2} == {
+        "condition_b2.onnx", "step_00_b2.onnx", "step_01_b2.onnx", "step_02_b2.onnx", "step_03_b2.onnx", "decoder_b2.onnx",
+    }  # fmt: skip
+    assert manifest.operators == {"fastvar": 1}
+    assert {"torch", "onnx", "fastvar-trt"} <= set(manifest.tools)
+
+
+def test_skipped_scale_has_no_graph(tiny_source: VARSource, export_once: Export) -> None:
+    plan = PruningPlan("skip", ((-1, 1.0), (-2, 0.25)), cache_scale=1)
+    bundle, _ = export_once("skip", tiny_source, ExportOptions(plan=plan))
+    assert not (bundle / "step_03.onnx").exists()
+    with Pipeline.load(bundle) as pipe:
+        assert not verify_bundle(pipe).failures
+        result = pipe.generate([1])
+    assert [t.shape[1] for t in result.tokens] == [1, 9, 25]
+    assert result.images.shape == (1, 128, 128, 3)
+
+
+@pytest.mark.parametrize(("size_out", "size_in"), [(16, 1), (16, 13), (32, 9), (5, 5), (3, 8)])
+def test_resize_matrices_are_torchs(size_out: int, size_in: int) -> None:
+    image = torch.randn(2, 3, size_in, size_in, generator=torch.Generator().manual_seed(0))
+    for mode, matrix in (("bicubic", bicubic_matrix), ("area", area_matrix)):
+        m = matrix(size_out, size_in)
+        expected = torch.nn.functional.interpolate(image, size=(size_out, size_out), mode=mode)
+        torch.testing.assert_close(m @ image @ m.T, expected, atol=5e-6, rtol=0)
+
+
+def test_memory_mapped_and_safetensors_checkpoints_give_the_same_bundle(
+    tmp_path: Path, tiny_bundle: Path, tiny_source: VARSource
+) -> None:
+    save_file({k: v.contiguous() for k, v in tiny_source.state.items()}, tmp_path / "var.safetensors")
+    save_file({k: v.contiguous() for k, v in tiny_source.vae_state.items()}, tmp_path / "vae.safetensors")
+    source = VARSource.from_files(tmp_path / "var.safetensors", tmp_path / "vae.safetensors")
+    options = ExportOptions(plan=TINY_PLAN)
+    exporter._write_model(source, tmp_path, options)
+    assert file_sha256(tmp_path / WEIGHTS_FILE) == read_manifest(tiny_bundle).files[WEIGHTS_FILE].sha256
+
+
+class _Stop(Exception):
+    pass
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    return {p.name: file_sha256(p) for p in folder.iterdir() if p.is_file()}
+
+
+def test_an_existing_folder_is_refused_and_kept(tiny_source: VARSource, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match="exists already"):
+        export_var(tiny_source, out, ExportOptions())
+    with pytest.raises(ExportError, match="not a bundle, so --force does not replace it"):
+        export_var(tiny_source, out, ExportOptions(), force=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_interrupted_export_keeps_the_old_bundle(tiny_source: VARSource, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    shutil.copytree(tiny_bundle, out)
+    before = _contents(out)
+
+    def stop(graph: str, phase: str) -> None:
+        if (graph, phase) == ("step_01.onnx", "check"):
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        export_var(tiny_source, out, ExportOptions(), force=True, progress=stop)
+    assert _contents(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_force_replaces_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    shutil.copytree(tiny_bundle, out)
+    source = VARSource.from_state(*tiny_states(patch_nums=(1, 2), depth=1))
+    export_var(source, out, ExportOptions(), force=True)
+    assert read_manifest(out).schedule == ((1, 1), (2, 2))
+    assert not (out / "step_02.onnx").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_graph_that_differs_from_pytorch_fails_the_export(
+    tiny_source: VARSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = validation.run_in_onnxruntime
+
+    def wrong(folder: Path, spec: Any, model: Any, inputs: Any) -> dict[str, torch.Tensor]:
+        outputs = original(folder, spec, model, inputs)
+        if spec.file == "step_01.onnx":
+            outputs["new_v_1"][2, 1, 0, 3] += 0.5
+        return outputs
+
+    monkeypatch.setattr(exporter, "run_in_onnxruntime", wrong)
+    with pytest.raises(ExportError, match=r"step_01.onnx: new_v_1: maximum error 0\.5"):
+        export_var(tiny_source, tmp_path / "b", ExportOptions())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_not_finite_is_a_mismatch(tiny_source: VARSource, wrong: float) -> None:
+    function = exporter.chain_functions(VAR(tiny_source.config, tiny_source.vae_config, torch.float32), TINY_PLAN.resolve(
+        tiny_source.config.schedule, 2), 1)[0]  # fmt: skip
+    with pytest.raises(ExportError, match="start: maximum error"):
+        validation.compare_graph(function, {"start": torch.ones(2)}, {"start": torch.tensor([1.0, wrong])}, "fp32")
+
+
+def test_no_disk_space_is_seen_before_writing(
+    tiny_source: VARSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ExportError, match="1 MiB free, the bundle needs about"):
+        export_var(tiny_source, tmp_path / "b", ExportOptions())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_writing(
+    tiny_source: VARSource, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "b"
+    shutil.copytree(tiny_bundle, out)
+    before = _contents(out)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exporter, "save_graph", full)
+    with pytest.raises(ExportError, match="the disk is full"):
+        export_var(tiny_source, out, ExportOptions(), force=True)
+    assert _contents(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_writing(tiny_source: VARSource, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="scale 7 does not exist"):
+        export_var(tiny_source, tmp_path / "b", ExportOptions(plan=PruningPlan("p", ((7, 0.5),), 1)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_top_k_is_bounded_by_the_vocabulary(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    assert manifest.sampling.max_top_k == manifest.model.vocab_size == 96
+
+
+def test_the_public_sizes_are_read_from_the_state_dict() -> None:
+    with torch.device("meta"):
+        pass
+    state, vae_state = random_checkpoint(
+        depth=3, width=192, num_heads=3, patch_nums=(1, 2, 6), num_classes=7, vocab_size=64, vae_channels=32
+    )
+    source = VARSource.from_state(state, vae_state)
+    config = source.config
+    assert (config.depth, config.width, config.num_heads, config.mlp_width) == (3, 192, 3, 768)
+    assert (config.num_classes, config.vocab_size, config.patch_nums) == (7, 64, (1, 2, 6))
+    assert source.vae_config.level_channels == (32, 32, 64, 64, 128)
+    assert json.dumps(config.schedule) == "[[1, 1], [2, 2], [6, 6]]"

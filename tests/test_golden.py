@@ -1,0 +1,71 @@
+"""The goldens through the exported graphs and the runtime: what the public reference code computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Golden
+
+from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.runtime import GenerationResult, Pipeline
+
+CASES = ("var_d4_256", "var_d4_512_shared_aln")
+PROBED = 64  # positions of the logits that a golden holds
+Export = Callable[..., tuple[Path, ExportReport]]
+
+
+def draw(bundle: Path, golden: Golden) -> GenerationResult:
+    with Pipeline.load(bundle) as pipe:
+        return pipe.generate(
+            golden.case["labels"],
+            cfg=golden.case["cfg"],
+            greedy=True,
+            return_logits=True,
+            return_float_images=True,
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("batch", ["one", "golden"])
+def test_fp32_reproduces_the_reference(name: str, batch: str, export_once: Export) -> None:
+    golden = Golden(name)
+    sizes = {1, len(golden.case["labels"])}
+    bundle, _ = export_once(name, golden.source(), ExportOptions(batches=tuple(sorted(sizes))))
+    if batch == "one":
+        with Pipeline.load(bundle) as pipe:
+            singles = [
+                pipe.generate([label], cfg=golden.case["cfg"], greedy=True, return_logits=True, return_float_images=True)
+                for label in golden.case["labels"]
+            ]
+        tokens = [np.concatenate(step) for step in zip(*(s.tokens for s in singles), strict=True)]
+        logits = [np.concatenate(step) for step in zip(*(s.logits or [] for s in singles), strict=True)]
+        f_hat = np.concatenate([s.f_hat for s in singles])
+        image = np.concatenate([s.float_images for s in singles if s.float_images is not None])
+    else:
+        result = draw(bundle, golden)
+        assert result.logits is not None
+        assert result.float_images is not None
+        tokens, logits, f_hat, image = result.tokens, result.logits, result.f_hat, result.float_images
+    for k in range(len(golden.case["patch_nums"])):
+        np.testing.assert_array_equal(tokens[k], golden.expected[f"idx_{k}"], err_msg=f"scale {k}")
+        np.testing.assert_allclose(logits[k][:, :PROBED], golden.expected[f"logits_{k}"], atol=1e-3, rtol=0)
+    np.testing.assert_allclose(f_hat, golden.expected["f_hat_9"], atol=1e-3, rtol=0)
+    np.testing.assert_allclose(image, golden.expected["image"], atol=1e-3, rtol=0)
+
+
+def test_fp16_agrees_with_the_fp32_reference(export_once: Export) -> None:
+    golden = Golden("var_d4_256")
+    bundle, _ = export_once("var_d4_256_fp16", golden.source(), ExportOptions(precision="fp16"))
+    result = draw(bundle, golden)
+    assert result.logits is not None
+    assert result.float_images is not None
+    assert all(np.isfinite(step).all() for step in result.logits)
+    assert np.isfinite(result.float_images).all()
+    # A token at a near-tie may flip, and everything after it follows; the first scales have wide margins.
+    agreement = [float((t == golden.expected[f"idx_{k}"]).mean()) for k, t in enumerate(result.tokens)]
+    print("fp16 tokens equal per scale:", [f"{a:.3f}" for a in agreement])
+    assert min(agreement[:6]) == 1.0
+    assert np.mean(agreement) > 0.95
