@@ -1,7 +1,7 @@
 """PyTorch eager against the runtime, dense and pruned, side by side in one run.
 
-Each variant lives in a process of its own, so that its memory can be told apart; the parent lets them run in turn, one image
-each, for several rounds, and compares medians. Weights are random: times do not depend on their values.
+Each variant lives in a process of its own, so that its memory can be told apart; the parent lets them run in turn,
+one image each, for several rounds, and compares medians. Weights are random: times do not depend on their values.
 
     python benchmarks/compare_pytorch.py --schedule 256 --runs 5
 
@@ -207,14 +207,14 @@ def main(depth: int, width: int, schedule: str, prune: str, runs: int, work_dir:
                 process.close()
         weights_mib = (dense / WEIGHTS_FILE).stat().st_size / 2**20
 
-    medians = {
-        name: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for name, rows in times.items()
-    }
+    medians = {name: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for name, rows in times.items()}
     base = [r["total"] for r in times["PyTorch dense"]]
     ratios = {
         name: statistics.median(b / r["total"] for b, r in zip(base, rows, strict=True)) for name, rows in times.items()
     }
-    click.echo(f"{depth} layers x {width}, {schedule}x{schedule}, plan {prune}, batch 1 with guidance, fp32, {runs} runs")
+    click.echo(
+        f"{depth} layers x {width}, {schedule}x{schedule}, plan {prune}, batch 1 with guidance, fp32, {runs} runs"
+    )
     click.echo(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores\n")
     rows: list[list[object]] = [
         [

@@ -1,8 +1,8 @@
 """`fastvar build --target cpu`: graphs optimised and weights prepacked once for this processor.
 
 ONNX Runtime packs the matrices of every session into the layout of its kernels: ten sessions would hold ten packed
-copies. Here each graph is optimised and packed in turn, and the packed blobs of all graphs are merged by content into one
-file, which all sessions then map.
+copies. Here each graph is optimised and packed in turn, and the packed blobs of all graphs are merged by content into
+one file, which all sessions then map.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastvar_trt.runtime.backends.onnxruntime import (
     prepacked_graphs,
 )
 from fastvar_trt.runtime.errors import ExportError
-from fastvar_trt.runtime.manifest import ENGINES_FILE, ENGINES_FOLDER, check_files, read_manifest
+from fastvar_trt.runtime.manifest import ENGINES_FILE, ENGINES_FOLDER, FileSpec, check_files, read_manifest
 
 PACKED_FILE = "weights.prepacked"
 _MIN_EXTERNAL_BYTES = 256  # smaller initializers stay in the graph
@@ -58,7 +58,7 @@ def build_cpu(bundle: Path, progress: Callable[[str], None] = lambda graph: None
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=True)
     ort = import_onnxruntime()
-    usable, _ = prepacked_graphs(bundle, ort)
+    usable, _ = prepacked_graphs(bundle, ort, check_hashes=True)
     if set(usable) == {graph.file for graph in manifest.graphs}:
         return BuildReport(False, len(usable), 0, time.perf_counter() - begin)
     target = bundle / ENGINES_FOLDER / CPU_TARGET
@@ -76,7 +76,7 @@ def build_cpu(bundle: Path, progress: Callable[[str], None] = lambda graph: None
                 {"graph": g.file, "graph_sha256": manifest.files[g.file].sha256, "file": g.file}
                 for g in manifest.graphs
             ],
-            "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+            "files": {path.name: dataclasses.asdict(FileSpec.of(path)) for path in sorted(folder.iterdir())},
         }
         (folder / ENGINES_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)  # stale, or it would have been used

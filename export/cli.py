@@ -70,8 +70,12 @@ class _Progress:
 )
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--batch", "batches", type=Integers(), default="1", show_default=True, help="Batch sizes: N or N,N,...")
-@click.option("--max-top-k", type=click.IntRange(0), default=900, show_default=True, help="Bound of top-k; 0: no bound.")
-@click.option("--target", type=click.Choice(["cpu"]), help="Also build engines for this target, as `fastvar build` does.")
+@click.option(
+    "--max-top-k", type=click.IntRange(0), default=900, show_default=True, help="Bound of top-k; 0: no bound."
+)
+@click.option(
+    "--target", type=click.Choice(["cpu"]), help="Also build engines for this target, as `fastvar build` does."
+)
 @click.option("--force", is_flag=True, help="Replace the bundle that is there.")
 def main(
     model: str,
@@ -119,7 +123,8 @@ def main(
         build_cpu(out)
     worst_file, worst = max(report.errors.items(), key=lambda item: item[1].relative_error)
     click.echo(
-        f"{out}: {len(report.errors)} graphs, {sum(f.num_bytes for f in report.manifest.files.values()) / 2**20:.1f} MiB; "
+        f"{out}: {len(report.errors)} graphs, "
+        f"{sum(f.num_bytes for f in report.manifest.files.values()) / 2**20:.1f} MiB; "
         f"largest difference from PyTorch {worst.max_error:.2g} ({worst.relative_error:.1g} of the largest value), in "
         f"{worst.worst_tensor} of {worst_file}"
     )

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastvar_trt.export.models.checkpoint import check_checkpoints, deployment_tensors, load_state_dict
 from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
 from fastvar_trt.export.models.reference import ChainState
-from fastvar_trt.export.models.var import VAR, Request, sample
+from fastvar_trt.export.models.var import VAR, Request
 from fastvar_trt.export.tracing import GraphFunction, build_graph, chain_functions, save_graph
 from fastvar_trt.export.validation import GraphError, compare_graph, run_in_onnxruntime
 from fastvar_trt.export.weights_file import TensorPlace, layout, map_weights, write_weights
@@ -35,10 +36,9 @@ from fastvar_trt.runtime.manifest import (
     Manifest,
     ModelSpec,
     SamplingSpec,
-    file_sha256,
 )
 from fastvar_trt.runtime.noise import uniform_noise
-from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
+from fastvar_trt.runtime.plan import PRESETS, PruningPlan, ResolvedPlan
 
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_TOP_K = 900  # VAR's sampling settings: demo_sample.ipynb
@@ -81,7 +81,7 @@ class VARSource:
 class ExportOptions:
     """How to export."""
 
-    plan: PruningPlan = PruningPlan()
+    plan: PruningPlan = PRESETS["none"]
     precision: str = "fp32"
     batches: tuple[int, ...] = (1,)
     max_top_k: int = DEFAULT_TOP_K  # 0: the whole vocabulary
@@ -183,12 +183,12 @@ def _export_chain(
 ) -> tuple[list[GraphSpec], dict[str, GraphError]]:
     """Trace, write and check the graphs of one batch size, in the order of the chain.
 
-    PyTorch runs the chain greedily and hands its state to each graph. The graph itself is run with sampling, so that the
-    comparison covers the draw; the greedy images are left in the bundle as its known-answer test.
+    PyTorch runs the chain greedily and hands its state to each graph. The graph itself is run with sampling, so that
+    the comparison covers the draw; the greedy images are left in the bundle as its known-answer test.
     """
     labels = torch.arange(batch) % model.config.num_classes
     greedy = _request(model, batch, greedy=True)
-    reference: dict[str, np.ndarray] = {"labels": labels.numpy(), "cfg": np.float32(DEFAULT_CFG)}
+    reference: dict[str, NDArray[Any]] = {"labels": labels.numpy(), "cfg": np.array(DEFAULT_CFG, dtype=np.float32)}
     state: ChainState | None = None
     errors = {}
     functions = chain_functions(model, plan, batch)
@@ -201,7 +201,7 @@ def _export_chain(
         progress(spec.file, "compare")
         inputs = _graph_inputs(model, function, labels, state)
         expected = function.run(inputs, None)
-        got = run_in_onnxruntime(folder, spec, graph, inputs)
+        got = run_in_onnxruntime(folder, spec, graph, inputs, precision)
         errors[spec.file] = compare_graph(function, expected, got, precision)
         if spec.kind == "condition":
             state = ChainState.begin(model, labels)
@@ -235,9 +235,7 @@ def _request(model: VAR, batch: int, *, greedy: bool) -> Request:
     )
 
 
-def _graph_inputs(
-    model: VAR, function: GraphFunction, labels: Tensor, state: ChainState | None
-) -> dict[str, Tensor]:
+def _graph_inputs(model: VAR, function: GraphFunction, labels: Tensor, state: ChainState | None) -> dict[str, Tensor]:
     """The inputs of one graph out of the state that PyTorch has reached."""
     spec = function.spec
     if state is None:
@@ -283,11 +281,7 @@ def _manifest(
         batches=batches,
         sampling=SamplingSpec(max_top_k, DEFAULT_CFG, min(DEFAULT_TOP_K, max_top_k), DEFAULT_TOP_P),
         graphs=tuple(specs),
-        files={
-            path.name: FileSpec(path.stat().st_size, file_sha256(path))
-            for path in sorted(folder.iterdir())
-            if path.is_file()
-        },
+        files={path.name: FileSpec.of(path) for path in sorted(folder.iterdir()) if path.is_file()},
         operators={DOMAIN: VERSION},
         tools={
             package: importlib.metadata.version(package)

@@ -1,8 +1,8 @@
 """From step functions to ONNX graphs: trace what repeats once, assemble, point the weights into their file.
 
 A step is traced twice: as a skeleton, in which every transformer block is one custom node, and once per
-distinct block. The blocks become ONNX functions and are inlined into the skeleton. Tracing a 16-layer step as a whole takes
-about ten times as long and gives the same graph.
+distinct block. The blocks become ONNX functions and are inlined into the skeleton. Tracing a 16-layer step as
+a whole takes about ten times as long and gives the same graph.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class _Graph(nn.Module):
     """A function of named tensors as a module with positional inputs; `model` makes its parameters visible."""
 
     def __init__(
-        self, run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], inputs: Sequence[str], model: nn.Module | None
+        self,
+        run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        inputs: Sequence[str],
+        model: nn.Module | None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -198,9 +201,7 @@ def _step_function(
             by_name |= {names.cache(i, "attn"): attn, names.cache(i, "ffn"): ffn}
         return {spec.name: by_name[spec.name] for spec in outputs}
 
-    graph = GraphSpec(
-        names.graph_file("step", batch, scale), "step", batch, scale, tuple(inputs), tuple(outputs)
-    )
+    graph = GraphSpec(names.graph_file("step", batch, scale), "step", batch, scale, tuple(inputs), tuple(outputs))
     return GraphFunction(graph, run, tuple(dict.fromkeys(specs)))
 
 
@@ -268,11 +269,14 @@ def _block_function(spec: BlockSpec, name: str, model: VAR) -> ir.Function:
         constant.outputs[0].shape, constant.outputs[0].type = initializer.shape, initializer.type
         initializer.replace_all_uses_with(constant.outputs[0])
         graph.insert_before(graph[0], constant)
+        assert initializer.name is not None
         graph.initializers.pop(initializer.name)
     return ir.Function(BLOCK_DOMAIN, name, graph=graph, attributes=[])
 
 
-def _trace(module: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str]) -> ir.Model:
+def _trace(
+    module: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str]
+) -> ir.Model:
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module.eval(),

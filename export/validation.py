@@ -19,6 +19,7 @@ from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec
 from fastvar_trt.runtime.verify import MAX_TOKENS_CHANGED, TOLERANCE
 
+
 @dataclasses.dataclass(frozen=True)
 class GraphError:
     """How far one graph is from PyTorch."""
@@ -29,18 +30,20 @@ class GraphError:
     tokens_changed: float  # share
 
 
-def run_in_onnxruntime(folder: Path, spec: GraphSpec, model: ir.Model, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def run_in_onnxruntime(
+    folder: Path, spec: GraphSpec, model: ir.Model, inputs: Mapping[str, Tensor], precision: str
+) -> dict[str, Tensor]:
     """The graph's outputs by ONNX Runtime on the CPU, on torch tensors bound in place.
 
     bfloat16 graphs run widened to fp32: ONNX Runtime's CPU provider has no bfloat16 kernels.
     """
     widened = None
     if widen_bfloat16(model):
-        widened = folder / f"widened_{spec.file}"
+        widened, precision = folder / f"widened_{spec.file}", "fp32"
         ir.save(model, widened)
         spec = dataclasses.replace(spec, file=widened.name)
     backend = OnnxRuntimeBackend(engines="off")
-    backend.open(folder)
+    backend.open(folder, precision, check_hashes=False)
     try:
         backend.load(spec)
         outputs = {o.name: torch.zeros(o.shape, dtype=TORCH_DTYPE[o.dtype]) for o in spec.outputs}

@@ -104,7 +104,7 @@ def write_weights(
             missing.remove(name)
             if place.num_bytes:
                 file.seek(place.offset)
-                file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     assert not missing, missing
     return places
 

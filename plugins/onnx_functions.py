@@ -20,7 +20,7 @@ _fastvar = Opset(DOMAIN, VERSION)
 
 
 @onnxscript.script(_fastvar, default_opset=op)
-def PivotalTokens(x: FLOAT[...], keep: int) -> INT64[...]:  # type: ignore[valid-type]
+def PivotalTokens(x: FLOAT[...], keep: int) -> INT64[...]:
     """[B, L, C] -> int64 [B, keep]; see `fastvar_trt.plugins.oracle.pivotal_tokens`."""
     x32 = op.Cast(x, to=1)
     mean = op.ReduceMean(x32, op.Constant(value_ints=[1]), keepdims=1)
@@ -35,7 +35,7 @@ def PivotalTokens(x: FLOAT[...], keep: int) -> INT64[...]:  # type: ignore[valid
 
 
 @onnxscript.script(_fastvar, default_opset=op)
-def GatherTokens(x: FLOAT[...], indices: INT64[...]) -> FLOAT[...]:  # type: ignore[valid-type]
+def GatherTokens(x: FLOAT[...], indices: INT64[...]) -> FLOAT[...]:
     """[B, L, C], int64 [B, K] -> [B, K, C]."""
     # Rows of the flattened [B*L, C] are twice as fast to gather as GatherElements, and one kernel on a GPU.
     shape = op.Shape(x)
@@ -53,14 +53,14 @@ def GatherTokens(x: FLOAT[...], indices: INT64[...]) -> FLOAT[...]:  # type: ign
 
 @onnxscript.script(_fastvar, default_opset=op)
 def RestoreTokens(
-    computed: FLOAT[...],  # type: ignore[valid-type]
-    indices: INT64[...],  # type: ignore[valid-type]
-    cached: FLOAT[...],  # type: ignore[valid-type]
+    computed: FLOAT[...],
+    indices: INT64[...],
+    cached: FLOAT[...],
     h: int,
     w: int,
     cached_h: int,
     cached_w: int,
-) -> FLOAT[...]:  # type: ignore[valid-type]
+) -> FLOAT[...]:
     """[B, K, C], int64 [B, K], [B, cached_h*cached_w, C] -> [B, h*w, C]; see `oracle.restore_tokens`."""
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)

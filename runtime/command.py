@@ -9,12 +9,6 @@ import click
 from fastvar_trt.runtime.errors import FastVARError
 
 
-class _Failure(click.ClickException):
-    def __init__(self, error: FastVARError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
-
-
 class ErrorCommand(click.Command):
     """A command that shows our errors without a traceback and exits with their code."""
 
@@ -22,7 +16,9 @@ class ErrorCommand(click.Command):
         try:
             return super().invoke(ctx)
         except FastVARError as error:
-            raise _Failure(error) from error
+            failure = click.ClickException(str(error))
+            failure.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
+            raise failure from error
 
 
 class Integers(click.ParamType[tuple[int, ...]]):

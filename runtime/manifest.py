@@ -156,6 +156,11 @@ class FileSpec:
     num_bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path) -> FileSpec:
+        """The file as it lies there."""
+        return cls(path.stat().st_size, file_sha256(path))
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Backend, create_backend
 from fastvar_trt.runtime.chain import Chain, ChainOutputs, pad_rows, plan_batches
-from fastvar_trt.runtime.errors import BundleError, RequestError
+from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Manifest, check_files, read_manifest
 from fastvar_trt.runtime.noise import MAX_SEED, uniform_noise
 
@@ -74,7 +74,8 @@ class Pipeline:
             num_threads: threads of one operator on the CPU; default: one per core that this process may use.
             engines: `auto` uses what `fastvar build` made for this device, `off` never does, `require` raises
                 where there is nothing.
-            check: `full` compares the SHA-256 of every file with the manifest, `size` their sizes only.
+            check: `full` compares the SHA-256 of every file (engines too) with the one on record, `size` their
+                sizes only.
 
         Raises:
             BundleError: a bundle that is incomplete, damaged or of another format version.
@@ -89,7 +90,7 @@ class Pipeline:
             backend = create_backend(backend, device, num_threads, engines)
         pipeline = cls(path, manifest, backend)
         try:
-            backend.open(path)
+            backend.open(path, manifest.precision, check_hashes=check == "full")
             for batch in manifest.batches:
                 pipeline._chains[batch] = Chain(backend, manifest, batch)
         except BaseException:
@@ -151,9 +152,7 @@ class Pipeline:
         label_array = np.asarray(labels, dtype=np.int64)
         seed_list = self._seeds(seeds, len(label_array))
         optional = [
-            name
-            for name, wanted in ((names.LOGITS, return_logits), (names.IMAGE, return_float_images))
-            if wanted
+            name for name, wanted in ((names.LOGITS, return_logits), (names.IMAGE, return_float_images)) if wanted
         ]
         plan = self.manifest.resolved_plan
 
@@ -202,7 +201,9 @@ class Pipeline:
         cfg_array = per_image("cfg", sampling.cfg if cfg is None else cfg, "float32")
         temperatures = per_image("temperature", temperature, "float32")
         if (temperatures <= 0).any():
-            raise RequestError(f"temperature: got {temperature}, expected above 0 (for the likeliest token, use greedy)")
+            raise RequestError(
+                f"temperature: got {temperature}, expected above 0 (for the likeliest token, use greedy)"
+            )
         top_ps = per_image("top_p", sampling.top_p if top_p is None else top_p, "float32")
         if ((top_ps < 0) | (top_ps > 1)).any():
             raise RequestError(f"top_p: got {top_p}, expected 0 to 1")
@@ -211,8 +212,8 @@ class Pipeline:
         too_large = (top_ks < 0) | (top_ks > limit) | ((top_ks == 0) & (limit < model.vocab_size))
         if too_large.any() and not greedy:
             raise RequestError(
-                f"top_k: got {top_k}, this bundle takes {0 if limit == model.vocab_size else 1} to {limit}; export with "
-                f"--max-top-k (0 for all {model.vocab_size}) for more"
+                f"top_k: got {top_k}, this bundle takes {0 if limit == model.vocab_size else 1} to {limit}; export "
+                f"with --max-top-k (0 for all {model.vocab_size}) for more"
             )
         return {
             names.CFG: cfg_array,

@@ -196,9 +196,7 @@ class PruningPlan:
         fractions = []
         for entry in entries:
             if not isinstance(entry, Mapping) or set(entry) != {"scale", "fraction"}:
-                raise PlanError(
-                    f'plan {name!r}: pruned: got {entry!r}, expected {{"scale": ..., "fraction": ...}}'
-                )
+                raise PlanError(f'plan {name!r}: pruned: got {entry!r}, expected {{"scale": ..., "fraction": ...}}')
             fraction = entry["fraction"]
             if not isinstance(fraction, int | float) or isinstance(fraction, bool) or math.isnan(fraction):
                 raise PlanError(f"plan {name!r}: fraction: got {fraction!r}, expected a number from 0 to 1")

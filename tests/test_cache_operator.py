@@ -20,9 +20,7 @@ OPSET = 23
 ONNX_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
 
 
-def run_body(
-    operator: str, inputs: dict[str, np.ndarray], output: np.ndarray, **attributes: int
-) -> np.ndarray:
+def run_body(operator: str, inputs: dict[str, np.ndarray], output: np.ndarray, **attributes: int) -> np.ndarray:
     """One node of the operator, its body run by ONNX Runtime; `output` has the expected shape and dtype."""
     graph = helper.make_graph(
         [helper.make_node(operator, list(inputs), ["out"], domain=DOMAIN, **attributes)],
@@ -153,7 +151,9 @@ def test_restore_tokens_agree(
     np.testing.assert_array_equal(np.take_along_axis(body, indices[:, :, None], 1), computed)  # scattered exactly
 
 
-@pytest.mark.parametrize(("grid", "cached"), [((13, 13), (10, 10)), ((6, 9), (4, 6)), ((5, 7), (5, 7)), ((3, 4), (8, 8))])
+@pytest.mark.parametrize(
+    ("grid", "cached"), [((13, 13), (10, 10)), ((6, 9), (4, 6)), ((5, 7), (5, 7)), ((3, 4), (8, 8))]
+)
 def test_area_interpolation_is_torchs(rng: np.random.Generator, grid: tuple[int, int], cached: tuple[int, int]) -> None:
     (h, w), (ch, cw) = grid, cached
     image = rng.normal(size=(2, 5, ch, cw)).astype(np.float32)

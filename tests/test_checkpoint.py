@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_states
 
+from conftest import tiny_states
 from fastvar_trt.export.exporter import VARSource
 from fastvar_trt.export.models.checkpoint import load_state_dict
 from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
@@ -53,7 +53,7 @@ def test_a_checkpoint_of_another_model(states: Any) -> None:
     infinity = {"text_norm.weight": torch.zeros(4), "word_embed.bias": torch.zeros(4)}
     with pytest.raises(CheckpointError, match=r"not a VAR transformer: key word_embed.weight is missing"):
         VARSource.from_state(infinity, states[1])
-    with pytest.raises(CheckpointError, match="not a VAR VQVAE: key quantize.embedding.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"not a VAR VQVAE: key quantize.embedding.weight is missing"):
         VARSource.from_state(states[0], states[0])
 
 
@@ -93,7 +93,11 @@ def test_what_the_state_dict_cannot_tell(states: Any) -> None:
 @pytest.mark.parametrize("kind", ["shared", "partially_shared", "non_shared"])
 def test_sharing_of_the_residual_convolutions(kind: str, states: Any) -> None:
     vae_state = {k: v for k, v in states[1].items() if ".quant_resi." not in k}
-    names = {"shared": ["qresi"], "partially_shared": [f"qresi_ls.{i}" for i in range(4)], "non_shared": ["0", "1", "2"]}
+    names = {
+        "shared": ["qresi"],
+        "partially_shared": [f"qresi_ls.{i}" for i in range(4)],
+        "non_shared": ["0", "1", "2"],
+    }
     for name in names[kind]:
         vae_state[f"quantize.quant_resi.{name}.weight"] = torch.zeros(32, 32, 3, 3)
         vae_state[f"quantize.quant_resi.{name}.bias"] = torch.zeros(32)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Golden
 
+from conftest import Golden
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.runtime import GenerationResult, Pipeline
 
@@ -37,7 +37,9 @@ def test_fp32_reproduces_the_reference(name: str, batch: str, export_once: Expor
     if batch == "one":
         with Pipeline.load(bundle) as pipe:
             singles = [
-                pipe.generate([label], cfg=golden.case["cfg"], greedy=True, return_logits=True, return_float_images=True)
+                pipe.generate(
+                    [label], cfg=golden.case["cfg"], greedy=True, return_logits=True, return_float_images=True
+                )
                 for label in golden.case["labels"]
             ]
         tokens = [np.concatenate(step) for step in zip(*(s.tokens for s in singles), strict=True)]

@@ -24,7 +24,9 @@ def test_none_keeps_everything() -> None:
 
 def test_kept_tokens_are_the_references() -> None:
     # FastVAR keeps L - int(L * ratio).
-    plan = PruningPlan(fractions=((-1, 0.3), (3, 0.55)), cache_scale=2, first_layer=1, last_layer=-2).resolve(SCHEDULE, 4)
+    plan = PruningPlan(fractions=((-1, 0.3), (3, 0.55)), cache_scale=2, first_layer=1, last_layer=-2).resolve(
+        SCHEDULE, 4
+    )
     assert plan.num_kept == (1, 4, 16, 24 - int(24 * 0.55), 64 - int(64 * 0.3))
     assert (plan.first_layer, plan.last_layer) == (1, 2)
     assert [plan.kept(3, i) for i in range(4)] == [24, 11, 11, 24]
@@ -83,7 +85,7 @@ def test_plans_that_do_not_fit(plan: PruningPlan, message: str) -> None:
         ([], "got a JSON list, expected an object"),
         ({"prune": []}, "unknown key 'prune'"),
         ({"pruned": {}}, "expected a list"),
-        ({"pruned": [{"scale": 1}]}, "expected {\"scale\""),
+        ({"pruned": [{"scale": 1}]}, 'expected {"scale"'),
         ({"pruned": [{"scale": "last", "fraction": 0.5}]}, "scale: got 'last', expected a whole number"),
         ({"pruned": [{"scale": 1, "fraction": "half"}]}, "fraction: got 'half'"),
         ({"pruned": [{"scale": 1, "fraction": True}]}, "fraction: got True"),

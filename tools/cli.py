@@ -63,7 +63,9 @@ Examples:
 @click.option("--cfg", type=float, help="Guidance scale; default: the bundle's.")
 @click.option("--temperature", type=float, default=1.0, show_default=True)
 @click.option("--top-k", type=int, help="Draw from the K likeliest tokens; default: the bundle's.")
-@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this total probability; default: the bundle's.")
+@click.option(
+    "--top-p", type=float, help="Draw from the likeliest tokens of this total probability; default: the bundle's."
+)
 @click.option("--greedy", is_flag=True, help="Take the likeliest token instead of drawing.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG; several images make a grid.")
 @click.option("--save-tokens", type=click.Path(path_type=Path), help="NPZ with step_00, ..., f_hat and image.")
@@ -194,13 +196,19 @@ def verify(bundle: Path, threads: int | None, engines: str) -> None:
         return "-" if value is None else format(value, spec)
 
     rows = [
-        [s.scale, s.num_images, show(s.token_agreement, ".2%"), show(s.logits_error, ".2g"), show(s.relative_error, ".2g")]
+        [
+            s.scale,
+            s.num_images,
+            show(s.token_agreement, ".2%"),
+            show(s.logits_error, ".2g"),
+            show(s.relative_error, ".2g"),
+        ]
         for s in outcome.steps
     ]
     click.echo(format_table(["scale", "images compared", "tokens equal", "max logits error", "relative"], rows))
     click.echo(
-        f"{num_files} files match the manifest; {outcome.num_images_equal} of {outcome.num_images} images have PyTorch's "
-        f"tokens, max image error {show(outcome.image_error, '.2g')}"
+        f"{num_files} files match the manifest; {outcome.num_images_equal} of {outcome.num_images} images have "
+        f"PyTorch's tokens, max image error {show(outcome.image_error, '.2g')}"
     )
     click.echo(json.dumps(dataclasses.asdict(outcome)))
     if outcome.failures:
@@ -234,7 +242,11 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
     )
     click.echo(
         f"plan {manifest.plan.name}"
-        + ("" if plan.cache_scale is None else f": cache of scale {plan.cache_scale}, layers {plan.first_layer} to {plan.last_layer}")
+        + (
+            ""
+            if plan.cache_scale is None
+            else f": cache of scale {plan.cache_scale}, layers {plan.first_layer} to {plan.last_layer}"
+        )
     )
     rows = [
         [k, f"{h}x{w}", h * w, plan.num_kept[k] or "skipped", *(plan.num_past(k, i) for i in (0, model.depth - 1))]
@@ -248,7 +260,11 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
     if tensors:
         for graph in manifest.graphs:
             click.echo(f"\n{graph.file}")
-            lines = [[way, t.name, t.dtype, list(t.shape)] for way, ts in (("in", graph.inputs), ("out", graph.outputs)) for t in ts]
+            lines = [
+                [way, t.name, t.dtype, list(t.shape)]
+                for way, ts in (("in", graph.inputs), ("out", graph.outputs))
+                for t in ts
+            ]
             click.echo(format_table(["", "tensor", "dtype", "shape"], lines))
 
 

@@ -76,9 +76,8 @@ def check_keys(
         CheckpointError: one error that names every missing, unexpected and mis-shaped key.
     """
     missing = [key for key in expected if key not in state]
-    unexpected = [
-        key for key in state if key not in expected and not any(u in key if u[0] == "." else key.startswith(u) for u in unused)
-    ]  # fmt: skip
+    ignored = {key for key in state if any(u in key if u[0] == "." else key.startswith(u) for u in unused)}
+    unexpected = [key for key in state if key not in expected and key not in ignored]
     wrong = [
         f"{key} (got {list(state[key].shape)}, expected {list(shape)})"
         for key, shape in expected.items()
@@ -237,13 +236,12 @@ def deployment_tensors(
         yield f"phi.{index}.weight", weight
         yield f"phi.{index}.bias", vae_state[phi_key(vae_config, index) + "bias"].float() * ratio
     last = config.patch_nums[-1]
-    for side in sorted(set(config.patch_nums) - {last}):
-        for name, matrix in (
-            (f"resize.bicubic_{last}_{side}", bicubic_matrix(last, side)),
-            (f"resize.area_{side}_{last}", area_matrix(side, last)),
-        ):
-            yield name, matrix
-            yield f"{name}_t", matrix.T.contiguous()
+    resizes = {f"resize.bicubic_{last}_{side}": bicubic_matrix(last, side) for side in config.patch_nums[:-1]}
+    # Scale 0 embeds the condition, not f_hat.
+    resizes |= {f"resize.area_{side}_{last}": area_matrix(side, last) for side in config.patch_nums[1:-1]}
+    for name, matrix in resizes.items():
+        yield name, matrix
+        yield f"{name}_t", matrix.T.contiguous()
     for key in expected_vae_keys(vae_config):
         if not key.startswith("quantize."):
             is_norm = ".norm" in key

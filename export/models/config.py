@@ -129,16 +129,15 @@ class VARConfig:
         if patch_nums is None:
             if "lvl_1L" not in state:
                 raise CheckpointError(
-                    'the state dict has no buffer lvl_1L to read the scales from; give --config \'{"patch_nums": [...]}\''
+                    "the state dict has no buffer lvl_1L to read the scales from; give "
+                    "--config '{\"patch_nums\": [...]}'"
                 )
             patch_nums = _patch_nums(state["lvl_1L"])
         if not isinstance(patch_nums, list | tuple) or not all(isinstance(n, int) and n > 0 for n in patch_nums):
             raise CheckpointError(f"patch_nums: got {patch_nums!r}, expected a list of positive whole numbers")
         length, expected = _tensor(state, "pos_1LC", kind).shape[1], sum(n * n for n in patch_nums)
         if length != expected:
-            raise CheckpointError(
-                f"pos_1LC: got {length} positions, but patch_nums {list(patch_nums)} need {expected}"
-            )
+            raise CheckpointError(f"pos_1LC: got {length} positions, but patch_nums {list(patch_nums)} need {expected}")
         return cls(
             depth=_count(state, "blocks.{}.attn.mat_qkv.weight"),
             width=width,

@@ -1,10 +1,10 @@
 """VAR as stateless functions: condition, one step per scale, decoder.
 
 What the official code keeps between steps (KV cache, token map, f_hat) is passed in and out here, so that
-each function is one graph. Differences from the reference, all exact up to rounding: adaptive-norm modulations are computed
-once per image instead of once per scale; guidance is applied to the hidden state before the head, which is
-linear, instead of to the logits; interpolations are constant matrices; sampling is by inverse CDF from one
-uniform number per token.
+each function is one graph. Differences from the reference, all exact up to rounding: adaptive-norm modulations
+are computed once per image instead of once per scale; guidance is applied to the hidden state before the head,
+which is linear, instead of to the logits; interpolations are constant matrices; sampling is by inverse CDF from
+one uniform number per token.
 
 In half precision the matrix products, the attention, keys, values and token caches are in half; fp32 stay the residual
 stream (real checkpoints exceed 65504 in it), normalisation, q/k normalisation, token selection, guidance,
@@ -216,11 +216,11 @@ def sample(logits: Tensor, uniform: Tensor, request: Request, rank: Tensor) -> T
     """
     values, order = _top_k(logits, len(rank))  # [B, L, max_top_k], descending
     values = values / request.temperature[:, None, None]
-    values = values.masked_fill(rank >= request.top_k[:, None, None], float("-inf"))
-    probabilities = values.softmax(dim=-1)
+    among_top_k = rank < request.top_k[:, None, None]
+    probabilities = values.masked_fill(~among_top_k, float("-inf")).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     # A candidate stays while those before it have less than top_p: always the first one, and a prefix.
-    kept = (cumulative - probabilities) < request.top_p[:, None, None]
+    kept = ((cumulative - probabilities) < request.top_p[:, None, None]) & among_top_k
     mass = (probabilities * kept).sum(dim=-1, keepdim=True)
     below = (cumulative <= uniform.unsqueeze(-1) * mass) & kept
     # Rounding may put the draw at the very end of the mass: the last kept candidate then.
@@ -353,7 +353,7 @@ class VAR(nn.Module):
             block_names: while tracing, the name of the custom node that stands for each block.
         """
         config = self.config
-        batch, length = uniform.shape
+        batch = uniform.shape[0]
         if start is not None:
             x = start.unsqueeze(1) + self.weight("pos.0")  # [B2, L, C]
         else:

@@ -29,7 +29,7 @@ class Buffer:
 
     def rows(self, start: int, count: int) -> View:
         """`count` entries of the first axis from `start`; a view, nothing is copied."""
-        assert 0 <= start and start + count <= self.shape[0], (start, count, self.shape)
+        assert start >= 0 and start + count <= self.shape[0], (start, count, self.shape)
         row_bytes = math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
         return View(self, (count, *self.shape[1:]), self.pointer + start * row_bytes)
 
@@ -65,8 +65,14 @@ class Backend(abc.ABC):
     name: str
 
     @abc.abstractmethod
-    def open(self, bundle: Path) -> None:
-        """Acquire the device for the graphs of one bundle."""
+    def open(self, bundle: Path, precision: str, *, check_hashes: bool) -> None:
+        """Acquire the device for the graphs of one bundle.
+
+        Args:
+            bundle: its folder; the files of the manifest have been checked.
+            precision: what its graphs compute in: `fp32`, `fp16` or `bf16`.
+            check_hashes: whether engine files are compared by their content, or by their sizes only.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:

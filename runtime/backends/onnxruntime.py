@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, View
 from fastvar_trt.runtime.errors import BackendError
-from fastvar_trt.runtime.manifest import DTYPE_BYTES, ENGINES_FILE, ENGINES_FOLDER, GraphSpec, file_sha256
+from fastvar_trt.runtime.manifest import (
+    DTYPE_BYTES,
+    ENGINES_FILE,
+    ENGINES_FOLDER,
+    FileSpec,
+    GraphSpec,
+    file_sha256,
+)
 
 CPU_TARGET = "cpu"
 
@@ -114,16 +121,21 @@ class OnnxRuntimeBackend(Backend):
         """True where the prepacked graphs of `engines/cpu` are in use."""
         return bool(self._prepacked)
 
-    def open(self, bundle: Path) -> None:
+    def open(self, bundle: Path, precision: str, *, check_hashes: bool) -> None:
         self._ort = import_onnxruntime()
         self._bundle = bundle
         if self._engines_mode != "off":
-            self._prepacked, reason = prepacked_graphs(bundle, self._ort)
+            self._prepacked, reason = prepacked_graphs(bundle, self._ort, check_hashes=check_hashes)
             if reason and (self._engines_mode == "require" or (bundle / ENGINES_FOLDER / CPU_TARGET).exists()):
                 raise BackendError(
                     f"bundle {bundle}: the engines for the target cpu cannot be used: {reason}; run "
                     f"`fastvar build {bundle} --target cpu`, or load with engines='off' (--engines off)"
                 )
+        if precision == "bf16" and not self._prepacked:
+            raise BackendError(
+                f"bundle {bundle}: bf16: ONNX Runtime has no bfloat16 kernels for the CPU; run "
+                f"`fastvar build {bundle} --target cpu` (its graphs compute in fp32), or export with --precision fp32"
+            )
 
     def close(self) -> None:
         self._sessions.clear()
@@ -200,8 +212,13 @@ class OnnxRuntimeBackend(Backend):
         _env_allocator_registered = True
 
 
-def prepacked_graphs(bundle: Path, onnxruntime: Any) -> tuple[dict[str, str], str]:
+def prepacked_graphs(bundle: Path, onnxruntime: Any, *, check_hashes: bool) -> tuple[dict[str, str], str]:
     """The usable prepacked graphs of `engines/cpu` by the graph file they were built from.
+
+    Args:
+        bundle: its folder.
+        onnxruntime: the module.
+        check_hashes: compare the SHA-256 of the files, too; else their sizes only.
 
     Returns:
         ({graph file: prepacked file}, "") or ({}, why there are none).
@@ -215,17 +232,19 @@ def prepacked_graphs(bundle: Path, onnxruntime: Any) -> tuple[dict[str, str], st
         built_for, engines = data["built_for"], data["engines"]
         files = {str(entry["graph"]): str(entry["file"]) for entry in engines}
         sources = {str(entry["graph"]): str(entry["graph_sha256"]) for entry in engines}
-        sizes = {str(name): int(size) for name, size in data["files"].items()}
+        built = {str(name): FileSpec(**spec) for name, spec in data["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"{record.name} is damaged ({error})"
     here = cpu_description(onnxruntime)
     for key, value in here.items():
         if built_for.get(key) != value:
             return {}, f"built for another {key}"
-    for name, size in sizes.items():
+    for name, spec in built.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+        if not path.is_file() or path.stat().st_size != spec.num_bytes:
             return {}, f"{name} is missing or truncated"
+        if check_hashes and file_sha256(path) != spec.sha256:
+            return {}, f"{name} is damaged"
     for graph, sha256 in sources.items():
         if not (bundle / graph).is_file() or file_sha256(bundle / graph) != sha256:
             return {}, f"{graph} has changed since"
