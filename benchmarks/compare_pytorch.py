@@ -92,6 +92,13 @@ class RuntimeVariant:
         return {"total": sum(timings.values()), **{k: v for k, v in timings.items() if k.startswith("step")}}
 
 
+def processor_name() -> str:
+    """The processor as the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def worker(kind: str, bundle: Path, source: Path) -> None:
     """Serve one variant over standard input and output: a line in, one image, its times out."""
     begin = time.perf_counter()
@@ -215,7 +222,7 @@ def main(depth: int, width: int, schedule: str, prune: str, runs: int, work_dir:
     click.echo(
         f"{depth} layers x {width}, {schedule}x{schedule}, plan {prune}, batch 1 with guidance, fp32, {runs} runs"
     )
-    click.echo(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores\n")
+    click.echo(f"{processor_name()}, {len(os.sched_getaffinity(0))} cores\n")
     rows: list[list[object]] = [
         [
             name,

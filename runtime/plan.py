@@ -215,7 +215,8 @@ class PruningPlan:
         )
 
 
-# `fastvar-var` was chosen by the sweep of benchmarks/plan_sweep.py (README, "Pruning plans").
+# `fastvar-var`: FastVAR's fractions for Infinity's last two computed scales, on VAR's last two; the first layers stay
+# dense, as there. Its speed was measured (benchmarks/results); its quality awaits trained weights.
 PRESETS: Mapping[str, PruningPlan] = {
     "none": PruningPlan(),
     "fastvar-var": PruningPlan(

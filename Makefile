@@ -1,0 +1,35 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: they make their own virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PACKAGES := export runtime plugins tools
+
+.PHONY: demo test check format clean
+
+demo: $(INSTALLED)
+	$(BIN)/fastvar-export demo --out out/demo --force
+	$(BIN)/fastvar generate out/demo --class 1 --class 3 --class 5 --class 7 -o out/demo.png
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+# mypy does not follow the mapping of our folders to one package: it gets a folder of links instead.
+	mkdir -p build/types/fastvar_trt
+	for name in $(PACKAGES); do ln -sfn ../../../$$name build/types/fastvar_trt/$$name; done
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastvar_trt
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[export,cpu,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out

@@ -1,0 +1,150 @@
+"""`fastvar build --target cpu`: prepacked weights, when they are used and when they are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from conftest import TINY_PLAN
+from fastvar_trt.export import build_cpu as module
+from fastvar_trt.export.build_cpu import PACKED_FILE, build_cpu
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource
+from fastvar_trt.runtime import BackendError, ExportError, Pipeline, read_manifest
+from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE
+from fastvar_trt.tools.cli import main as fastvar
+
+
+@pytest.fixture(scope="module")
+def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("built") / "b"))
+    result = CliRunner().invoke(fastvar, ["build", str(bundle), "--target", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "12 graphs for cpu" in result.output
+    return bundle
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(built, tmp_path / "b"))
+
+
+def uses_engines(pipe: Pipeline) -> bool:
+    assert isinstance(pipe.backend, OnnxRuntimeBackend)
+    return pipe.backend.prepacked
+
+
+def test_engines_compute_what_the_graphs_compute(built: Path) -> None:
+    with Pipeline.load(built, engines="off") as plain, Pipeline.load(built, engines="require") as packed:
+        assert not uses_engines(plain)
+        assert uses_engines(packed)
+        expected, got = (p.generate([1, 2, 3], seeds=4, return_float_images=True) for p in (plain, packed))
+    for k in range(4):
+        np.testing.assert_array_equal(got.tokens[k], expected.tokens[k])
+    np.testing.assert_allclose(got.float_images, expected.float_images, atol=1e-5)
+
+
+def test_all_graphs_share_one_packed_file(built: Path) -> None:
+    folder = built / "engines" / "cpu"
+    assert {p.name for p in folder.iterdir()} == {
+        PACKED_FILE,
+        "engines.json",
+        *(g.file for g in read_manifest(built).graphs),
+    }
+    # The original matrices and their packed form, once each, for 12 graphs.
+    assert (folder / PACKED_FILE).stat().st_size < 2.5 * (built / WEIGHTS_FILE).stat().st_size
+
+
+def test_fresh_engines_are_not_built_again(built: Path) -> None:
+    assert not build_cpu(built).built
+    result = CliRunner().invoke(fastvar, ["build", str(built), "--target", "cpu"])
+    assert "up to date" in result.output
+    with Pipeline.load(built) as pipe:  # the default uses them
+        assert uses_engines(pipe)
+
+
+def _change_graph(bundle: Path) -> None:
+    """Another export in the same folder: the graph's hash is no longer the one that was built from."""
+    record = bundle / "engines" / "cpu" / "engines.json"
+    data = json.loads(record.read_text())
+    data["engines"][3]["graph_sha256"] = "0" * 64
+    record.write_text(json.dumps(data))
+
+
+def _other_processor(bundle: Path) -> None:
+    record = bundle / "engines" / "cpu" / "engines.json"
+    data = json.loads(record.read_text())
+    data["built_for"]["cpu"] = "another"
+    record.write_text(json.dumps(data))
+
+
+def _damage(bundle: Path) -> None:
+    path = bundle / "engines" / "cpu" / PACKED_FILE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (_change_graph, "step_02.onnx has changed since"),
+        (_other_processor, "built for another cpu"),
+        (_damage, "weights.prepacked is damaged"),
+        (lambda bundle: (bundle / "engines" / "cpu" / "step_01.onnx").unlink(), "step_01.onnx is missing"),
+        (lambda bundle: (bundle / "engines" / "cpu" / "engines.json").write_text("{"), "engines.json is damaged"),
+    ],
+)
+def test_engines_that_do_not_fit_are_refused_and_built_again(
+    bundle: Path, harm: Callable[[Path], Any], reason: str
+) -> None:
+    harm(bundle)
+    for mode in ("auto", "require"):  # nothing falls back silently
+        with pytest.raises(BackendError, match=f"{reason}.*fastvar build"):
+            Pipeline.load(bundle, engines=mode)
+    with Pipeline.load(bundle, engines="off") as pipe:
+        assert not uses_engines(pipe)
+    assert build_cpu(bundle).built
+    with Pipeline.load(bundle, engines="require") as pipe:
+        assert uses_engines(pipe)
+
+
+def test_required_engines_that_were_never_built(tiny_bundle: Path) -> None:
+    with pytest.raises(BackendError, match="none were built; run `fastvar build"):
+        Pipeline.load(tiny_bundle, engines="require")
+
+
+def test_a_failed_build_keeps_the_engines_of_before(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _other_processor(bundle)
+    before = sorted(p.name for p in (bundle / "engines" / "cpu").iterdir())
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.onnx, "save", full)
+    with pytest.raises(ExportError, match="No space left on device; nothing was kept"):
+        build_cpu(bundle)
+    assert sorted(p.name for p in (bundle / "engines" / "cpu").iterdir()) == before
+    assert [p.name for p in (bundle / "engines").iterdir()] == ["cpu"]
+
+
+def test_bfloat16_needs_engines_on_the_cpu(
+    tiny_source: VARSource,
+    export_once: Callable[..., tuple[Path, ExportReport]],
+    tmp_path: Path,
+) -> None:
+    original, _ = export_once("tiny_bf16", tiny_source, ExportOptions(plan=TINY_PLAN, precision="bf16"))
+    bundle = Path(shutil.copytree(original, tmp_path / "b"))
+    with pytest.raises(BackendError, match="no bfloat16 kernels for the CPU; run `fastvar build"):
+        Pipeline.load(bundle)
+    build_cpu(bundle)
+    result = CliRunner().invoke(fastvar, ["verify", str(bundle), "--engines", "require"])
+    assert result.exit_code == 0, result.output

@@ -1,0 +1,96 @@
+"""The package: what is installed, and what an import pulls in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+_WITHOUT = """
+import sys
+for name in {absent!r}:
+    sys.modules[name] = None
+"""
+
+
+def run_without(absent: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code where some modules cannot be imported."""
+    return subprocess.run(
+        [sys.executable, "-c", _WITHOUT.format(absent=absent) + code], capture_output=True, text=True, check=False
+    )
+
+
+def test_every_package_is_listed() -> None:
+    tops = ("export", "runtime", "plugins", "tools")
+    folders = {path.parent.relative_to(ROOT) for top in tops for path in (ROOT / top).rglob("*.py")}
+    expected = {f"fastvar_trt.{'.'.join(folder.parts)}" for folder in folders}
+    setuptools = PROJECT["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == expected
+    assert setuptools["package-dir"] == {p: p.removeprefix("fastvar_trt.").replace(".", "/") for p in expected}
+
+
+EXPORT_ONLY = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
+
+
+def test_the_runtime_draws_without_torch_and_onnx(tiny_bundle: Path) -> None:
+    code = f"""
+from fastvar_trt.runtime import Pipeline
+with Pipeline.load({str(tiny_bundle)!r}) as pipe:
+    print(pipe.generate([1]).images.shape)
+assert not [m for m in sys.modules if m.startswith("fastvar_trt.export") or m.startswith("fastvar_trt.tools")]
+"""
+    done = run_without((*EXPORT_ONLY, "click", "PIL"), code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 128, 128, 3)"
+
+
+def test_importing_the_runtime_loads_no_backend() -> None:
+    done = run_without(EXPORT_ONLY, "import fastvar_trt.runtime\nassert 'onnxruntime' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["tools", "export"])
+def test_help_needs_only_what_the_runtime_needs(command: str) -> None:
+    code = f"from fastvar_trt.{command}.cli import main\nmain(['--help'])"
+    done = run_without((*EXPORT_ONLY, "onnxruntime"), code)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "from fastvar_trt.export.cli import main\nmain(['demo', '--out', 'unused'])",
+            "pip install 'fastvar-trt[export",
+        ),
+        ("from fastvar_trt.tools.cli import main\nmain(['build', 'unused', '--target', 'cpu'])", "fastvar-trt[export"),
+    ],
+)
+def test_a_missing_extra_is_named(code: str, message: str) -> None:
+    done = run_without(EXPORT_ONLY, code)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_onnxruntime_is_named(tiny_bundle: Path) -> None:
+    code = f"from fastvar_trt.tools.cli import main\nmain(['verify', {str(tiny_bundle)!r}])"
+    done = run_without(("onnxruntime",), code)
+    assert done.returncode == 1
+    assert "onnxruntime is not installed; install one of the extras" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_package_imports_the_tests() -> None:
+    for top in ("export", "runtime", "plugins", "tools"):
+        for path in (ROOT / top).rglob("*.py"):
+            text = path.read_text()
+            assert "import tests" not in text, path
+            assert "from tests" not in text, path
