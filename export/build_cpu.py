@@ -7,20 +7,22 @@ one file, which all sessions then map.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import onnx
 import onnx_ir as ir
 
+from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.widen import widen_bfloat16
 from fastvar_trt.runtime.backends.onnxruntime import (
     CPU_TARGET,
@@ -29,7 +31,14 @@ from fastvar_trt.runtime.backends.onnxruntime import (
     prepacked_graphs,
 )
 from fastvar_trt.runtime.errors import ExportError
-from fastvar_trt.runtime.manifest import ENGINES_FILE, ENGINES_FOLDER, FileSpec, check_files, read_manifest
+from fastvar_trt.runtime.manifest import (
+    ENGINES_FILE,
+    ENGINES_FOLDER,
+    WEIGHTS_FILE,
+    FileSpec,
+    check_files,
+    read_manifest,
+)
 
 PACKED_FILE = "weights.prepacked"
 _MIN_EXTERNAL_BYTES = 256  # smaller initializers stay in the graph
@@ -59,33 +68,30 @@ def build_cpu(bundle: Path, progress: Callable[[str], None] = lambda graph: None
     check_files(bundle, manifest, hashes=True)
     ort = import_onnxruntime()
     usable, _ = prepacked_graphs(bundle, ort, check_hashes=True)
-    if set(usable) == {graph.file for graph in manifest.graphs}:
+    if usable:
         return BuildReport(False, len(usable), 0, time.perf_counter() - begin)
     target = bundle / ENGINES_FOLDER / CPU_TARGET
-    folder = bundle / ENGINES_FOLDER / f".{CPU_TARGET}.partial-{os.getpid()}"
     try:
-        folder.mkdir(parents=True)
-        with (folder / PACKED_FILE).open("wb") as file:
-            merged = _MergedFile(file)
-            for graph in manifest.graphs:
-                progress(graph.file)
-                _prepack(ort, bundle / graph.file, folder / graph.file, merged)
-        record = {
-            "built_for": cpu_description(ort),
-            "engines": [
-                {"graph": g.file, "graph_sha256": manifest.files[g.file].sha256, "file": g.file}
-                for g in manifest.graphs
-            ],
-            "files": {path.name: dataclasses.asdict(FileSpec.of(path)) for path in sorted(folder.iterdir())},
-        }
-        (folder / ENGINES_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)  # stale, or it would have been used
-        folder.rename(target)
+        with temporary_folder(target) as folder:
+            with (folder / PACKED_FILE).open("wb") as file:
+                merged = _MergedFile(file)
+                for graph in manifest.graphs:
+                    progress(graph.file)
+                    _prepack(ort, bundle / graph.file, folder / graph.file, merged)
+            record = {
+                "built_for": cpu_description(ort),
+                "weights_sha256": manifest.files[WEIGHTS_FILE].sha256,
+                "engines": [
+                    {"graph": g.file, "graph_sha256": manifest.files[g.file].sha256, "file": g.file}
+                    for g in manifest.graphs
+                ],
+                "files": {path.name: dataclasses.asdict(FileSpec.of(path)) for path in sorted(folder.iterdir())},
+            }
+            (folder / ENGINES_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            replace_folder(folder, target)
         num_bytes = (target / PACKED_FILE).stat().st_size
     except OSError as error:
-        raise ExportError(f"{folder.parent}: cannot be written: {error.strerror or error}; nothing was kept") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        raise ExportError(f"{target}: cannot be written: {error.strerror or error}; nothing was kept") from error
     return BuildReport(True, len(manifest.graphs), num_bytes, time.perf_counter() - begin)
 
 
@@ -119,14 +125,11 @@ def _prepack(ort: Any, source: Path, destination: Path, merged: _MergedFile) -> 
             "session.save_external_prepacked_constant_initializers": "1",
         }.items():
             options.add_session_config_entry(key, value)
-        widened = _widened(source)
-        try:
-            ort.InferenceSession(str(widened or source), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise ExportError(f"{source.name}: ONNX Runtime could not optimise it: {error}") from error
-        finally:
-            if widened is not None:
-                widened.unlink()
+        with _widened(source) as computable:
+            try:
+                ort.InferenceSession(str(computable), options, providers=["CPUExecutionProvider"])
+            except Exception as error:
+                raise ExportError(f"{source.name}: ONNX Runtime could not optimise it: {error}") from error
         model = onnx.load(graph, load_external_data=False)
         blobs = Path(scratch) / data
         with blobs.open("rb") if blobs.is_file() else open(os.devnull, "rb") as file:  # noqa: PTH123
@@ -136,14 +139,19 @@ def _prepack(ort: Any, source: Path, destination: Path, merged: _MergedFile) -> 
         onnx.save(model, destination)
 
 
-def _widened(source: Path) -> Path | None:
-    """A copy of a bfloat16 graph that computes in fp32, beside it because it shares its weights; None for others."""
+@contextlib.contextmanager
+def _widened(source: Path) -> Iterator[Path]:
+    """For a bfloat16 graph a copy that computes in fp32, beside it as it shares its weights; others as they are."""
     model = ir.load(source)
     if not widen_bfloat16(model):
-        return None
-    path = source.with_name(f".widened-{os.getpid()}-{source.name}")
-    ir.save(model, path)
-    return path
+        yield source
+        return
+    path = source.with_name(f".widened-{uuid.uuid4().hex[:8]}-{source.name}")
+    try:
+        ir.save(model, path)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _move_external(initializer: onnx.TensorProto, file: BinaryIO, merged: _MergedFile) -> None:

@@ -61,7 +61,7 @@ class _Progress:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="var_d16.pth ... var_d36.pth, or .safetensors.")
 @click.option("--vae", type=click.Path(path_type=Path), help="vae_ch160v4096z32.pth, or .safetensors.")
-@click.option("--config", help="JSON of what the state dict does not tell: num_heads, patch_nums.")
+@click.option("--config", help="JSON of what state dicts do not tell: num_heads, patch_nums, quant_resi (0.5).")
 @click.option(
     "--prune",
     default=_DEFAULT_PLAN,

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.checkpoint import check_checkpoints, deployment_tensors, load_state_dict
 from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
 from fastvar_trt.export.models.reference import ChainState
@@ -27,7 +28,7 @@ from fastvar_trt.export.validation import GraphError, compare_graph, run_in_onnx
 from fastvar_trt.export.weights_file import TensorPlace, layout, map_weights, write_weights
 from fastvar_trt.plugins import DOMAIN, VERSION
 from fastvar_trt.runtime import manifest as names
-from fastvar_trt.runtime.errors import ExportError
+from fastvar_trt.runtime.errors import CheckpointError, ExportError
 from fastvar_trt.runtime.manifest import (
     MANIFEST_FILE,
     REFERENCE_FILE,
@@ -71,8 +72,25 @@ class VARSource:
     def from_state(
         cls, state: Mapping[str, Tensor], vae_state: Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None
     ) -> VARSource:
-        """State dicts in the official keys, checked."""
-        config, vae_config = VARConfig.from_state_dict(state, overrides), VQVAEConfig.from_state_dict(vae_state)
+        """State dicts in the official keys, checked.
+
+        Args:
+            state: the transformer's.
+            vae_state: the VQVAE's.
+            overrides: what state dicts do not tell: `num_heads`, `patch_nums`, `quant_resi`.
+
+        Raises:
+            CheckpointError: keys, shapes or sizes that do not belong together.
+        """
+        known = {"num_heads", "patch_nums", "quant_resi"}
+        unknown = sorted(set(overrides or {}) - known)
+        if unknown:
+            raise CheckpointError(
+                f"--config: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}, everything else is "
+                "read from the state dict"
+            )
+        config = VARConfig.from_state_dict(state, overrides)
+        vae_config = VQVAEConfig.from_state_dict(vae_state, (overrides or {}).get("quant_resi", 0.5))
         check_checkpoints(config, vae_config, state, vae_state)
         return cls(config, vae_config, state, vae_state)
 
@@ -130,7 +148,7 @@ def export_var(
         raise ExportError(f"batch: got {options.batches}, expected sizes of 1 or more")
     config = source.config
     plan = options.plan.resolve(config.schedule, config.depth)
-    with _new_bundle(out, force) as folder, _disk_errors(folder):
+    with _new_bundle(out, force) as folder:
         model, places = _write_model(source, folder, options)
         specs: list[GraphSpec] = []
         errors: dict[str, GraphError] = {}
@@ -201,7 +219,7 @@ def _export_chain(
         progress(spec.file, "compare")
         inputs = _graph_inputs(model, function, labels, state)
         expected = function.run(inputs, None)
-        got = run_in_onnxruntime(folder, spec, graph, inputs, precision)
+        got = run_in_onnxruntime(folder, spec, graph, inputs)
         errors[spec.file] = compare_graph(function, expected, got, precision)
         if spec.kind == "condition":
             state = ChainState.begin(model, labels)
@@ -294,39 +312,30 @@ def _manifest(
 def _new_bundle(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
     out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow a link that --force should replace
-    if out.exists():
-        if not force:
-            raise ExportError(f"--out {out}: exists already; give another folder, or --force to replace the bundle")
-        if not (out / MANIFEST_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise ExportError(f"--out {out}: not a bundle, so --force does not replace it; remove it yourself")
+    _check_free(out, force)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = out.parent / f".{out.name}.partial-{os.getpid()}"
-        folder.mkdir()
-    except OSError as error:
-        raise ExportError(f"--out {out}: cannot be written: {error.strerror}") from error
-    previous = out.parent / f".{out.name}.previous-{os.getpid()}"
-    try:
-        yield folder
-        if out.exists():
-            out.rename(previous)
-        try:
-            folder.rename(out)
-        except OSError:
-            if previous.exists():
-                previous.rename(out)
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
+        with temporary_folder(out) as folder:
+            yield folder
+            _check_free(out, force)  # minutes have passed
+            replace_folder(folder, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(f"{folder.parent}: the disk is full: {error.strerror}; nothing was kept") from error
-        raise
+            raise ExportError(f"--out {out}: the disk is full: {error.strerror}; nothing was kept") from error
+        raise ExportError(f"--out {out}: cannot be written: {error}; nothing was kept") from error
+
+
+def _check_free(out: Path, force: bool) -> None:
+    """That `out` does not exist, or is a bundle and may be replaced."""
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise ExportError(f"--out {out}: exists already; give another folder, or --force to replace the bundle")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    try:
+        data = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))
+        is_bundle = "format_version" in data and "graphs" in data
+    except (OSError, ValueError, TypeError):
+        is_bundle = False
+    if not is_bundle:
+        raise ExportError(f"--out {out}: not a bundle, so --force does not replace it; remove it yourself")

@@ -31,19 +31,19 @@ class GraphError:
 
 
 def run_in_onnxruntime(
-    folder: Path, spec: GraphSpec, model: ir.Model, inputs: Mapping[str, Tensor], precision: str
+    folder: Path, spec: GraphSpec, model: ir.Model, inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The graph's outputs by ONNX Runtime on the CPU, on torch tensors bound in place.
 
-    bfloat16 graphs run widened to fp32: ONNX Runtime's CPU provider has no bfloat16 kernels.
+    bfloat16 graphs run widened to fp32: ONNX Runtime's CPU provider has no bfloat16 kernels. It widens float16 itself.
     """
     widened = None
     if widen_bfloat16(model):
-        widened, precision = folder / f"widened_{spec.file}", "fp32"
+        widened = folder / f"widened_{spec.file}"
         ir.save(model, widened)
         spec = dataclasses.replace(spec, file=widened.name)
     backend = OnnxRuntimeBackend(engines="off")
-    backend.open(folder, precision, check_hashes=False)
+    backend.open(folder, "fp32", check_hashes=False)
     try:
         backend.load(spec)
         outputs = {o.name: torch.zeros(o.shape, dtype=TORCH_DTYPE[o.dtype]) for o in spec.outputs}

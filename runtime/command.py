@@ -21,7 +21,7 @@ class ErrorCommand(click.Command):
             raise failure from error
 
 
-class Integers(click.ParamType[tuple[int, ...]]):
+class Integers(click.ParamType):
     """`1,4` -> (1, 4)."""
 
     name = "N,N,..."

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvar_trt.runtime.errors import BundleError
+from fastvar_trt.runtime.errors import BundleError, PlanError
 from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
 
 FORMAT_VERSION = 1
@@ -190,6 +190,35 @@ class Manifest:
         decoder = next(g for g in graphs if g.kind == "decoder")
         return (condition, *steps, decoder)
 
+    def _check(self) -> None:
+        """That the fields fit together, so that nothing later has to doubt it.
+
+        Raises:
+            ValueError: what does not.
+            PlanError: the plan does not fit the schedule.
+        """
+        for field in dataclasses.fields(self.model):
+            value = getattr(self.model, field.name)
+            if field.name != "family" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"model.{field.name}: got {value!r}, expected a positive whole number")
+        sampling = self.sampling
+        if not isinstance(sampling.max_top_k, int) or not 1 <= sampling.max_top_k <= self.model.vocab_size:
+            raise ValueError(f"sampling.max_top_k: got {sampling.max_top_k!r}, expected 1 to {self.model.vocab_size}")
+        if self.precision not in ("fp32", "fp16", "bf16"):
+            raise ValueError(f"precision: got {self.precision!r}")
+        if not self.batches:
+            raise ValueError("batches: got none")
+        steps = self.resolved_plan.steps
+        of_one_batch = [("condition", None), *(("step", k) for k in steps), ("decoder", None)]
+        expected = [(batch, kind, scale) for batch in self.batches for kind, scale in of_one_batch]
+        found = [(g.batch, g.kind, g.scale) for g in self.graphs]
+        for graph in [*expected, *found]:
+            if found.count(graph) != expected.count(graph):
+                raise ValueError(f"graphs: got {found.count(graph)} of {graph}, expected {expected.count(graph)}")
+        for name in (WEIGHTS_FILE, REFERENCE_FILE, *(g.file for g in self.graphs)):
+            if name not in self.files:
+                raise ValueError(f"files: {name} is missing")
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
         return {
@@ -230,7 +259,7 @@ class Manifest:
             return specs
 
         try:
-            return cls(
+            manifest = cls(
                 model=ModelSpec(**data["model"]),
                 schedule=tuple((int(h), int(w)) for h, w in data["schedule"]),
                 plan=PruningPlan.from_json(data["plan"]),
@@ -252,8 +281,10 @@ class Manifest:
                 operators={str(name): int(version) for name, version in data["operators"].items()},
                 tools={str(name): str(version) for name, version in data["tools"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            manifest._check()
+        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise BundleError(f"{where}: damaged ({type(error).__name__}: {error}); export the bundle again") from error
+        return manifest
 
 
 def read_manifest(bundle: Path) -> Manifest:

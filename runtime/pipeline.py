@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Backend, create_backend
 from fastvar_trt.runtime.chain import Chain, ChainOutputs, pad_rows, plan_batches
-from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.manifest import Manifest, check_files, read_manifest
 from fastvar_trt.runtime.noise import MAX_SEED, uniform_noise
 
@@ -39,6 +39,9 @@ class GenerationResult:
     timings: dict[str, float]
     logits: list[NDArray[Any]] | None = None
     float_images: NDArray[Any] | None = None
+
+
+_MIN_TEMPERATURE = 1e-3  # below, logits divided by it overflow
 
 
 class Pipeline:
@@ -107,7 +110,7 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Release the graphs and their memory; may be called twice."""
+        """Release the graphs; may be called twice. ONNX Runtime keeps the memory of activations for the next load."""
         with self._lock:
             self._closed = True
             self._chains.clear()
@@ -146,10 +149,12 @@ class Pipeline:
 
         Raises:
             RequestError: a value out of range; the message gives the range.
-            BackendError: the backend failed.
+            BackendError: the backend failed, or the model's logits were not finite.
         """
-        request = self._request(labels, cfg, temperature, top_k, top_p, greedy)
-        label_array = np.asarray(labels, dtype=np.int64)
+        label_array = _numbers("labels", labels, "int64")
+        if label_array.ndim != 1 or len(label_array) == 0:
+            raise RequestError(f"labels: got {labels!r}, expected a list of at least one class index")
+        request = self._request(label_array, cfg, temperature, top_k, top_p, greedy)
         seed_list = self._seeds(seeds, len(label_array))
         optional = [
             name for name, wanted in ((names.LOGITS, return_logits), (names.IMAGE, return_float_images)) if wanted
@@ -176,22 +181,27 @@ class Pipeline:
                     )
                 )
             start += batch
+        for i, f_hat in enumerate(np.concatenate([o.f_hat for o in outputs])[: len(label_array)]):
+            if not np.isfinite(f_hat).all():
+                raise BackendError(
+                    f"image {i}: the model's logits are not finite: cfg {request[names.CFG][i]:g} is too large for it, "
+                    f"or its activations exceed {self.manifest.precision}"
+                )
         return _merge(outputs, len(label_array))
 
     def _request(
-        self, labels: Sequence[int], cfg: Any, temperature: Any, top_k: Any, top_p: Any, greedy: bool
+        self, labels: NDArray[Any], cfg: Any, temperature: Any, top_k: Any, top_p: Any, greedy: bool
     ) -> dict[str, NDArray[Any]]:
         model, sampling = self.manifest.model, self.manifest.sampling
         count = len(labels)
-        if count == 0:
-            raise RequestError("labels: got none, expected at least one class index")
-        for label in labels:
-            if not 0 <= int(label) < model.num_classes:
-                raise RequestError(f"class {label}: this model has {model.num_classes} classes, 0 to "
-                                   f"{model.num_classes - 1}")  # fmt: skip
+        for label in labels.tolist():
+            if not 0 <= label < model.num_classes:
+                raise RequestError(
+                    f"class {label}: this model has {model.num_classes} classes, 0 to {model.num_classes - 1}"
+                )
 
         def per_image(name: str, value: Any, dtype: str) -> NDArray[Any]:
-            array = np.asarray(value, dtype=dtype)
+            array = _numbers(name, value, dtype)
             if array.shape not in ((), (count,)):
                 raise RequestError(f"{name}: got {array.shape}, expected one value or one per image ({count})")
             if not np.isfinite(array).all():
@@ -200,9 +210,10 @@ class Pipeline:
 
         cfg_array = per_image("cfg", sampling.cfg if cfg is None else cfg, "float32")
         temperatures = per_image("temperature", temperature, "float32")
-        if (temperatures <= 0).any():
+        if (temperatures < _MIN_TEMPERATURE).any():
             raise RequestError(
-                f"temperature: got {temperature}, expected above 0 (for the likeliest token, use greedy)"
+                f"temperature: got {temperature}, expected {_MIN_TEMPERATURE} or more (for the likeliest token, use "
+                "greedy)"
             )
         top_ps = per_image("top_p", sampling.top_p if top_p is None else top_p, "float32")
         if ((top_ps < 0) | (top_ps > 1)).any():
@@ -227,13 +238,35 @@ class Pipeline:
     @staticmethod
     def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
         if isinstance(seeds, int | np.integer):
-            seeds = [int(seeds) + i for i in range(count)]
-        if len(seeds) != count:
-            raise RequestError(f"seeds: got {len(seeds)}, expected one, or one per image ({count})")
-        for seed in seeds:
+            listed = [int(seeds) + i for i in range(count)]
+        elif isinstance(seeds, Sequence | np.ndarray) and all(isinstance(seed, int | np.integer) for seed in seeds):
+            listed = [int(seed) for seed in seeds]
+        else:
+            raise RequestError(f"seeds: got {seeds!r}, expected whole numbers: one, or one per image")
+        if len(listed) != count:
+            raise RequestError(f"seeds: got {len(listed)}, expected one, or one per image ({count})")
+        for seed in listed:
             if not 0 <= seed <= MAX_SEED:
                 raise RequestError(f"seed: got {seed}, expected 0 to 2**64 - 1")
-        return [int(seed) for seed in seeds]
+        return listed
+
+
+def _numbers(name: str, value: Any, dtype: str) -> NDArray[Any]:
+    """The value as an array of that dtype.
+
+    Raises:
+        RequestError: not numbers, or not whole where whole ones are asked for.
+    """
+    try:
+        array = np.asarray(value)
+        exact = array.astype(dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"{name}: got {value!r}, expected numbers") from error
+    if array.dtype.kind not in "iuf" and array.size:
+        raise RequestError(f"{name}: got {value!r}, expected numbers")
+    if dtype == "int64" and not (exact == array).all():
+        raise RequestError(f"{name}: got {value!r}, expected whole numbers")
+    return exact
 
 
 def _merge(outputs: list[ChainOutputs], count: int) -> GenerationResult:

@@ -237,12 +237,12 @@ def load_plan(preset_or_file: str) -> PruningPlan:
     if preset_or_file in PRESETS:
         return PRESETS[preset_or_file]
     path = Path(preset_or_file)
-    if not path.is_file():
-        raise PlanError(
-            f"--prune {preset_or_file!r}: neither a preset ({', '.join(PRESETS)}) nor a JSON file that exists"
-        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PlanError(
+            f"--prune {preset_or_file!r}: neither a preset ({', '.join(PRESETS)}) nor a JSON file that exists"
+        ) from error
     except (OSError, ValueError) as error:
         raise PlanError(f"--prune {preset_or_file!r}: not a readable JSON file: {error}") from error
     return PruningPlan.from_json(data, name=path.stem)

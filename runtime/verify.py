@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +26,15 @@ class StepCheck:
     """One step against the reference, over the images whose tokens agreed up to it.
 
     Attributes:
-        scale: which one.
+        batch: the batch size that was run.
+        scale: which step.
         num_images: how many images could be compared.
         token_agreement: share of equal tokens; None where there are no such images.
         logits_error: maximum absolute error.
         relative_error: the same as a share of the largest logit.
     """
 
+    batch: int
     scale: int
     num_images: int
     token_agreement: float | None
@@ -41,17 +44,27 @@ class StepCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """The outcome of `verify_bundle`; `failures` is empty where the bundle is sound here."""
+    """The outcome of `verify_bundle`; `failures` is empty where the bundle is sound here.
+
+    Attributes:
+        steps: every step of every batch size.
+        f_hat_error: maximum relative error of the token features of images whose tokens all agree; None for none.
+        image_error: maximum absolute error of those images, in [0, 1].
+        num_images: how many were drawn, over all batch sizes.
+        num_images_equal: how many of them have the reference's tokens.
+        failures: what is wrong, in words.
+    """
 
     steps: tuple[StepCheck, ...]
-    image_error: float | None  # of images in [0, 1] whose tokens all agree
+    f_hat_error: float | None
+    image_error: float | None
     num_images: int
     num_images_equal: int
     failures: tuple[str, ...]
 
 
 def verify_bundle(pipeline: Pipeline) -> Verification:
-    """Draw the greedy images that the exporter left in the bundle, and compare.
+    """Draw the greedy images that the exporter left in the bundle, in every batch size, and compare.
 
     A token that differs changes everything after it, so an image is compared up to its first difference.
 
@@ -62,9 +75,32 @@ def verify_bundle(pipeline: Pipeline) -> Verification:
     try:
         with np.load(path, allow_pickle=False) as data:
             reference = dict(data)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise BundleError(f"{path}: cannot be read ({error}); export the bundle again") from error
+    try:
+        parts = [_verify_batch(pipeline, batch, reference) for batch in pipeline.manifest.batches]
+    except KeyError as error:
+        raise BundleError(f"{path}: {error} is missing; export the bundle again") from error
+
+    def worst(values: list[float | None]) -> float | None:
+        return max((v for v in values if v is not None), default=None)
+
+    return Verification(
+        steps=tuple(step for part in parts for step in part.steps),
+        f_hat_error=worst([part.f_hat_error for part in parts]),
+        image_error=worst([part.image_error for part in parts]),
+        num_images=sum(part.num_images for part in parts),
+        num_images_equal=sum(part.num_images_equal for part in parts),
+        failures=tuple(failure for part in parts for failure in part.failures),
+    )
+
+
+def _verify_batch(pipeline: Pipeline, batch: int, images: Mapping[str, NDArray[Any]]) -> Verification:
     precision = pipeline.manifest.precision
+    tolerance = TOLERANCE[precision]
+    # The images of the reference, again and again until the batch is full.
+    rows = np.arange(batch) % len(images["labels"])
+    reference = {name: value if name == "cfg" else value[rows] for name, value in images.items()}
     result = pipeline.generate(
         reference["labels"].tolist(),
         cfg=float(reference["cfg"]),
@@ -75,38 +111,45 @@ def verify_bundle(pipeline: Pipeline) -> Verification:
     assert result.logits is not None and result.float_images is not None
     failures: list[str] = []
     steps: list[StepCheck] = []
-    same = np.ones(len(result.images), dtype=bool)  # images whose tokens agree so far
+    same = np.ones(batch, dtype=bool)  # images whose tokens agree so far
     for k, tokens, logits in zip(pipeline.manifest.resolved_plan.steps, result.tokens, result.logits, strict=True):
-        step = _check_step(k, tokens, logits, reference, same)
+        step = _check_step(batch, k, tokens, logits, reference, same)
         steps.append(step)
         if step.token_agreement is None or step.relative_error is None:
             continue
-        if not step.relative_error <= TOLERANCE[precision]:  # also true of NaN
+        if not step.relative_error <= tolerance:  # also true of NaN
             failures.append(
-                f"step {k}: logits differ by {step.logits_error:.3g}, {step.relative_error:.2g} of the largest; "
-                f"{precision} allows {TOLERANCE[precision]:g}"
+                f"batch {batch}, step {k}: logits differ by {step.logits_error:.3g}, {step.relative_error:.2g} of the "
+                f"largest; {precision} allows {tolerance:g}"
             )
         if 1 - step.token_agreement > MAX_TOKENS_CHANGED[precision]:
-            failures.append(f"step {k}: only {step.token_agreement:.1%} of the tokens agree")
+            failures.append(f"batch {batch}, step {k}: only {step.token_agreement:.1%} of the tokens agree")
         same &= (tokens == reference[f"step_{k:02d}"]).all(axis=1)
-    image_error = None
+    f_hat_error = image_error = None
     if same.any():
+        f_hat = reference["f_hat"][same]
+        f_hat_error = float(np.abs(result.f_hat[same] - f_hat).max() / np.abs(f_hat).max())
         image_error = float(np.abs(result.float_images - reference["image"])[same].max())
-        if not image_error <= TOLERANCE[precision]:
-            failures.append(f"image: differs by {image_error:.3g}; {precision} allows {TOLERANCE[precision]:g}")
-    if not np.isfinite(result.float_images).all():
-        failures.append("image: not finite")
-    return Verification(tuple(steps), image_error, len(same), int(same.sum()), tuple(failures))
+        for what, error in (("f_hat", f_hat_error), ("image", image_error)):
+            if not error <= tolerance:
+                failures.append(f"batch {batch}, {what}: differs by {error:.3g}; {precision} allows {tolerance:g}")
+    return Verification(tuple(steps), f_hat_error, image_error, batch, int(same.sum()), tuple(failures))
 
 
 def _check_step(
-    scale: int, tokens: NDArray[Any], logits: NDArray[Any], reference: Mapping[str, NDArray[Any]], same: NDArray[Any]
+    batch: int,
+    scale: int,
+    tokens: NDArray[Any],
+    logits: NDArray[Any],
+    reference: Mapping[str, NDArray[Any]],
+    same: NDArray[Any],
 ) -> StepCheck:
     if not same.any():
-        return StepCheck(scale, 0, None, None, None)
+        return StepCheck(batch, scale, 0, None, None, None)
     expected, probe = reference[f"step_{scale:02d}"], reference[f"logits_{scale:02d}"]
     error = float(np.abs(logits[:, : probe.shape[1]] - probe)[same].max())
     return StepCheck(
+        batch=batch,
         scale=scale,
         num_images=int(same.sum()),
         token_agreement=float((tokens == expected)[same].mean()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from fastvar_trt.export.build_cpu import PACKED_FILE, build_cpu
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource
 from fastvar_trt.runtime import BackendError, ExportError, Pipeline, read_manifest
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fastvar_trt.runtime.manifest import WEIGHTS_FILE
+from fastvar_trt.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileSpec
 from fastvar_trt.tools.cli import main as fastvar
 
 
@@ -79,6 +80,24 @@ def _change_graph(bundle: Path) -> None:
     record.write_text(json.dumps(data))
 
 
+def _change_weights(bundle: Path) -> None:
+    """Another checkpoint of the same sizes: graphs, sizes and offsets are the same, weights and their hash are not."""
+    path = bundle / WEIGHTS_FILE
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    manifest = json.loads((bundle / MANIFEST_FILE).read_text())
+    manifest["files"][WEIGHTS_FILE] = dataclasses.asdict(FileSpec.of(path))
+    (bundle / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
+def _drop_engine(bundle: Path) -> None:
+    record = bundle / "engines" / "cpu" / "engines.json"
+    data = json.loads(record.read_text())
+    del data["engines"][4]
+    record.write_text(json.dumps(data))
+
+
 def _other_processor(bundle: Path) -> None:
     record = bundle / "engines" / "cpu" / "engines.json"
     data = json.loads(record.read_text())
@@ -97,6 +116,8 @@ def _damage(bundle: Path) -> None:
     ("harm", "reason"),
     [
         (_change_graph, "step_02.onnx has changed since"),
+        (_change_weights, "built from other weights"),
+        (_drop_engine, "there is none of step_03.onnx"),
         (_other_processor, "built for another cpu"),
         (_damage, "weights.prepacked is damaged"),
         (lambda bundle: (bundle / "engines" / "cpu" / "step_01.onnx").unlink(), "step_01.onnx is missing"),
@@ -136,14 +157,16 @@ def test_a_failed_build_keeps_the_engines_of_before(bundle: Path, monkeypatch: p
     assert [p.name for p in (bundle / "engines").iterdir()] == ["cpu"]
 
 
-def test_bfloat16_needs_engines_on_the_cpu(
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_needs_engines_on_the_cpu(
+    precision: str,
     tiny_source: VARSource,
     export_once: Callable[..., tuple[Path, ExportReport]],
     tmp_path: Path,
 ) -> None:
-    original, _ = export_once("tiny_bf16", tiny_source, ExportOptions(plan=TINY_PLAN, precision="bf16"))
+    original, _ = export_once(f"tiny_{precision}", tiny_source, ExportOptions(plan=TINY_PLAN, precision=precision))
     bundle = Path(shutil.copytree(original, tmp_path / "b"))
-    with pytest.raises(BackendError, match="no bfloat16 kernels for the CPU; run `fastvar build"):
+    with pytest.raises(BackendError, match=f"{precision}: ONNX Runtime .* CPU.*; run `fastvar build"):
         Pipeline.load(bundle)
     build_cpu(bundle)
     result = CliRunner().invoke(fastvar, ["verify", str(bundle), "--engines", "require"])

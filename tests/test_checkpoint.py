@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,48 @@ def test_training_checkpoint_is_unwrapped(tmp_path: Path, states: Any) -> None:
 
 
 def test_all_key_problems_are_in_one_error(states: Any) -> None:
-    state, vae_state = dict(states[0]), states[1]
-    del state["blocks.1.ffn.fc2.bias"], state["head.bias"]
+    state, vae_state = dict(states[0]), dict(states[1])
+    # The first of these is what depth and variant could be read from.
+    del state["blocks.1.attn.mat_qkv.weight"], state["blocks.0.attn.scale_mul_1H11"], state["head.bias"]
+    del vae_state["decoder.up.0.block.2.norm1.weight"]
     state["blocks.0.attn.extra"] = torch.zeros(1)
     state["blocks.0.ffn.fc2.weight"] = torch.zeros(3, 4)
     with pytest.raises(CheckpointError) as caught:
         VARSource.from_state(state, vae_state)
     message = str(caught.value)
-    assert "2 missing: head.bias, blocks.1.ffn.fc2.bias" in message
+    assert "3 missing: head.bias, blocks.0.attn.scale_mul_1H11, blocks.1.attn.mat_qkv.weight" in message
+    assert "--vae: 1 missing: decoder.up.0.block.2.norm1.weight" in message
     assert "1 unexpected: blocks.0.attn.extra" in message
     assert "1 mis-shaped: blocks.0.ffn.fc2.weight (got [3, 4], expected [128, 512])" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        (0, "word_embed.weight", torch.zeros(4), "word_embed.weight: got shape [4], expected 2 axes"),
+        (0, "blocks.0.attn.scale_mul_1H11", torch.zeros(2), "scale_mul_1H11: got shape [2], expected 4 axes"),
+        (0, "lvl_1L", torch.tensor([[0, -1]]), "lvl_1L: expected the scale of every position"),
+        (1, "quantize.embedding.weight", torch.zeros(96), "embedding.weight: got shape [96], expected 2 axes"),
+        (1, "decoder.up.0.block.0.norm2.weight", None, "key decoder.up.0.block.0.norm2.weight is missing"),
+        (1, "decoder.up.0.block.0.norm2.weight", torch.zeros(33), "got 33 channels, expected a multiple of 32"),
+    ],
+)
+def test_tensors_that_sizes_are_read_from(states: Any, part: int, key: str, value: Any, message: str) -> None:
+    parts = [dict(states[0]), dict(states[1])]
+    if value is None:
+        del parts[part][key]
+    else:
+        parts[part][key] = value
+    with pytest.raises(CheckpointError) as caught:
+        VARSource.from_state(*parts)
+    assert message in str(caught.value)
+
+
+def test_quant_resi_is_an_override(states: Any) -> None:
+    assert VARSource.from_state(*states).vae_config.phi_ratio == 0.5
+    assert VARSource.from_state(*states, {"quant_resi": 0.25}).vae_config.phi_ratio == 0.25
+    with pytest.raises(CheckpointError, match="quant_resi: got 2, expected a number from 0 to 1"):
+        VARSource.from_state(*states, {"quant_resi": 2})
 
 
 def test_training_buffers_and_the_encoder_are_ignored(states: Any) -> None:
@@ -79,8 +112,8 @@ def test_what_the_state_dict_cannot_tell(states: Any) -> None:
     with pytest.raises(CheckpointError, match="no buffer lvl_1L"):
         VARConfig.from_state_dict(state)
     assert VARConfig.from_state_dict(state, {"patch_nums": [1, 3, 5, 8]}).patch_nums == (1, 3, 5, 8)
-    with pytest.raises(CheckpointError, match="unknown key 'depth'"):
-        VARConfig.from_state_dict(state, {"depth": 2})
+    with pytest.raises(CheckpointError, match="unknown key 'depth'; the keys are num_heads, patch_nums, quant_resi"):
+        VARSource.from_state(*states, {"depth": 2})
     with pytest.raises(CheckpointError, match="num_heads: got 5, expected a divisor of the width 128"):
         VARConfig.from_state_dict(states[0], {"num_heads": 5})
     with pytest.raises(CheckpointError, match="patch_nums: got 'all'"):
@@ -141,6 +174,18 @@ def test_a_truncated_checkpoint(tmp_path: Path, states: Any) -> None:
     (tmp_path / "var.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"var.pth: not a readable PyTorch file"):
         load_state_dict(tmp_path / "var.pth", "var")
+
+
+def test_a_pickle_with_flipped_bits(tmp_path: Path, states: Any, rng: Any) -> None:
+    torch.save({"weight": torch.zeros(300)}, tmp_path / "good.pth")
+    content = (tmp_path / "good.pth").read_bytes()
+    for place in rng.integers(len(content), size=300):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        (tmp_path / "bad.pth").write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):  # any other error is a traceback for the user
+            load_state_dict(tmp_path / "bad.pth", "var")
+    assert load_state_dict(tmp_path / "good.pth", "var").keys() == {"weight"}
 
 
 def test_a_pickle_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

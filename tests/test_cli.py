@@ -145,6 +145,36 @@ def test_a_manifest_of_another_version(bundle: Path) -> None:
     refused(run(fastvar, "verify", bundle), "format version: got 99, this release reads 1", "export the bundle again")
 
 
+def _without_condition(data: dict[str, Any]) -> None:
+    data["graphs"] = [g for g in data["graphs"] if g["kind"] != "condition"]
+
+
+def _without_a_step(data: dict[str, Any]) -> None:
+    data["graphs"] = [g for g in data["graphs"] if g["scale"] != 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_without_condition, "got 0 of (1, 'condition', None), expected 1"),
+        (_without_a_step, "got 0 of (1, 'step', 2), expected 1"),
+        (lambda data: data.update(batches=[]), "batches: got none"),
+        (lambda data: data.update(batches=[1, 2, 3]), "got 0 of (3, 'condition', None), expected 1"),
+        (lambda data: data.update(precision="fp8"), "precision: got 'fp8'"),
+        (lambda data: data["model"].update(num_classes="10"), "model.num_classes: got '10'"),
+        (lambda data: data["sampling"].update(max_top_k=97), "sampling.max_top_k: got 97, expected 1 to 96"),
+        (lambda data: data["schedule"].pop(), "got 1 of (1, 'step', 3), expected 0"),
+        (lambda data: data["files"].pop(WEIGHTS_FILE), "weights.safetensors is missing"),
+        (lambda data: data["files"].pop("step_02.onnx"), "step_02.onnx is missing"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself(bundle: Path, change: Any, message: str) -> None:
+    data = json.loads((bundle / MANIFEST_FILE).read_text())
+    change(data)
+    (bundle / MANIFEST_FILE).write_text(json.dumps(data))
+    refused(run(fastvar, "inspect", bundle), "manifest.json: damaged", message)
+
+
 @pytest.mark.parametrize("key", ["graphs", "plan", "files", "sampling"])
 def test_a_manifest_without_a_field(bundle: Path, key: str) -> None:
     data = json.loads((bundle / MANIFEST_FILE).read_text())
@@ -161,7 +191,9 @@ def test_verify_finds_a_bundle_that_computes_something_else(bundle: Path) -> Non
     data = json.loads((bundle / MANIFEST_FILE).read_text())
     data["files"][REFERENCE_FILE] = dataclasses.asdict(FileSpec.of(bundle / REFERENCE_FILE))
     (bundle / MANIFEST_FILE).write_text(json.dumps(data))
-    refused(run(fastvar, "verify", bundle), "does not compute what PyTorch computed: step 1: logits differ by 0.1")
+    refused(
+        run(fastvar, "verify", bundle), "does not compute what PyTorch computed: batch 1, step 1: logits differ by 0.1"
+    )
 
 
 def test_generate_refuses_what_it_cannot_draw(bundle: Path, tmp_path: Path) -> None:

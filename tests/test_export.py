@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from conftest import TINY_PLAN, tiny_states
 from fastvar_trt.export import exporter, validation
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource, export_var
+from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.random_init import random_checkpoint
 from fastvar_trt.export.models.resize import area_matrix, bicubic_matrix
 from fastvar_trt.export.models.var import VAR
@@ -147,7 +148,7 @@ def test_memory_mapped_and_safetensors_checkpoints_give_the_same_bundle(
     assert file_sha256(tmp_path / WEIGHTS_FILE) == read_manifest(tiny_bundle).files[WEIGHTS_FILE].sha256
 
 
-class _Stop(Exception):
+class _Stop(BaseException):  # as KeyboardInterrupt is
     pass
 
 
@@ -182,6 +183,63 @@ def test_an_interrupted_export_keeps_the_old_bundle(tiny_source: VARSource, tiny
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
+def test_what_appears_during_an_export_is_kept(tiny_source: VARSource, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+
+    def appear(graph: str, phase: str) -> None:
+        if not out.exists():
+            out.mkdir()
+            (out / "notes.txt").write_text("mine")
+
+    source = VARSource.from_state(*tiny_states(patch_nums=(1, 2), depth=1))
+    with pytest.raises(ExportError, match="exists already"):
+        export_var(source, out, ExportOptions(), progress=appear)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_manifest_of_another_kind_makes_no_bundle(tiny_source: VARSource, tmp_path: Path) -> None:
+    out = tmp_path / "web"
+    out.mkdir()
+    (out / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(ExportError, match="not a bundle, so --force does not replace it"):
+        export_var(tiny_source, out, ExportOptions(), force=True)
+    assert [p.name for p in out.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("stop", [OSError(30, "Read-only file system"), KeyboardInterrupt()])
+def test_a_swap_that_fails_keeps_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    target = tmp_path / "b"
+    target.mkdir()
+    (target / "old").touch()
+    rename = Path.rename
+
+    def fail(self: Path, other: Path) -> Path:
+        if "partial" in self.name:
+            raise stop
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(type(stop)), temporary_folder(target) as folder:
+        replace_folder(folder, target)
+    assert (target / "old").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with temporary_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+        replace_folder(folder, tmp_path / "link")
+    assert [p.name for p in (tmp_path / "link").iterdir()] == ["new"]
+    assert (tmp_path / "real" / "old").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"real", "link"}
+
+
 def test_force_replaces_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "b"
     shutil.copytree(tiny_bundle, out)
@@ -197,8 +255,8 @@ def test_a_graph_that_differs_from_pytorch_fails_the_export(
 ) -> None:
     original = validation.run_in_onnxruntime
 
-    def wrong(folder: Path, spec: Any, model: Any, inputs: Any, precision: str) -> dict[str, torch.Tensor]:
-        outputs = original(folder, spec, model, inputs, precision)
+    def wrong(folder: Path, spec: Any, model: Any, inputs: Any) -> dict[str, torch.Tensor]:
+        outputs = original(folder, spec, model, inputs)
         if spec.file == "step_01.onnx":
             outputs["new_v_1"][2, 1, 0, 3] += 0.5
         return outputs

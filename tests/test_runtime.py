@@ -214,7 +214,14 @@ def test_pipelines_of_one_process_do_not_disturb_each_other(tiny_bundle: Path, p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": []}, "labels: got none"),
+        ({"labels": []}, r"labels: got \[\], expected a list of at least one class index"),
+        ({"labels": 3}, "labels: got 3, expected a list"),
+        ({"labels": [1.7]}, r"labels: got \[1.7\], expected whole numbers"),
+        ({"labels": ["a"]}, "labels: .* expected numbers"),
+        ({"labels": [1], "seeds": None}, "seeds: got None, expected whole numbers"),
+        ({"labels": [1], "seeds": [1.5]}, r"seeds: got \[1.5\], expected whole numbers"),
+        ({"labels": [1], "cfg": "x"}, "cfg: got 'x', expected numbers"),
+        ({"labels": [1], "top_k": 5.5}, "top_k: got 5.5, expected whole numbers"),
         ({"labels": [10]}, "class 10: this model has 10 classes, 0 to 9"),
         ({"labels": [2, -1]}, "class -1: this model has 10 classes"),
         ({"labels": [1], "seeds": [1, 2]}, "seeds: got 2, expected one, or one per image"),
@@ -222,7 +229,7 @@ def test_pipelines_of_one_process_do_not_disturb_each_other(tiny_bundle: Path, p
         ({"labels": [1], "seeds": 2**64}, "seed: got 18446744073709551616"),
         ({"labels": [1], "cfg": float("nan")}, "cfg: got nan, expected finite numbers"),
         ({"labels": [1, 2], "cfg": [1.0, 2.0, 3.0]}, r"cfg: got \(3,\), expected one value or one per image \(2\)"),
-        ({"labels": [1], "temperature": 0.0}, "temperature: got 0.0, expected above 0"),
+        ({"labels": [1], "temperature": 0.0}, "temperature: got 0.0, expected 0.001 or more"),
         ({"labels": [1], "top_p": 1.5}, "top_p: got 1.5, expected 0 to 1"),
         ({"labels": [1], "top_k": 97}, "top_k: got 97, this bundle takes 0 to 96"),
         ({"labels": [1], "top_k": -1}, "top_k: got -1"),
@@ -232,6 +239,11 @@ def test_requests_out_of_range(pipe: Pipeline, arguments: dict[str, Any], messag
     with pytest.raises(RequestError, match=message):
         pipe.generate(**arguments)
     assert pipe.generate([1]).images.shape[0] == 1  # the pipeline goes on
+
+
+def test_logits_that_are_not_finite_are_an_error(pipe: Pipeline) -> None:
+    with pytest.raises(BackendError, match=r"image 1: the model's logits are not finite: cfg 3e\+38 is too large"):
+        pipe.generate([1, 2], cfg=[1.5, 3e38])
 
 
 def test_top_k_zero_needs_the_whole_vocabulary(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -197,6 +197,7 @@ def verify(bundle: Path, threads: int | None, engines: str) -> None:
 
     rows = [
         [
+            s.batch,
             s.scale,
             s.num_images,
             show(s.token_agreement, ".2%"),
@@ -205,7 +206,9 @@ def verify(bundle: Path, threads: int | None, engines: str) -> None:
         ]
         for s in outcome.steps
     ]
-    click.echo(format_table(["scale", "images compared", "tokens equal", "max logits error", "relative"], rows))
+    click.echo(
+        format_table(["batch", "scale", "images compared", "tokens equal", "max logits error", "relative"], rows)
+    )
     click.echo(
         f"{num_files} files match the manifest; {outcome.num_images_equal} of {outcome.num_images} images have "
         f"PyTorch's tokens, max image error {show(outcome.image_error, '.2g')}"

@@ -23,6 +23,7 @@ MAX_Q_SCALE = 100.0  # `max_scale_mul` of VAR's SelfAttention
 # Buffers that training leaves in a checkpoint and inference does not read.
 _UNUSED_VAR = ("attn_bias_for_masking", "lvl_1L", ".attn.zero_k_bias")
 _UNUSED_VAE = ("encoder.", "quant_conv.", "quantize.ema_vocab_hit_SV")
+_MAX_NAMED = 100  # keys of a kind in one error
 # Where VAR's trainer keeps the two models in a training checkpoint.
 _NESTED = {"var": ("trainer", "var_wo_ddp"), "vae": ("trainer", "vae_local")}
 
@@ -51,7 +52,7 @@ def load_state_dict(path: Path, part: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"checkpoint {path}: holds more than tensors, or is damaged, and is not loaded: {_first_line(error)}"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path}: not a readable PyTorch file: {_first_line(error)}") from error
     outer, inner = _NESTED[part]
     if isinstance(state, Mapping) and outer in state and isinstance(state[outer], Mapping):
@@ -67,14 +68,10 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def check_keys(
-    state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], unused: Sequence[str], where: str
-) -> None:
-    """That the state dict has exactly the expected keys and shapes, `unused` ones aside.
-
-    Raises:
-        CheckpointError: one error that names every missing, unexpected and mis-shaped key.
-    """
+def key_problems(
+    state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], unused: Sequence[str]
+) -> list[str]:
+    """What keeps the state dict from having exactly the expected keys and shapes, `unused` ones aside; keys by name."""
     missing = [key for key in expected if key not in state]
     ignored = {key for key in state if any(u in key if u[0] == "." else key.startswith(u) for u in unused)}
     unexpected = [key for key in state if key not in expected and key not in ignored]
@@ -83,13 +80,11 @@ def check_keys(
         for key, shape in expected.items()
         if key in state and tuple(state[key].shape) != tuple(shape)
     ]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:20])}{', ...' if len(keys) > 20 else ''}"
+    return [
+        f"{len(keys)} {what}: {', '.join(keys[:_MAX_NAMED])}{', ...' if len(keys) > _MAX_NAMED else ''}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong))
         if keys
     ]
-    if problems:
-        raise CheckpointError(f"{where}: the keys are not those of the model; " + "; ".join(problems))
 
 
 def expected_var_keys(config: VARConfig) -> dict[str, tuple[int, ...]]:
@@ -155,10 +150,17 @@ def check_checkpoints(
     """That both state dicts are complete and belong together.
 
     Raises:
-        CheckpointError: naming every key at fault, or the size in which the two models differ.
+        CheckpointError: one error that names the keys at fault in both, or the size in which the two models differ.
     """
-    check_keys(state, expected_var_keys(config), _UNUSED_VAR, "--checkpoint")
-    check_keys(vae_state, expected_vae_keys(vae_config), _UNUSED_VAE, "--vae")
+    problems = {
+        "--checkpoint": key_problems(state, expected_var_keys(config), _UNUSED_VAR),
+        "--vae": key_problems(vae_state, expected_vae_keys(vae_config), _UNUSED_VAE),
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            "the keys are not those of the model; "
+            + "; ".join(f"{option}: {'; '.join(found)}" for option, found in problems.items() if found)
+        )
     for what in ("vocab_size", "code_channels"):
         ours, vae = getattr(config, what), getattr(vae_config, what)
         if ours != vae:

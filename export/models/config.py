@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastvar_trt.runtime.errors import CheckpointError
 
+NORM_GROUPS = 32  # of `Normalize` in basic_vae.py
 HEAD_DIM = 64  # official VAR models: width = 64 * depth, heads = depth
 
 
@@ -28,28 +30,47 @@ class VQVAEConfig:
     phi_ratio: float = 0.5  # `quant_resi`: share of the convolution in phi; not in the state dict
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> VQVAEConfig:
-        """Sizes from `vae_ch160v4096z32.pth` or a checkpoint of the same keys."""
-        embedding = _tensor(state, "quantize.embedding.weight", "a VAR VQVAE")
-        _tensor(state, "decoder.conv_in.weight", "a VAR VQVAE")
+    def from_state_dict(cls, state: Mapping[str, Tensor], phi_ratio: float = 0.5) -> VQVAEConfig:
+        """Sizes from `vae_ch160v4096z32.pth` or a checkpoint of the same keys.
+
+        Args:
+            state: the flat state dict.
+            phi_ratio: `quant_resi`, which the state dict does not tell; 0.5 in the official files.
+
+        Raises:
+            CheckpointError: keys that name no VQVAE of VAR.
+        """
+        kind = "a VAR VQVAE"
+        embedding = _tensor(state, "quantize.embedding.weight", kind, num_axes=2)
         if "quantize.quant_resi.qresi.weight" in state:
             phi, num_phi = "shared", 1
-        elif "quantize.quant_resi.qresi_ls.0.weight" in state:
-            phi, num_phi = "partially_shared", _count(state, "quantize.quant_resi.qresi_ls.{}.weight")
+        elif any(key.startswith("quantize.quant_resi.qresi_ls.") for key in state):
+            phi, num_phi = "partially_shared", _count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
         else:
-            phi, num_phi = "non_shared", _count(state, "quantize.quant_resi.{}.weight")
+            phi, num_phi = "non_shared", _count(state, r"quantize\.quant_resi\.(\d+)\.")
             if num_phi == 0:
-                raise CheckpointError("not a VAR VQVAE: key quantize.quant_resi.* is missing")
+                raise CheckpointError(f"not {kind}: key quantize.quant_resi.* is missing")
+        level_channels = []
+        for level in range(_count(state, r"decoder\.up\.(\d+)\.")):
+            channels = _tensor(state, f"decoder.up.{level}.block.0.norm2.weight", kind, num_axes=1).shape[0]
+            if channels == 0 or channels % NORM_GROUPS:
+                raise CheckpointError(
+                    f"decoder.up.{level}.block.0.norm2.weight: got {channels} channels, expected a multiple of "
+                    f"{NORM_GROUPS}, the groups of VAR's GroupNorm"
+                )
+            level_channels.append(channels)
+        if not level_channels:
+            raise CheckpointError(f"not {kind}: key decoder.up.* is missing")
+        if not isinstance(phi_ratio, int | float) or isinstance(phi_ratio, bool) or not 0 <= phi_ratio <= 1:
+            raise CheckpointError(f"quant_resi: got {phi_ratio!r}, expected a number from 0 to 1 (--config)")
         return cls(
             vocab_size=embedding.shape[0],
             code_channels=embedding.shape[1],
-            level_channels=tuple(
-                state[f"decoder.up.{level}.block.0.norm2.weight"].shape[0]
-                for level in range(_count(state, "decoder.up.{}.block.0.norm2.weight"))
-            ),
-            num_blocks=_count(state, "decoder.up.0.block.{}.norm1.weight"),
+            level_channels=tuple(level_channels),
+            num_blocks=_count(state, r"decoder\.up\.0\.block\.(\d+)\."),
             phi=phi,
             num_phi=num_phi,
+            phi_ratio=float(phi_ratio),
         )
 
     @property
@@ -113,16 +134,12 @@ class VARConfig:
         """
         kind = "a VAR transformer"
         overrides = dict(overrides or {})
-        unknown = set(overrides) - {"num_heads", "patch_nums"}
-        if unknown:
-            raise CheckpointError(
-                f"--config: unknown key {sorted(unknown)[0]!r}; the keys are num_heads and patch_nums, everything "
-                "else is read from the state dict"
-            )
-        word_embed = _tensor(state, "word_embed.weight", kind)
+        word_embed = _tensor(state, "word_embed.weight", kind, num_axes=2)
         width = word_embed.shape[0]
-        scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
-        num_heads = overrides.get("num_heads", scale_mul.shape[1] if scale_mul is not None else width // HEAD_DIM)
+        # Any block tells, so that a key that is missing in one of them is named as missing.
+        scale_mul = next((key for key in state if key.endswith(".attn.scale_mul_1H11")), None)
+        official = width // HEAD_DIM if scale_mul is None else _tensor(state, scale_mul, kind, num_axes=4).shape[1]
+        num_heads = overrides.get("num_heads", official)
         if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:
             raise CheckpointError(f"num_heads: got {num_heads!r}, expected a divisor of the width {width} (--config)")
         patch_nums = overrides.get("patch_nums")
@@ -135,40 +152,45 @@ class VARConfig:
             patch_nums = _patch_nums(state["lvl_1L"])
         if not isinstance(patch_nums, list | tuple) or not all(isinstance(n, int) and n > 0 for n in patch_nums):
             raise CheckpointError(f"patch_nums: got {patch_nums!r}, expected a list of positive whole numbers")
-        length, expected = _tensor(state, "pos_1LC", kind).shape[1], sum(n * n for n in patch_nums)
+        length, expected = _tensor(state, "pos_1LC", kind, num_axes=3).shape[1], sum(n * n for n in patch_nums)
         if length != expected:
             raise CheckpointError(f"pos_1LC: got {length} positions, but patch_nums {list(patch_nums)} need {expected}")
         return cls(
-            depth=_count(state, "blocks.{}.attn.mat_qkv.weight"),
+            depth=_count(state, r"blocks\.(\d+)\."),
             width=width,
             num_heads=num_heads,
-            mlp_width=_tensor(state, "blocks.0.ffn.fc1.weight", kind).shape[0],
-            num_classes=_tensor(state, "class_emb.weight", kind).shape[0] - 1,
-            vocab_size=_tensor(state, "head.weight", kind).shape[0],
+            mlp_width=_tensor(state, "blocks.0.ffn.fc1.weight", kind, num_axes=2).shape[0],
+            num_classes=_tensor(state, "class_emb.weight", kind, num_axes=2).shape[0] - 1,
+            vocab_size=_tensor(state, "head.weight", kind, num_axes=2).shape[0],
             code_channels=word_embed.shape[1],
             patch_nums=tuple(patch_nums),
-            shared_aln="shared_ada_lin.1.weight" in state,
+            shared_aln=any(key.startswith("shared_ada_lin.") or key.endswith(".ada_gss") for key in state),
             attn_l2_norm=scale_mul is not None,
         )
 
 
-def _tensor(state: Mapping[str, Tensor], key: str, kind: str) -> Tensor:
+def _tensor(state: Mapping[str, Tensor], key: str, kind: str, *, num_axes: int) -> Tensor:
+    """A tensor that sizes are read from."""
     if key not in state:
         some = ", ".join(list(state)[:3])
         raise CheckpointError(f"not {kind}: key {key} is missing (the file has {some}, ...)")
+    if state[key].ndim != num_axes:
+        raise CheckpointError(f"not {kind}: {key}: got shape {list(state[key].shape)}, expected {num_axes} axes")
     return state[key]
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    count = 0
-    while pattern.format(count) in state:
-        count += 1
-    return count
+    """One more than the largest index that the pattern finds at the start of a key; 0 where it finds none."""
+    found = (re.match(pattern, key) for key in state)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def _patch_nums(levels: Tensor) -> tuple[int, ...]:
     """Map sides from the buffer `lvl_1L` [1, L], the scale that each position belongs to."""
-    counts = levels.flatten().long().bincount().tolist()
+    flat = levels.flatten().long()
+    if len(flat) == 0 or int(flat.min()) < 0:
+        raise CheckpointError("lvl_1L: expected the scale of every position, 0 or more")
+    counts = flat.bincount().tolist()
     sides = tuple(math.isqrt(count) for count in counts)
     if any(side * side != count or side == 0 for side, count in zip(sides, counts, strict=True)):
         raise CheckpointError(f"lvl_1L: got {counts} positions per scale, expected squares")

@@ -224,7 +224,8 @@ def sample(logits: Tensor, uniform: Tensor, request: Request, rank: Tensor) -> T
     mass = (probabilities * kept).sum(dim=-1, keepdim=True)
     below = (cumulative <= uniform.unsqueeze(-1) * mass) & kept
     # Rounding may put the draw at the very end of the mass: the last kept candidate then.
-    drawn = torch.minimum(below.long().sum(dim=-1, keepdim=True), kept.long().sum(dim=-1, keepdim=True) - 1)
+    last = (kept.long().sum(dim=-1, keepdim=True) - 1).clamp_min(0)  # where logits are not finite nothing is kept
+    drawn = torch.minimum(below.long().sum(dim=-1, keepdim=True), last)
     drawn = drawn.masked_fill(request.greedy[:, None, None], 0)
     return order.gather(-1, drawn).squeeze(-1).to(torch.int32)
 
@@ -378,7 +379,10 @@ class VAR(nn.Module):
 
         logits = self._logits(x, head_modulation, scale, request.cfg)
         tokens = sample(logits, uniform, request, self.weight("sampling.rank"))
-        return StepOutputs(tokens, self._accumulate(tokens, f_hat, scale), logits, new_kv, new_caches)
+        f_hat = self._accumulate(tokens, f_hat, scale)
+        # A token is an index and looks sound whatever it was drawn from: what is not finite is carried on in f_hat.
+        f_hat = f_hat + logits.sum(dim=(1, 2))[:, None, None, None] * 0.0
+        return StepOutputs(tokens, f_hat, logits, new_kv, new_caches)
 
     def decode(self, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 [B, C_vae, h_K, w_K] -> image fp32 [B, 3, H, W] in [0, 1], pixels uint8 [B, H, W, 3]."""

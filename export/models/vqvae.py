@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.config import VQVAEConfig
+from fastvar_trt.export.models.config import NORM_GROUPS, VQVAEConfig
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation of 32 groups in fp32; the result has the input's dtype."""
+    """Group normalisation of `NORM_GROUPS` groups in fp32; the result has the input's dtype."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(32, channels, eps=1e-6)
+        super().__init__(NORM_GROUPS, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)

@@ -18,9 +18,11 @@ from fastvar_trt.runtime.manifest import (
     DTYPE_BYTES,
     ENGINES_FILE,
     ENGINES_FOLDER,
+    WEIGHTS_FILE,
     FileSpec,
     GraphSpec,
     file_sha256,
+    read_manifest,
 )
 
 CPU_TARGET = "cpu"
@@ -38,7 +40,19 @@ _ELEMENT_TYPE: Mapping[str, int] = {
 _NUMPY_DTYPE: Mapping[str, Any] = {name: name for name in DTYPE_BYTES} | {"bfloat16": "uint16"}
 _ALIGNMENT = 64  # bytes; one cache line, and the widest vector load
 
+_HALF_ON_CPU: Mapping[str, str] = {
+    "bf16": "ONNX Runtime has no bfloat16 kernels for the CPU",
+    "fp16": "ONNX Runtime computes it in fp32 on the CPU, with an fp32 copy of the weights for every graph",
+}
+
 _env_allocator_registered = False
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # systems without affinities
 
 
 def import_onnxruntime() -> Any:
@@ -109,7 +123,7 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError(f"backend onnxruntime: num_threads: got {num_threads}, expected 1 or more")
         if engines not in ("auto", "off", "require"):
             raise BackendError(f"backend onnxruntime: engines: got {engines!r}, expected auto, off or require")
-        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._num_threads = num_threads or num_cores()
         self._engines_mode = engines
         self._ort: Any = None
         self._bundle = Path()
@@ -131,10 +145,10 @@ class OnnxRuntimeBackend(Backend):
                     f"bundle {bundle}: the engines for the target cpu cannot be used: {reason}; run "
                     f"`fastvar build {bundle} --target cpu`, or load with engines='off' (--engines off)"
                 )
-        if precision == "bf16" and not self._prepacked:
+        if precision != "fp32" and not self._prepacked:
             raise BackendError(
-                f"bundle {bundle}: bf16: ONNX Runtime has no bfloat16 kernels for the CPU; run "
-                f"`fastvar build {bundle} --target cpu` (its graphs compute in fp32), or export with --precision fp32"
+                f"bundle {bundle}: {precision}: {_HALF_ON_CPU[precision]}; run `fastvar build {bundle} --target cpu` "
+                "(its graphs compute in fp32, over one copy of the weights), or export with --precision fp32"
             )
 
     def close(self) -> None:
@@ -229,9 +243,9 @@ def prepacked_graphs(bundle: Path, onnxruntime: Any, *, check_hashes: bool) -> t
         return {}, "none were built"
     try:
         data = json.loads(record.read_text(encoding="utf-8"))
-        built_for, engines = data["built_for"], data["engines"]
-        files = {str(entry["graph"]): str(entry["file"]) for entry in engines}
-        sources = {str(entry["graph"]): str(entry["graph_sha256"]) for entry in engines}
+        built_for, weights_sha256 = dict(data["built_for"]), str(data["weights_sha256"])
+        files = {str(entry["graph"]): str(entry["file"]) for entry in data["engines"]}
+        sources = {str(entry["graph"]): str(entry["graph_sha256"]) for entry in data["engines"]}
         built = {str(name): FileSpec(**spec) for name, spec in data["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"{record.name} is damaged ({error})"
@@ -245,7 +259,14 @@ def prepacked_graphs(bundle: Path, onnxruntime: Any, *, check_hashes: bool) -> t
             return {}, f"{name} is missing or truncated"
         if check_hashes and file_sha256(path) != spec.sha256:
             return {}, f"{name} is damaged"
-    for graph, sha256 in sources.items():
-        if not (bundle / graph).is_file() or file_sha256(bundle / graph) != sha256:
-            return {}, f"{graph} has changed since"
+    if not set(files.values()) <= set(built):
+        return {}, f"{record.name} is damaged (an engine is not among its files)"
+    manifest = read_manifest(bundle)
+    if weights_sha256 != manifest.files[WEIGHTS_FILE].sha256:
+        return {}, "built from other weights"
+    for graph in manifest.graphs:
+        if graph.file not in sources:
+            return {}, f"there is none of {graph.file}"
+        if sources[graph.file] != manifest.files[graph.file].sha256:
+            return {}, f"{graph.file} has changed since"
     return files, ""
