@@ -1,0 +1,124 @@
+"""The command line of the training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastvar_trt.export.exporter import VARSource
+from fastvar_trt.runtime.command import ErrorCommand, Integers
+from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
+from fastvar_trt.tools.train_demo.training import Stage, TrainingConfig, train_transformer, train_vqvae
+
+_DEFAULTS = TrainingConfig()
+
+
+class _Progress:
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+
+    def __call__(self, stage: str, step: int, num_steps: int, losses: str) -> None:
+        if stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = click.progressbar(length=num_steps, label=stage, item_show_func=lambda item: item, width=24)
+            self._bar.__enter__()
+        self._bar.update(step - self._bar.pos, losses)
+
+    def close(self) -> None:
+        """End the line of the current bar."""
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
+@click.command(
+    cls=ErrorCommand,
+    epilog="""
+\b
+Examples:
+  python -m fastvar_trt.tools.train_demo --work-dir out/train --out out/demo_model
+  python -m fastvar_trt.tools.train_demo --work-dir out/512 --out out/512_model --device cuda \\
+      --patch-nums 1,2,3,4,6,9,13,18,24,32
+""",
+)
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), required=True, help="Training state; continues from there."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint; must not exist.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--seed", default=_DEFAULTS.seed, show_default=True)
+@click.option("--patch-nums", type=Integers(), default=",".join(map(str, _DEFAULTS.patch_nums)), show_default=True)
+@click.option("--vae-steps", type=click.IntRange(1), default=_DEFAULTS.vae_steps, show_default=True)
+@click.option("--var-steps", type=click.IntRange(1), default=_DEFAULTS.var_steps, show_default=True)
+@click.option("--depth", type=click.IntRange(1), default=_DEFAULTS.depth, show_default=True)
+@click.option("--width", type=click.IntRange(64), default=_DEFAULTS.width, show_default=True)
+@click.option("--photographs", type=click.Path(path_type=Path), help="Their folder; default: inside scikit-image.")
+def main(
+    work_dir: Path,
+    out: Path,
+    device: str,
+    seed: int,
+    patch_nums: tuple[int, ...],
+    vae_steps: int,
+    var_steps: int,
+    depth: int,
+    width: int,
+    photographs: Path | None,
+) -> None:
+    """Train the demo model; Ctrl-C stops, the same command goes on."""
+    if out.exists():
+        raise CheckpointError(f"--out {out}: exists already; give another folder")
+    config = TrainingConfig(
+        seed=seed, patch_nums=patch_nums, vae_steps=vae_steps, var_steps=var_steps, depth=depth, width=width
+    )
+    images = load_photographs(photographs)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    place, progress = torch.device(device), _Progress()
+    try:
+        vqvae = train_vqvae(config, images, work_dir, place, progress)
+        transformer = train_transformer(config, images, vqvae.model, work_dir, place, progress)  # type: ignore[arg-type]
+    finally:
+        progress.close()
+    write_checkpoint(out, config, vqvae, transformer, device)
+    click.echo(f"{out}: the trained checkpoint")
+
+
+def write_checkpoint(out: Path, config: TrainingConfig, vqvae: Stage, transformer: Stage, device: str) -> None:
+    """The two official-format files in fp16, and what is known of them, into a new folder."""
+
+    def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+            for key, value in state.items()
+        }
+
+    state, vae_state = half(transformer.model.state_dict()), half(vqvae.model.state_dict())
+    VARSource.from_state(state, vae_state)  # the exporter's own check of keys and shapes
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir(parents=True)
+    save_file(state, partial / "var.safetensors")
+    save_file(vae_state, partial / "vae.safetensors")
+    card = {
+        "classes": [dataclasses.asdict(p) for p in PHOTOGRAPHS],
+        "config": dataclasses.asdict(config),
+        "device": device,
+        "training_s": {stage.name: round(stage.seconds) for stage in (vqvae, transformer)},
+        "final_losses": {
+            f"{stage.name}.{name}": round(float(np.mean(values[-50:])), 4)
+            for stage in (vqvae, transformer)
+            for name, values in stage.losses.items()
+        },
+    }
+    (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    partial.rename(out)

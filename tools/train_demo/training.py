@@ -1,0 +1,293 @@
+"""The two stages of training, each resumable: first the VQVAE, then the transformer on its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
+from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, random_crops
+from fastvar_trt.tools.train_demo.transformer import Transformer, teacher_maps
+from fastvar_trt.tools.train_demo.vqvae import VQVAE
+
+LEVEL_MULTIPLIERS = (1, 1, 2, 2, 4)  # `ch_mult` of the official VQVAE
+_TRANSFORMER_FIELDS = {"depth", "width", "var_steps", "var_batch", "var_lr", "crops_per_class", "drop_class"}
+_SAVE_EVERY_S = 60.0
+_REVIVE_EVERY = 25  # steps between two replacements of codes that nothing chose
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that the result depends on; a state of another configuration is not resumed."""
+
+    seed: int = 0
+    patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    # VQVAE
+    vae_channels: int = 32
+    vae_blocks: int = 1  # `num_res_blocks`
+    code_channels: int = 32
+    vocab_size: int = 1024
+    vae_steps: int = 1600
+    vae_batch: int = 4
+    vae_lr: float = 8e-4
+    # transformer
+    depth: int = 8
+    width: int = 256
+    var_steps: int = 1500
+    var_batch: int = 8
+    var_lr: float = 1e-3
+    crops_per_class: int = 64  # whose tokens the transformer learns
+    drop_class: float = 0.1  # share of samples without a class, for guidance
+
+    def of_stage(self, stage: str) -> dict[str, Any]:
+        """What the result of a stage depends on: the VQVAE's not on the transformer, but the other way round."""
+        return {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if stage == "transformer" or key not in _TRANSFORMER_FIELDS
+        }
+
+    @property
+    def image_side(self) -> int:
+        """Pixels."""
+        return int(self.patch_nums[-1] * 2 ** (len(LEVEL_MULTIPLIERS) - 1))
+
+    @property
+    def vqvae(self) -> VQVAEConfig:
+        """Sizes of the VQVAE."""
+        return VQVAEConfig(
+            vocab_size=self.vocab_size,
+            code_channels=self.code_channels,
+            level_channels=tuple(self.vae_channels * m for m in LEVEL_MULTIPLIERS),
+            num_blocks=self.vae_blocks + 1,
+            phi="partially_shared",
+            num_phi=4,
+        )
+
+    @property
+    def transformer(self) -> VARConfig:
+        """Sizes of the transformer."""
+        return VARConfig(
+            depth=self.depth,
+            width=self.width,
+            num_heads=self.width // 64,
+            mlp_width=4 * self.width,
+            num_classes=len(PHOTOGRAPHS),
+            vocab_size=self.vocab_size,
+            code_channels=self.code_channels,
+            patch_nums=self.patch_nums,
+            shared_aln=True,
+            attn_l2_norm=True,
+        )
+
+
+class Stage:
+    """A model in training: its state goes to a file every minute, and comes back from it."""
+
+    def __init__(
+        self, name: str, model: nn.Module, lr: float, num_steps: int, config: Mapping[str, Any], folder: Path
+    ) -> None:
+        self.name, self.model, self.num_steps = name, model, num_steps
+        self.path = folder / f"{name}.pt"
+        self._config = json.dumps(config)
+        self._lr = lr
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+        self.rng = np.random.default_rng([config["seed"], len(name)])
+        self.losses: dict[str, list[float]] = {}
+        self.step, self.seconds = 0, 0.0
+        if self.path.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        try:
+            state: Any = torch.load(self.path, map_location="cpu", weights_only=True)
+            saved = state["config"]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{self.path}: not a state of this training ({type(error).__name__}: {error}); remove it, or give "
+                "another --work-dir"
+            ) from error
+        if saved != self._config:
+            differing = [
+                f"{key}: {json.loads(saved).get(key)!r} there, {value!r} here"
+                for key, value in json.loads(self._config).items()
+                if json.loads(saved).get(key) != value
+            ]
+            raise CheckpointError(
+                f"{self.path}: the state of another run ({'; '.join(differing)}); give the same options, or another "
+                "--work-dir"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rng.bit_generator.state = json.loads(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+
+    def save(self) -> None:
+        """Write the state beside the old one, then replace it."""
+        partial = self.path.with_suffix(".partial")
+        torch.save(
+            {
+                "config": self._config,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rng": json.dumps(self.rng.bit_generator.state),
+                "torch_rng": torch.get_rng_state(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "losses": self.losses,
+            },
+            partial,
+        )
+        partial.replace(self.path)
+
+    def steps(self, progress: Callable[[str, int, int, str], None]) -> Iterator[int]:
+        """The steps that remain; the body computes the gradients, and this takes the step."""
+        begin = saved = time.monotonic()
+        while self.step < self.num_steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._lr * _schedule(self.step, self.num_steps)
+            self.optimizer.zero_grad(set_to_none=True)
+            yield self.step
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.step += 1
+            now = time.monotonic()
+            self.seconds, begin = self.seconds + now - begin, now
+            if now - saved > _SAVE_EVERY_S or self.step == self.num_steps:
+                self.save()
+                saved = now
+            latest = ", ".join(f"{name} {np.mean(values[-20:]):.4f}" for name, values in self.losses.items())
+            progress(self.name, self.step, self.num_steps, latest)
+
+    def record(self, **losses: Tensor) -> None:
+        """Keep the losses of a step."""
+        for name, value in losses.items():
+            self.losses.setdefault(name, []).append(float(value.detach()))
+
+
+def _schedule(step: int, num_steps: int) -> float:
+    """Linear warm-up over 3 %, then a cosine down to 2 %."""
+    warm_up = max(1, round(0.03 * num_steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warm_up) / max(1, num_steps - warm_up)))
+
+
+def _gradients(images: Tensor) -> tuple[Tensor, Tensor]:
+    return images[..., 1:, :] - images[..., :-1, :], images[..., :, 1:] - images[..., :, :-1]
+
+
+def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """Errors of the pixels and of their differences; the latter keep edges, as a perceptual loss would."""
+    pairs = zip(_gradients(decoded), _gradients(images), strict=True)
+    edges = torch.stack([F.l1_loss(ours, theirs) for ours, theirs in pairs]).sum()
+    return F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + edges
+
+
+def train_vqvae(
+    config: TrainingConfig,
+    photographs: list[Image.Image],
+    folder: Path,
+    device: torch.device,
+    progress: Callable[[str, int, int, str], None],
+) -> Stage:
+    """Stage 1: reconstruct random crops through the quantizer."""
+    torch.manual_seed(config.seed)
+    model = VQVAE(config.vqvae, config.patch_nums).to(device)
+    nn.init.normal_(model.quantize.embedding.weight, std=0.05)
+    stage = Stage("vqvae", model, config.vae_lr, config.vae_steps, config.of_stage("vqvae"), folder)
+    hits = torch.zeros(config.vocab_size)
+    for step in stage.steps(progress):
+        labels = stage.rng.integers(len(photographs), size=config.vae_batch)
+        images = torch.from_numpy(random_crops(photographs, labels, config.image_side, stage.rng)).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            features = model.encode(images)
+        f_hat, quantization, tokens, residuals = model.quantize(features)
+        with torch.autocast(device.type, torch.bfloat16):
+            decoded = model.decode(f_hat)
+        reconstruction = reconstruction_loss(decoded, images)
+        (reconstruction + quantization).backward()
+        stage.record(reconstruction=reconstruction, quantization=quantization)
+        hits += torch.cat([t.flatten() for t in tokens]).bincount(minlength=config.vocab_size).cpu()
+        if step % _REVIVE_EVERY == _REVIVE_EVERY - 1:
+            if step < 0.7 * config.vae_steps:
+                _revive(model, hits, residuals, stage.rng)
+            hits.zero_()
+    return stage
+
+
+@torch.no_grad()
+def _revive(model: VQVAE, hits: Tensor, residuals: list[Tensor], rng: np.random.Generator) -> None:
+    """Give codes that nothing chose a vector that wants one; the scales contribute alike, so that none starves."""
+    dead = (hits == 0).nonzero().flatten()
+    if len(dead) == 0:
+        return
+    per_scale = [rows[torch.from_numpy(rng.integers(len(rows), size=len(dead)))] for rows in residuals]
+    choice = torch.from_numpy(rng.integers(len(per_scale), size=len(dead)))
+    rows = torch.stack(per_scale)[choice, torch.arange(len(dead))]
+    model.quantize.embedding.weight[dead] = rows.to(model.quantize.embedding.weight.dtype)
+
+
+@torch.no_grad()
+def tokenize(
+    config: TrainingConfig, photographs: list[Image.Image], vqvae: VQVAE, device: torch.device
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Fixed crops of every class, as tokens.
+
+    Returns:
+        labels int64 [N], tokens per scale int64 [N, L], the transformer's inputs fp32 [N, L - 1, C_vae].
+    """
+    rng = np.random.default_rng([config.seed, 99])
+    all_labels = np.repeat(np.arange(len(photographs)), config.crops_per_class)
+    tokens: list[list[Tensor]] = []
+    maps = []
+    vqvae.eval()
+    for start in range(0, len(all_labels), 16):
+        crops = random_crops(photographs, all_labels[start : start + 16], config.image_side, rng)
+        batch = vqvae.quantize(vqvae.encode(torch.from_numpy(crops).to(device)))[2]
+        tokens.append(batch)
+        maps.append(teacher_maps(vqvae.quantize, batch))
+    per_scale = [torch.cat(parts) for parts in zip(*tokens, strict=True)]
+    return torch.from_numpy(all_labels).to(device), per_scale, torch.cat(maps)
+
+
+def train_transformer(
+    config: TrainingConfig,
+    photographs: list[Image.Image],
+    vqvae: VQVAE,
+    folder: Path,
+    device: torch.device,
+    progress: Callable[[str, int, int, str], None],
+) -> Stage:
+    """Stage 2: predict the tokens of every scale from the scales before."""
+    labels, tokens, maps = tokenize(config, photographs, vqvae, device)
+    targets = torch.cat(tokens, dim=1)  # [N, L]
+    torch.manual_seed(config.seed + 1)
+    model = Transformer(config.transformer).to(device)
+    stage = Stage("transformer", model, config.var_lr, config.var_steps, config.of_stage("transformer"), folder)
+    last = config.patch_nums[-1] ** 2
+    for _ in stage.steps(progress):
+        rows = torch.from_numpy(stage.rng.integers(len(labels), size=config.var_batch)).to(device)
+        dropped = torch.from_numpy(stage.rng.random(config.var_batch) < config.drop_class).to(device)
+        condition = torch.where(dropped, config.transformer.num_classes, labels[rows])
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(condition, maps[rows])
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets[rows].flatten(), reduction="none")
+        loss = losses.mean()
+        loss.backward()
+        stage.record(loss=loss, last_scale=losses.view(config.var_batch, -1)[:, -last:].mean())
+    return stage
