@@ -3,9 +3,9 @@
 Each variant lives in a process of its own, so that its memory can be told apart; the parent lets them run in turn,
 one image each, for several rounds, and compares medians. Weights are random: times do not depend on their values.
 
-    python benchmarks/compare_pytorch.py --schedule 256 --runs 5
+    python benchmarks/compare_pytorch.py --runs 5 --work-dir out/bench > results.md
 
-Prints tables (ratios, scales, memory), then one JSON line.
+Prints, for every schedule, tables (ratios, scales, memory), then one JSON line.
 """
 
 from __future__ import annotations
@@ -44,21 +44,14 @@ def memory_mib() -> dict[str, float]:
 class PyTorchVariant:
     """The eager chain over the bundle's own weights: KV cache, SDPA, modulations hoisted."""
 
-    def __init__(self, bundle: Path, source: Path) -> None:
+    def __init__(self, bundle: Path) -> None:
         import torch
 
-        from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
+        from fastvar_trt.export.exporter import load_bundle_model
         from fastvar_trt.export.models.reference import generate
-        from fastvar_trt.export.models.var import VAR, Request
-        from fastvar_trt.export.weights_file import map_weights
-        from fastvar_trt.runtime import read_manifest
+        from fastvar_trt.export.models.var import Request
 
-        configs = json.loads((source / "configs.json").read_text())
-        configs["var"]["patch_nums"] = tuple(configs["var"]["patch_nums"])
-        configs["vae"]["level_channels"] = tuple(configs["vae"]["level_channels"])
-        manifest = read_manifest(bundle)
-        model = VAR(VARConfig(**configs["var"]), VQVAEConfig(**configs["vae"]), torch.float32)
-        model.load_tensors(map_weights(bundle))
+        model, manifest = load_bundle_model(bundle)
         plan = manifest.resolved_plan
         request = Request(
             torch.full((1,), CFG),
@@ -76,6 +69,7 @@ class PyTorchVariant:
             return {"total": total, **{f"step_{k:02d}": ms for k, ms in result.step_ms.items()}}
 
         self.run = run
+        self.memory = memory_mib
 
 
 class RuntimeVariant:
@@ -91,6 +85,9 @@ class RuntimeVariant:
         total = (time.perf_counter() - begin) * 1e3 - result.timings["decoder"]
         return {"total": total, **{k: v for k, v in result.timings.items() if k.startswith("step")}}
 
+    def memory(self) -> dict[str, float]:
+        return {"buffers_mib": self._pipe.num_buffer_bytes / 2**20, **memory_mib()}
+
 
 def processor_name() -> str:
     """The processor as the system names it."""
@@ -99,21 +96,21 @@ def processor_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def worker(kind: str, bundle: Path, source: Path) -> None:
+def worker(kind: str, bundle: Path) -> None:
     """Serve one variant over standard input and output: a line in, one image, its times out."""
     begin = time.perf_counter()
-    variant: Any = PyTorchVariant(bundle, source) if kind == "pytorch" else RuntimeVariant(bundle, kind)
+    variant: Any = PyTorchVariant(bundle) if kind == "pytorch" else RuntimeVariant(bundle, kind)
     print(json.dumps({"load_s": time.perf_counter() - begin}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(variant.run() if line.strip() == "run" else memory_mib()), flush=True)
+        print(json.dumps(variant.run() if line.strip() == "run" else variant.memory()), flush=True)
 
 
 class Worker:
     """A variant in its own process."""
 
-    def __init__(self, kind: str, bundle: Path, source: Path) -> None:
+    def __init__(self, kind: str, bundle: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", kind, str(bundle), str(source)],
+            [sys.executable, __file__, "--worker", kind, str(bundle)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -140,9 +137,9 @@ class Worker:
         self.process.wait()
 
 
-def measure_memory(kind: str, bundle: Path, source: Path) -> dict[str, float]:
+def measure_memory(kind: str, bundle: Path) -> dict[str, float]:
     """Memory of a variant after one image, with no other process that maps the same weights."""
-    process = Worker(kind, bundle, source)
+    process = Worker(kind, bundle)
     try:
         process.ask("run")
         return process.ask("memory")
@@ -150,18 +147,15 @@ def measure_memory(kind: str, bundle: Path, source: Path) -> dict[str, float]:
         process.close()
 
 
-def prepare(folder: Path, depth: int, width: int, schedule: str, prune: str) -> tuple[Path, Path, Path]:
+def prepare(folder: Path, depth: int, width: int, schedule: str, prune: str) -> tuple[Path, Path]:
     """A random checkpoint and its dense and pruned bundles, with prepacked engines; reused where they exist."""
-    import dataclasses
-
     from fastvar_trt.export.build_cpu import build_cpu
     from fastvar_trt.export.exporter import ExportOptions, VARSource, export_var
     from fastvar_trt.export.models.random_init import PATCH_NUMS_256, PATCH_NUMS_512, random_checkpoint
     from fastvar_trt.runtime import read_manifest
 
     patch_nums = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512}[schedule]
-    source_folder = folder / f"d{depth}_w{width}_{schedule}"
-    bundles = {name: source_folder / Path(name).stem for name in ("none", prune)}
+    bundles = {name: folder / f"d{depth}_w{width}_{schedule}" / Path(name).stem for name in ("none", prune)}
     source = None
     for name, bundle in bundles.items():
         if bundle.exists() and read_manifest(bundle).plan != load_plan(name):
@@ -172,29 +166,40 @@ def prepare(folder: Path, depth: int, width: int, schedule: str, prune: str) -> 
                     depth=depth, width=width, patch_nums=patch_nums, num_classes=1000, vocab_size=4096
                 )
                 source = VARSource.from_state(*states)
-                source_folder.mkdir(parents=True, exist_ok=True)
-                configs = {"var": dataclasses.asdict(source.config), "vae": dataclasses.asdict(source.vae_config)}
-                (source_folder / "configs.json").write_text(json.dumps(configs))
+                bundle.parent.mkdir(parents=True, exist_ok=True)
             begin = time.perf_counter()
             export_var(source, bundle, ExportOptions(load_plan(name)))
             click.echo(f"exported {name} at {schedule} in {time.perf_counter() - begin:.0f} s", err=True)
         report = build_cpu(bundle)
         if report.built:
             click.echo(f"prepacked {name} at {schedule} in {report.seconds:.0f} s", err=True)
-    return source_folder, bundles["none"], bundles[prune]
+    return bundles["none"], bundles[prune]
 
 
 @click.command()
 @click.option("--depth", default=16, show_default=True)
 @click.option("--width", default=1024, show_default=True)
-@click.option("--schedule", type=click.Choice(["256", "512"]), default="256", show_default=True)
+@click.option(
+    "--schedule",
+    "schedules",
+    type=click.Choice(["256", "512"]),
+    multiple=True,
+    default=("256", "512"),
+    show_default=True,
+)
 @click.option("--prune", default="fastvar-var", show_default=True)
 @click.option("--runs", default=5, show_default=True, help="Rounds; each runs every variant once.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps checkpoints and bundles; default: temporary.")
-def main(depth: int, width: int, schedule: str, prune: str, runs: int, work_dir: Path | None) -> None:
+def main(depth: int, width: int, schedules: tuple[str, ...], prune: str, runs: int, work_dir: Path | None) -> None:
     """Compare PyTorch eager with the runtime on this machine."""
+    for schedule in schedules:
+        compare(depth, width, schedule, prune, runs, work_dir)
+
+
+def compare(depth: int, width: int, schedule: str, prune: str, runs: int, work_dir: Path | None) -> None:
+    """One schedule: measure, print."""
     with tempfile.TemporaryDirectory() as scratch:
-        source, dense, pruned = prepare(work_dir or Path(scratch), depth, width, schedule, prune)
+        dense, pruned = prepare(work_dir or Path(scratch), depth, width, schedule, prune)
         variants = {
             "PyTorch dense": ("pytorch", dense),
             "ours dense": ("off", dense),
@@ -203,8 +208,8 @@ def main(depth: int, width: int, schedule: str, prune: str, runs: int, work_dir:
             "ours pruned": ("off", pruned),
             "ours pruned, prepacked": ("require", pruned),
         }
-        memory = {name: measure_memory(kind, bundle, source) for name, (kind, bundle) in variants.items()}
-        workers = {name: Worker(kind, bundle, source) for name, (kind, bundle) in variants.items()}
+        memory = {name: measure_memory(kind, bundle) for name, (kind, bundle) in variants.items()}
+        workers = {name: Worker(kind, bundle) for name, (kind, bundle) in variants.items()}
         times: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
         try:
             for round_number in range(runs + 1):
@@ -223,9 +228,10 @@ def main(depth: int, width: int, schedule: str, prune: str, runs: int, work_dir:
         name: statistics.median(b / r["total"] for b, r in zip(base, rows, strict=True)) for name, rows in times.items()
     }
     click.echo(
-        f"{depth} layers x {width}, {schedule}x{schedule}, plan {prune}, batch 1 with guidance, fp32, {runs} runs"
+        f"## {depth} layers x {width}, {schedule}x{schedule} pixels, plan {prune}\n\n"
+        f"Batch 1 with guidance, fp32, {runs} runs, transformer only. {processor_name()}, "
+        f"{len(os.sched_getaffinity(0))} cores.\n"
     )
-    click.echo(f"{processor_name()}, {len(os.sched_getaffinity(0))} cores\n")
     rows: list[list[object]] = [
         [
             name,
@@ -233,20 +239,24 @@ def main(depth: int, width: int, schedule: str, prune: str, runs: int, work_dir:
             f"{min(r['total'] for r in times[name]) / 1e3:.2f}-{max(r['total'] for r in times[name]) / 1e3:.2f}",
             f"{ratios[name]:.2f}x",
             f"{workers[name].load_s:.1f}",
+            f"{memory[name].get('buffers_mib', 0):.0f}",
             f"{memory[name]['pss_mib']:.0f}",
+            f"{memory[name]['pss_mib'] / weights_mib:.2f}",
             f"{memory[name]['peak_rss_mib']:.0f}",
         ]
         for name, m in medians.items()
     ]
-    header = ["variant", "s (median)", "min-max", "speed-up over PyTorch dense", "load s", "PSS MiB", "peak RSS MiB"]
+    header = ["variant", "s (median)", "min-max", "speed-up over PyTorch dense", "load s", "buffers MiB", "PSS MiB"]
+    header += ["PSS / weights", "peak RSS MiB"]
     click.echo(format_table(header, rows))
-    click.echo(f"\nweights: {weights_mib:.0f} MiB. ms per scale:\n")
+    click.echo(f"\nWeights: {weights_mib:.0f} MiB. Milliseconds per scale:\n")
     steps = [key for key in medians["PyTorch dense"] if key.startswith("step")]
     click.echo(
         format_table(["scale", *variants], [[s, *[f"{m.get(s, 0.0):.0f}" for m in medians.values()]] for s in steps])
     )
     click.echo(
-        json.dumps(
+        "\n"
+        + json.dumps(
             {
                 "schedule": schedule,
                 "depth": depth,
@@ -259,11 +269,12 @@ def main(depth: int, width: int, schedule: str, prune: str, runs: int, work_dir:
                 "weights_mib": round(weights_mib),
             }
         )
+        + "\n"
     )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+        worker(sys.argv[2], Path(sys.argv[3]))
     else:
         main()

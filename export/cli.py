@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from fastvar_trt.runtime.command import ErrorCommand, Integers
+from fastvar_trt.runtime.command import ErrorCommand, integers
 from fastvar_trt.runtime.errors import CheckpointError, ExportError
 from fastvar_trt.runtime.plan import PRESETS, load_plan
 
@@ -69,7 +69,7 @@ class _Progress:
     help=f"Pruning plan: a preset ({', '.join(PRESETS)}) or a JSON file.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--batch", "batches", type=Integers(), default="1", show_default=True, help="Batch sizes: N or N,N,...")
+@click.option("--batch", "batches", type=integers(), default="1", show_default=True, help="Batch sizes: N or N,N,...")
 @click.option(
     "--max-top-k", type=click.IntRange(0), default=900, show_default=True, help="Bound of top-k; 0: no bound."
 )

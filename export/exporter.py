@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,21 @@ from fastvar_trt.export.models.reference import ChainState
 from fastvar_trt.export.models.var import VAR, Request
 from fastvar_trt.export.tracing import GraphFunction, build_graph, chain_functions, save_graph
 from fastvar_trt.export.validation import GraphError, compare_graph, run_in_onnxruntime
-from fastvar_trt.export.weights_file import TensorPlace, layout, map_weights, write_weights
+from fastvar_trt.export.weights_file import TensorPlace, layout, map_weights, read_layout, write_weights
 from fastvar_trt.plugins import DOMAIN, VERSION
 from fastvar_trt.runtime import manifest as names
-from fastvar_trt.runtime.errors import CheckpointError, ExportError
+from fastvar_trt.runtime.errors import BundleError, CheckpointError, ExportError
 from fastvar_trt.runtime.manifest import (
     MANIFEST_FILE,
     REFERENCE_FILE,
+    WEIGHTS_FILE,
     FileSpec,
     GraphSpec,
     Manifest,
     ModelSpec,
     SamplingSpec,
+    check_files,
+    read_manifest,
 )
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.plan import PRESETS, PruningPlan, ResolvedPlan
@@ -141,25 +145,99 @@ def export_var(
         ExportError: `out` is taken, the disk is full, or a graph does not match PyTorch.
         PlanError: the plan does not fit the model.
     """
-    if options.precision not in PRECISIONS:
-        raise ExportError(f"precision: got {options.precision!r}, expected one of {', '.join(PRECISIONS)}")
-    batches = tuple(sorted(set(options.batches)))
-    if not batches or batches[0] < 1:
-        raise ExportError(f"batch: got {options.batches}, expected sizes of 1 or more")
-    config = source.config
-    plan = options.plan.resolve(config.schedule, config.depth)
+    _check_options(options)
+    options.plan.resolve(source.config.schedule, source.config.depth)  # an error before anything is written
     with _new_bundle(out, force) as folder:
         model, places = _write_model(source, folder, options)
-        specs: list[GraphSpec] = []
-        errors: dict[str, GraphError] = {}
-        for batch in batches:
-            batch_specs, batch_errors = _export_chain(
-                model, plan, batch, options.precision, places, folder, progress, write_reference=batch == batches[0]
-            )
-            specs += batch_specs
-            errors |= batch_errors
-        manifest = _manifest(source, options, batches, specs, folder)
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+        return _write_graphs(model, places, folder, options, progress)
+
+
+def load_bundle_model(bundle: Path) -> tuple[VAR, Manifest]:
+    """The PyTorch model over a bundle's own weights, memory-mapped.
+
+    Raises:
+        BundleError: a bundle that is incomplete or damaged.
+    """
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest, hashes=True)
+    try:
+        var, vae = ({**manifest.configs[name]} for name in ("var", "vae"))
+        config = VARConfig(**{**var, "patch_nums": tuple(var["patch_nums"])})
+        vae_config = VQVAEConfig(**{**vae, "level_channels": tuple(vae["level_channels"])})
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"bundle {bundle}: its configs cannot be read ({error}); export it again") from error
+    model = VAR(config, vae_config, PRECISIONS[manifest.precision])
+    return model.load_tensors(map_weights(bundle)), manifest
+
+
+def export_again(
+    bundle: Path,
+    out: Path,
+    plan: PruningPlan,
+    *,
+    batches: tuple[int, ...] | None = None,
+    force: bool = False,
+    progress: Callable[[str, str], None] = lambda graph, phase: None,
+) -> ExportReport:
+    """Write a bundle of the same weights and precision with another plan, without the checkpoint.
+
+    Graphs that the other plan leaves as they are get copied; the report has the errors of the traced ones only.
+
+    Args:
+        bundle: a bundle.
+        out: the new bundle's folder.
+        plan: its plan.
+        batches: batch sizes; default: those of `bundle`.
+        force: replace the bundle that is there.
+        progress: as for `export_var`.
+
+    Raises:
+        BundleError: a bundle that is incomplete or damaged.
+        ExportError: `out` is taken, the disk is full, or a graph does not match PyTorch.
+        PlanError: the plan does not fit the model.
+    """
+    model, manifest = load_bundle_model(bundle)
+    plan.resolve(manifest.schedule, manifest.model.depth)
+    options = ExportOptions(plan, manifest.precision, batches or manifest.batches, manifest.sampling.max_top_k)
+    _check_options(options)
+    there = {
+        function.spec.file: (function, bundle / function.spec.file)
+        for batch in manifest.batches
+        for function in chain_functions(model, manifest.resolved_plan, batch)
+    }
+    with _new_bundle(out, force) as folder:
+        shutil.copyfile(bundle / WEIGHTS_FILE, folder / WEIGHTS_FILE)  # onnx.checker refuses hard links
+        return _write_graphs(model, read_layout(folder), folder, options, progress, there)
+
+
+def _check_options(options: ExportOptions) -> None:
+    if options.precision not in PRECISIONS:
+        raise ExportError(f"precision: got {options.precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if not options.batches or min(options.batches) < 1:
+        raise ExportError(f"batch: got {options.batches}, expected sizes of 1 or more")
+
+
+def _write_graphs(
+    model: VAR,
+    places: Mapping[str, TensorPlace],
+    folder: Path,
+    options: ExportOptions,
+    progress: Callable[[str, str], None],
+    there: Mapping[str, tuple[GraphFunction, Path]] = MappingProxyType({}),
+) -> ExportReport:
+    """All that a bundle holds besides its weights: graphs, reference, manifest."""
+    plan = options.plan.resolve(model.config.schedule, model.config.depth)
+    batches = tuple(sorted(set(options.batches)))
+    specs: list[GraphSpec] = []
+    errors: dict[str, GraphError] = {}
+    for batch in batches:
+        batch_specs, batch_errors = _export_chain(
+            model, plan, batch, options.precision, places, folder, progress, there, write_reference=batch == batches[0]
+        )
+        specs += batch_specs
+        errors |= batch_errors
+    manifest = _manifest(model, options, batches, specs, folder)
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
     return ExportReport(manifest, errors)
 
 
@@ -196,10 +274,13 @@ def _export_chain(
     places: Mapping[str, TensorPlace],
     folder: Path,
     progress: Callable[[str, str], None],
+    there: Mapping[str, tuple[GraphFunction, Path]],
     *,
     write_reference: bool,
 ) -> tuple[list[GraphSpec], dict[str, GraphError]]:
     """Trace, write and check the graphs of one batch size, in the order of the chain.
+
+    A graph that is in `there` already, checked over the same weights, is copied.
 
     PyTorch runs the chain greedily and hands its state to each graph. The graph itself is run with sampling, so that
     the comparison covers the draw; the greedy images are left in the bundle as its known-answer test.
@@ -212,15 +293,19 @@ def _export_chain(
     functions = chain_functions(model, plan, batch)
     for function in functions:
         spec = function.spec
-        progress(spec.file, "trace")
-        graph = _build(function, model, places, folder)
-        progress(spec.file, "check")
-        save_graph(graph, folder / spec.file)
-        progress(spec.file, "compare")
+        progress(spec.file, PHASES[0])
         inputs = _graph_inputs(model, function, labels, state)
         expected = function.run(inputs, None)
-        got = run_in_onnxruntime(folder, spec, graph, inputs)
-        errors[spec.file] = compare_graph(function, expected, got, precision)
+        known = there.get(spec.file)
+        if known is not None and function.same_graph(known[0]):
+            shutil.copyfile(known[1], folder / spec.file)
+        else:
+            graph = _build(function, model, places, folder)
+            progress(spec.file, PHASES[1])
+            save_graph(graph, folder / spec.file)
+            progress(spec.file, PHASES[2])
+            got = run_in_onnxruntime(folder, spec, graph, inputs)
+            errors[spec.file] = compare_graph(function, expected, got, precision)
         if spec.kind == "condition":
             state = ChainState.begin(model, labels)
         elif spec.scale is not None:
@@ -276,9 +361,9 @@ def _graph_inputs(model: VAR, function: GraphFunction, labels: Tensor, state: Ch
 
 
 def _manifest(
-    source: VARSource, options: ExportOptions, batches: tuple[int, ...], specs: Sequence[GraphSpec], folder: Path
+    model: VAR, options: ExportOptions, batches: tuple[int, ...], specs: Sequence[GraphSpec], folder: Path
 ) -> Manifest:
-    config, vae = source.config, source.vae_config
+    config, vae = model.config, model.vae_config
     side = config.patch_nums[-1] * vae.pixels_per_token
     max_top_k = options.resolved_top_k(config.vocab_size)
     return Manifest(
@@ -287,6 +372,7 @@ def _manifest(
             depth=config.depth,
             width=config.width,
             num_heads=config.num_heads,
+            mlp_width=config.mlp_width,
             num_classes=config.num_classes,
             vocab_size=config.vocab_size,
             code_channels=config.code_channels,
@@ -305,6 +391,7 @@ def _manifest(
             package: importlib.metadata.version(package)
             for package in ("fastvar-trt", "torch", "onnx", "onnxscript", "onnx-ir")
         },
+        configs={"var": dataclasses.asdict(config), "vae": dataclasses.asdict(vae)},
     )
 
 

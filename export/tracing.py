@@ -72,7 +72,16 @@ class GraphFunction:
 
     spec: GraphSpec
     run: Callable[[Mapping[str, Tensor], Mapping[BlockSpec, str] | None], dict[str, Tensor]]
-    blocks: tuple[BlockSpec, ...]  # distinct, in order of first use
+    layers: tuple[BlockSpec, ...]  # the block of every layer; empty where there are none
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The distinct blocks, in order of first use."""
+        return tuple(dict.fromkeys(self.layers))
+
+    def same_graph(self, other: GraphFunction) -> bool:
+        """True where both trace to the same graph over the same weights, whatever their plans."""
+        return self.spec == other.spec and self.layers == other.layers
 
 
 def chain_functions(model: VAR, plan: ResolvedPlan, batch: int) -> list[GraphFunction]:
@@ -202,7 +211,7 @@ def _step_function(
         return {spec.name: by_name[spec.name] for spec in outputs}
 
     graph = GraphSpec(names.graph_file("step", batch, scale), "step", batch, scale, tuple(inputs), tuple(outputs))
-    return GraphFunction(graph, run, tuple(dict.fromkeys(specs)))
+    return GraphFunction(graph, run, tuple(specs))
 
 
 def build_graph(function: GraphFunction, model: VAR, places: Mapping[str, TensorPlace], folder: Path) -> ir.Model:

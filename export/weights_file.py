@@ -109,6 +109,24 @@ def write_weights(
     return places
 
 
+def read_layout(folder: Path) -> dict[str, TensorPlace]:
+    """The place of every tensor in the `weights.safetensors` that is there."""
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    dtypes = {name: dtype for dtype, name in _SAFETENSORS_DTYPE.items()}
+    return {
+        name: TensorPlace(
+            offset=8 + length + entry["data_offsets"][0],
+            num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            shape=tuple(entry["shape"]),
+            dtype=dtypes[entry["dtype"]],
+        )
+        for name, entry in entries.items()
+    }
+
+
 def map_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of `weights.safetensors`, memory-mapped."""
     return load_file(folder / WEIGHTS_FILE)

@@ -48,7 +48,7 @@ class Chain:
 
     @property
     def num_buffer_bytes(self) -> int:
-        """Memory of all buffers: requests, modulations, keys and values, caches, results."""
+        """Memory of all buffers: requests, modulations, keys and values, caches, results, noise."""
         return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
 
     def run(

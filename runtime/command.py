@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -21,15 +22,24 @@ class ErrorCommand(click.Command):
             raise failure from error
 
 
-class Integers(click.ParamType):
-    """`1,4` -> (1, 4)."""
+class _List(click.ParamType):
+    def __init__(self, convert_part: Callable[[str], Any], name: str, kind: str) -> None:
+        self._convert_part, self.name, self._kind = convert_part, name, kind
 
-    name = "N,N,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(int(part) for part in str(value).split(","))
+            return tuple(self._convert_part(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"got {value!r}, expected whole numbers separated by commas, as in 1,4", param, ctx)
+            self.fail(f"got {value!r}, expected {self._kind} separated by commas", param, ctx)
+
+
+def integers() -> click.ParamType:
+    """`1,4` -> (1, 4)."""
+    return _List(int, "N,N,...", "whole numbers")
+
+
+def numbers() -> click.ParamType:
+    """`0.4,0.5` -> (0.4, 0.5)."""
+    return _List(float, "X,X,...", "numbers")

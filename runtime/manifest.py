@@ -132,6 +132,7 @@ class ModelSpec:
     depth: int
     width: int
     num_heads: int
+    mlp_width: int
     num_classes: int
     vocab_size: int
     code_channels: int
@@ -176,6 +177,7 @@ class Manifest:
     files: Mapping[str, FileSpec]
     operators: Mapping[str, int]
     tools: Mapping[str, str]
+    configs: Mapping[str, Any]  # the exporter's: what it needs to trace these weights again
 
     @property
     def resolved_plan(self) -> ResolvedPlan:
@@ -233,6 +235,7 @@ class Manifest:
             "files": {name: dataclasses.asdict(spec) for name, spec in self.files.items()},
             "operators": dict(self.operators),
             "tools": dict(self.tools),
+            "configs": dict(self.configs),
         }
 
     @classmethod
@@ -280,6 +283,7 @@ class Manifest:
                 files={str(name): FileSpec(**spec) for name, spec in data["files"].items()},
                 operators={str(name): int(version) for name, version in data["operators"].items()},
                 tools={str(name): str(version) for name, version in data["tools"].items()},
+                configs=dict(data["configs"]),
             )
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:

@@ -109,6 +109,11 @@ class Pipeline:
     ) -> None:
         self.close()
 
+    @property
+    def num_buffer_bytes(self) -> int:
+        """Memory of requests, modulations, keys and values, caches and results, of all batch sizes used so far."""
+        return sum(chain.num_buffer_bytes for chain in self._chains.values())
+
     def close(self) -> None:
         """Release the graphs; may be called twice. ONNX Runtime keeps the memory of activations for the next load."""
         with self._lock:

@@ -18,6 +18,8 @@ from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, TensorSpec, check_files, read_manifest
 from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
 from fastvar_trt.runtime.verify import verify_bundle
+from fastvar_trt.tools.cli_quality import compare_command, tune_command
+from fastvar_trt.tools.sheets import save_image
 from fastvar_trt.tools.tables import format_table
 
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -46,6 +48,10 @@ def _runtime_options(command: Any) -> Any:
 @click.version_option(package_name="fastvar-trt")
 def main() -> None:
     """Run, check and build exported bundles (make one with fastvar-export)."""
+
+
+main.add_command(compare_command)
+main.add_command(tune_command)
 
 
 @main.command(
@@ -137,13 +143,7 @@ def save_png(result: GenerationResult, path: Path) -> None:
     for i, image in enumerate(result.images):
         y, x = i // columns * height, i % columns * width
         grid[y : y + height, x : x + width] = image
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        Image.fromarray(grid).save(partial, format="PNG")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+    save_image(Image.fromarray(grid), path)
 
 
 def _save_tokens(result: GenerationResult, manifest: Manifest, path: Path) -> None:

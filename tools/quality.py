@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.spatial.distance import cdist
 
 from fastvar_trt.runtime.errors import BackendError, RequestError
 
@@ -22,15 +23,27 @@ class ImageMetrics:
     Attributes:
         psnr_db: peak signal-to-noise ratio; infinite for equal images.
         ssim: structural similarity (Wang et al. 2004), 1 for equal images.
-        vif: visual information fidelity in the pixel domain (Sheikh and Bovik 2006), 1 for equal images.
+        vif: visual information fidelity in the pixel domain (Sheikh and Bovik 2006), 1 for equal images; NaN where
+            the reference is flat.
     """
 
     psnr_db: float
     ssim: float
     vif: float
 
+    def to_json(self) -> dict[str, float | None]:
+        """A JSON object; null for what is not finite."""
+        return {
+            name: round(value, 4) if np.isfinite(value) else None for name, value in dataclasses.asdict(self).items()
+        }
 
-def _libraries() -> tuple[Any, Any]:
+
+def require_libraries() -> tuple[Any, Any]:
+    """The metric libraries, `skimage.metrics` and `sewar`.
+
+    Raises:
+        BackendError: the extra `quality` is not installed.
+    """
     try:
         import sewar
         import skimage.metrics
@@ -48,13 +61,15 @@ def image_metrics(reference: NDArray[Any], image: NDArray[Any]) -> ImageMetrics:
     """
     if reference.shape != image.shape:
         raise RequestError(f"images: got {image.shape}, expected {reference.shape}: bundles of one image size")
-    metrics, sewar = _libraries()
+    metrics, sewar = require_libraries()
     if np.array_equal(reference, image):
         return ImageMetrics(float("inf"), 1.0, 1.0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 for flat images
+        vif = float(sewar.vifp(reference, image))
     return ImageMetrics(
         psnr_db=float(metrics.peak_signal_noise_ratio(reference, image, data_range=255)),
         ssim=float(metrics.structural_similarity(reference, image, channel_axis=2, data_range=255)),
-        vif=float(sewar.vifp(reference, image)),
+        vif=vif,
     )
 
 
@@ -65,20 +80,55 @@ def thumbnails(images: NDArray[Any]) -> NDArray[Any]:
     return np.stack(small).astype(np.float32) / 255
 
 
-def nearest_references(images: NDArray[Any], references: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The nearest reference picture of every image, by the root mean square difference of thumbnails.
+@dataclasses.dataclass(frozen=True)
+class ReferenceMetrics:
+    """Images against photographs of their classes.
+
+    Attributes:
+        distance: mean distance to the nearest photograph of the image's own class (`nearest_distances`).
+        accuracy: share of the images whose nearest photograph is one of their own class.
+    """
+
+    distance: float
+    accuracy: float
+
+
+def reference_metrics(
+    images: NDArray[Any], labels: Sequence[int], references: Mapping[int, NDArray[Any]]
+) -> ReferenceMetrics:
+    """How near images are to photographs of what they shall show.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        labels: class of each.
+        references: class -> uint8 [M, H', W', 3].
+
+    Raises:
+        RequestError: a class without photographs.
+    """
+    missing = sorted(set(labels) - set(references))
+    if missing:
+        raise RequestError(f"references: none of class {missing[0]}; give some of every class that is drawn")
+    distances = np.stack([nearest_distances(images, photographs) for photographs in references.values()], axis=1)
+    own = np.array([list(references).index(label) for label in labels])
+    return ReferenceMetrics(
+        distance=float(distances[np.arange(len(own)), own].mean()),
+        accuracy=float((distances.argmin(axis=1) == own).mean()),
+    )
+
+
+def nearest_distances(images: NDArray[Any], references: NDArray[Any]) -> NDArray[Any]:
+    """The distance of every image to its nearest reference, as the root mean square difference of thumbnails.
 
     Args:
         images: uint8 [N, H, W, 3].
         references: uint8 [M, H', W', 3].
 
     Returns:
-        index int64 [N] into the references, distance fp32 [N] in [0, 1].
+        fp64 [N] in [0, 1].
     """
     ours, theirs = (thumbnails(x).reshape(len(x), -1) for x in (images, references))
-    squared = (ours**2).sum(1)[:, None] + (theirs**2).sum(1)[None] - 2 * ours @ theirs.T
-    distances = np.sqrt(np.maximum(squared, 0) / ours.shape[1])
-    return distances.argmin(1), distances.min(1)
+    return cdist(ours, theirs).min(axis=1) / np.sqrt(ours.shape[1])
 
 
 def mean_metrics(metrics: Sequence[ImageMetrics]) -> ImageMetrics:
@@ -87,5 +137,5 @@ def mean_metrics(metrics: Sequence[ImageMetrics]) -> ImageMetrics:
     return ImageMetrics(
         psnr_db=float(np.mean(finite)) if finite else float("inf"),
         ssim=float(np.mean([m.ssim for m in metrics])),
-        vif=float(np.mean([m.vif for m in metrics])),
+        vif=float(np.mean([m.vif for m in metrics if not np.isnan(m.vif)] or [np.nan])),
     )

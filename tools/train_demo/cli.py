@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvar_trt.export.exporter import VARSource
-from fastvar_trt.runtime.command import ErrorCommand, Integers
+from fastvar_trt.runtime.command import ErrorCommand, integers
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
 from fastvar_trt.tools.train_demo.training import Stage, TrainingConfig, train_transformer, train_vqvae
@@ -58,7 +58,7 @@ Examples:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint; must not exist.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--seed", default=_DEFAULTS.seed, show_default=True)
-@click.option("--patch-nums", type=Integers(), default=",".join(map(str, _DEFAULTS.patch_nums)), show_default=True)
+@click.option("--patch-nums", type=integers(), default=",".join(map(str, _DEFAULTS.patch_nums)), show_default=True)
 @click.option("--vae-steps", type=click.IntRange(1), default=_DEFAULTS.vae_steps, show_default=True)
 @click.option("--var-steps", type=click.IntRange(1), default=_DEFAULTS.var_steps, show_default=True)
 @click.option("--depth", type=click.IntRange(1), default=_DEFAULTS.depth, show_default=True)

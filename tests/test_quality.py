@@ -1,0 +1,212 @@
+"""Metrics with known answers, and the commands `compare` and `tune` on the tiny bundle."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from PIL import Image
+
+from conftest import TINY_PLAN
+from fastvar_trt.export.exporter import ExportOptions, VARSource, export_again
+from fastvar_trt.runtime import Pipeline, read_manifest
+from fastvar_trt.runtime.errors import CheckpointError, RequestError
+from fastvar_trt.runtime.plan import PRESETS, PruningPlan
+from fastvar_trt.runtime.verify import verify_bundle
+from fastvar_trt.tools import tune
+from fastvar_trt.tools.cli import main
+from fastvar_trt.tools.compare import compare, draw_side_by_side
+from fastvar_trt.tools.quality import image_metrics, mean_metrics, nearest_distances, reference_metrics
+from fastvar_trt.tools.sheets import contact_sheet, error_map
+from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
+from fastvar_trt.tools.work import chain_multiply_adds, step_multiply_adds
+
+
+def flat(value: int, side: int = 64) -> NDArray[np.uint8]:
+    return np.full((side, side, 3), value, dtype=np.uint8)
+
+
+def test_psnr_of_a_constant_error() -> None:
+    assert image_metrics(flat(100), flat(110)).psnr_db == pytest.approx(20 * math.log10(255 / 10), abs=1e-6)
+
+
+def test_ssim_of_constant_images() -> None:
+    # Without variance SSIM is its luminance term (Wang et al. 2004): (2ab + C1) / (a^2 + b^2 + C1).
+    c1 = (0.01 * 255) ** 2
+    expected = (2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)
+    assert image_metrics(flat(100), flat(150)).ssim == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_images(rng: np.random.Generator) -> None:
+    image = rng.integers(256, size=(64, 64, 3), dtype=np.uint8)
+    metrics = image_metrics(image, image.copy())
+    assert (metrics.psnr_db, metrics.ssim, metrics.vif) == (math.inf, 1.0, 1.0)
+
+
+def test_metrics_fall_with_noise(rng: np.random.Generator) -> None:
+    clean = np.asarray(load_photographs()[1].resize((128, 128)))
+    results = []
+    for sigma in (4.0, 16.0, 64.0):
+        noisy = np.clip(clean + rng.normal(0, sigma, clean.shape), 0, 255).astype(np.uint8)
+        results.append(image_metrics(clean, noisy))
+    for name in ("psnr_db", "ssim", "vif"):
+        values = [getattr(r, name) for r in results]
+        assert values == sorted(values, reverse=True) and values[0] > 1.2 * values[-1], name
+
+
+def test_the_mean_leaves_infinite_psnr_out(rng: np.random.Generator) -> None:
+    image = rng.integers(256, size=(64, 64, 3), dtype=np.uint8)
+    one = image_metrics(flat(100), flat(110))
+    assert mean_metrics([image_metrics(image, image), one]).psnr_db == one.psnr_db
+
+
+def test_images_of_different_sizes_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"got \(32, 32, 3\), expected \(64, 64, 3\)"):
+        image_metrics(flat(0), flat(0, 32))
+
+
+def test_distances_to_flat_references() -> None:
+    distances = nearest_distances(np.stack([flat(0), flat(255)]), np.stack([flat(51), flat(255)]))
+    np.testing.assert_allclose(distances, [0.2, 0.0], atol=1e-6)
+
+
+def test_accuracy_counts_the_nearest_class() -> None:
+    references = {3: np.stack([flat(0)]), 5: np.stack([flat(255)])}
+    metrics = reference_metrics(np.stack([flat(10), flat(10), flat(250)]), [3, 5, 5], references)
+    assert metrics.accuracy == pytest.approx(2 / 3)
+    assert metrics.distance == pytest.approx((10 + 245 + 5) / 3 / 255, abs=1e-6)
+    with pytest.raises(RequestError, match="none of class 4"):
+        reference_metrics(np.stack([flat(0)]), [4], references)
+
+
+def test_the_error_map_is_four_times_the_largest_error() -> None:
+    a, b = flat(100, 2), flat(100, 2)
+    b[0, 0] = (100, 90, 105)
+    b[1, 1] = (0, 0, 200)
+    expected = np.zeros((2, 2, 3), dtype=np.uint8)
+    expected[0, 0], expected[1, 1] = 40, 255
+    np.testing.assert_array_equal(error_map(a, b), expected)
+
+
+def test_a_contact_sheet_shows_every_picture() -> None:
+    sheet = np.asarray(contact_sheet(["a", "b"], [("one", [flat(10), flat(20)]), ("two", [flat(30), flat(40)])], 64))
+    for value in (10, 20, 30, 40):
+        assert (sheet == value).all(axis=-1).sum() >= 60 * 60
+
+
+def test_counted_work_of_a_small_model(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    model, dense = manifest.model, PRESETS["none"].resolve(manifest.schedule, manifest.model.depth)
+    assert (model.width, model.mlp_width, model.depth) == (128, 512, 2)
+    # Scale 1: 9 tokens, 1 + 9 keys.
+    projections = 9 * (4 * 128 * 128 + 2 * 128 * 512 + 2 * 128 * 10)
+    assert step_multiply_adds(model, dense, 1) == 2 * projections + 9 * 128 * (model.vocab_size + model.code_channels)
+    pruned = manifest.resolved_plan
+    assert chain_multiply_adds(model, pruned) < chain_multiply_adds(model, dense)
+    skipping = PruningPlan("skip", ((-1, 1.0),)).resolve(manifest.schedule, model.depth)
+    assert step_multiply_adds(model, skipping, 3) == 0
+
+
+def test_a_bundle_is_exported_again_with_another_plan(tiny_bundle: Path, tmp_path: Path) -> None:
+    report = export_again(tiny_bundle, tmp_path / "dense", PRESETS["none"], batches=(1,))
+    assert set(report.errors) == {"step_02.onnx", "step_03.onnx"}  # the others are the same graphs
+    with Pipeline.load(tmp_path / "dense") as dense, Pipeline.load(tiny_bundle) as pruned:
+        assert not verify_bundle(dense).failures
+        a, b = draw_side_by_side([dense, pruned], [1, 2, 3], [0, 1, 2], {})
+    comparison = compare(a, b, [1, 2, 3], [0, 1, 2])
+    assert [comparison.token_agreement[k] for k in range(3)] == [1.0, 1.0, 1.0]  # nothing is pruned before the last
+    assert comparison.token_agreement[3] < 1
+    assert math.isfinite(comparison.mean.psnr_db)
+    assert comparison.speedup == pytest.approx(np.median(np.array(a.seconds) / np.array(b.seconds)))
+
+
+def test_the_sweep_agrees_with_the_runtime(tiny_bundle: Path, tmp_path: Path) -> None:
+    labels, seeds = [1, 2, 3], [0, 1, 2]
+    result = tune.sweep(tiny_bundle, [TINY_PLAN, PruningPlan("all", ((-1, 0.75),), -2, 0)], labels, seeds, cfg=1.5)
+    assert [c.plan.name for c in result.candidates] == ["all", "tiny"]  # by rising work
+    result = tune.measure_front(tiny_bundle, result, tmp_path, labels, seeds, cfg=1.5)
+    for candidate in result.candidates:
+        if candidate.on_front:
+            assert candidate.measured is not None
+            assert candidate.measured.mean.ssim == pytest.approx(candidate.metrics.ssim, abs=1e-3)
+    assert result.candidates[0].on_front
+
+
+def test_choose_takes_the_fastest_that_holds(tiny_bundle: Path, tmp_path: Path) -> None:
+    labels, seeds = [1, 2], [0, 0]
+    result = tune.sweep(tiny_bundle, [TINY_PLAN], labels, seeds, cfg=1.5)
+    assert tune.choose(result, min_ssim=0.0, max_drop=1.0) is None  # nothing was measured
+    result = tune.measure_front(tiny_bundle, result, tmp_path, labels, seeds, cfg=1.5)
+    chosen = tune.choose(result, min_ssim=0.0, max_drop=0.0)
+    assert chosen is not None and chosen.plan == TINY_PLAN
+    assert tune.choose(result, min_ssim=1.0, max_drop=0.0) is None
+
+
+def test_candidates_need_a_cache_before_the_pruned_scales() -> None:
+    plans = tune.candidate_plans([(0.5,), (0.4, 0.5)], [-2, -3], [0, 1])
+    assert {(p.fractions, p.cache_scale) for p in plans} == {
+        (((-1, 0.5),), -2),
+        (((-1, 0.5),), -3),
+        (((-2, 0.4), (-1, 0.5)), -3),
+    }
+
+
+@pytest.fixture(scope="module")
+def other_size(export_once: Callable[..., tuple[Path, object]]) -> Path:
+    from conftest import tiny_states
+
+    source = VARSource.from_state(*tiny_states(patch_nums=(1, 2)))
+    return export_once("other_size", source, ExportOptions())[0]
+
+
+def test_compare_command(tiny_bundle: Path, other_size: Path, tmp_path: Path) -> None:
+    arguments = ["compare", str(tiny_bundle), str(tiny_bundle), "--class", "1", "--seeds", "2"]
+    done = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "c.png"), "--json", str(tmp_path / "c.json")])
+    assert done.exit_code == 0, done.output
+    data = json.loads((tmp_path / "c.json").read_text())
+    assert data == json.loads(done.output.splitlines()[-1])
+    assert data["mean"] == {"psnr_db": None, "ssim": 1.0, "vif": 1.0} and data["images"] == 2
+    assert set(data["token_agreement"].values()) == {1.0}
+    assert Image.open(tmp_path / "c.png").width > 3 * 256
+
+    refused = CliRunner().invoke(main, ["compare", str(tiny_bundle), str(other_size), "--class", "1"])
+    assert refused.exit_code == 1 and "bundles of one model only" in refused.output
+    refused = CliRunner().invoke(main, [*arguments, "--class", "99"])
+    assert refused.exit_code == 1 and "class 99" in refused.output
+    refused = CliRunner().invoke(main, [*arguments, "--references", str(tmp_path / "none")])
+    assert refused.exit_code == 1 and "no PNG" in refused.output
+
+
+def test_tune_command(tiny_bundle: Path, tmp_path: Path) -> None:
+    for label in (1, 2):
+        (tmp_path / "photos" / str(label)).mkdir(parents=True)
+        Image.fromarray(flat(100 * label)).save(tmp_path / "photos" / str(label) / "a.png")
+    arguments = ["tune", str(tiny_bundle), "--class", "1", "--class", "2", "--seeds", "1", "--fractions", "0.5"]
+    arguments += ["--cache-scales", "-2", "--first-layers", "0,1", "--references", str(tmp_path / "photos")]
+    arguments += ["--out", str(tmp_path / "tuned")]
+    done = CliRunner().invoke(main, [*arguments, "--min-ssim", "0", "--max-drop", "10"])
+    assert done.exit_code == 0, done.output
+    plan = PruningPlan.from_json(json.loads((tmp_path / "tuned" / "plan.json").read_text()))
+    record = json.loads((tmp_path / "tuned" / "tune.json").read_text())
+    assert record["chosen"] == plan.name and len(record["candidates"]) == 2
+    assert Image.open(tmp_path / "tuned" / "front.png").width > 500
+    assert sorted(p.name for p in (tmp_path / "tuned").iterdir()) == ["front.png", "plan.json", "tune.json"]
+
+    (tmp_path / "tuned" / "plan.json").unlink()
+    strict = CliRunner().invoke(main, [*arguments, "--first-layers", "0", "--min-ssim", "1"])
+    assert strict.exit_code == 1 and "--min-ssim" in strict.output
+    assert not (tmp_path / "tuned" / "plan.json").exists()
+
+
+def test_photographs_are_named_when_missing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"astronaut\.png: cannot be read"):
+        load_photographs(tmp_path)
+    (tmp_path / PHOTOGRAPHS[0].file).write_bytes(b"not a picture")
+    with pytest.raises(CheckpointError, match=r"astronaut\.png: cannot be read"):
+        load_photographs(tmp_path)

@@ -1,0 +1,64 @@
+"""Contact sheets: pictures in rows and columns with captions, and error maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from fastvar_trt.runtime.errors import RequestError
+
+_MARGIN, _CAPTION = 8, 22  # pixels
+_GAIN = 4  # of error maps: an error of 64 of 255 is white
+
+
+def error_map(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    """The largest error of the three channels, four times as bright, in greys: uint8 [H, W, 3]."""
+    error = np.abs(a.astype(np.int16) - b.astype(np.int16)).max(axis=-1, keepdims=True)
+    return np.repeat(np.minimum(error * _GAIN, 255).astype(np.uint8), 3, axis=-1)
+
+
+def contact_sheet(
+    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[NDArray[Any]]]], side: int = 256
+) -> Image.Image:
+    """Pictures under column titles, one caption over each row.
+
+    Args:
+        columns: titles.
+        rows: caption and pictures (uint8 [H, W, 3]) of each row.
+        side: width of a picture on the sheet, pixels.
+    """
+    font = ImageFont.load_default(14)
+    height = max(round(side * picture.shape[0] / picture.shape[1]) for _, pictures in rows for picture in pictures)
+    step_x, step_y = side + _MARGIN, height + _CAPTION + _MARGIN
+    size = (_MARGIN + step_x * len(columns), _CAPTION + _MARGIN + step_y * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, title in enumerate(columns):
+        pen.text((_MARGIN + i * step_x, _MARGIN // 2), title, "black", font)
+    for j, (caption, pictures) in enumerate(rows):
+        y = _CAPTION + _MARGIN + j * step_y
+        pen.text((_MARGIN, y), caption, "black", font)
+        for i, picture in enumerate(pictures):
+            scaled = Image.fromarray(picture).resize((side, height), Image.Resampling.LANCZOS)
+            sheet.paste(scaled, (_MARGIN + i * step_x, y + _CAPTION))
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG beside its place, then move it there.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error

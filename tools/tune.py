@@ -1,0 +1,298 @@
+"""A pruning plan by measurement: sweep, keep the front of work and quality, time it in the runtime, choose.
+
+The sweep runs in eager PyTorch over the bundle's own weights: the scales before the first pruned one are the same for
+every candidate and run once. Only the candidates on the front are exported and timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastvar_trt.export.exporter import DEFAULT_TOP_K, DEFAULT_TOP_P, export_again, load_bundle_model
+from fastvar_trt.export.models.reference import ChainState
+from fastvar_trt.export.models.var import VAR, Request
+from fastvar_trt.runtime.errors import PlanError
+from fastvar_trt.runtime.manifest import read_manifest
+from fastvar_trt.runtime.noise import uniform_noise
+from fastvar_trt.runtime.pipeline import Pipeline
+from fastvar_trt.runtime.plan import PRESETS, PruningPlan, ResolvedPlan
+from fastvar_trt.tools.compare import Comparison, compare, draw_side_by_side
+from fastvar_trt.tools.quality import ImageMetrics, ReferenceMetrics, image_metrics, mean_metrics, reference_metrics
+from fastvar_trt.tools.work import relative_work
+
+# Fractions of the last scales in order; the last of them is the last scale's.
+DEFAULT_FRACTIONS = ((0.25,), (0.5,), (0.75,), (0.4, 0.5), (0.5, 0.75), (0.75, 0.9))
+_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A plan and what it costs and gives, against the dense chain on the same requests.
+
+    Attributes:
+        plan: the plan.
+        work: multiply-adds of the transformer as a share of the dense chain's.
+        metrics: mean of all images.
+        references: against photographs of the classes; None without any.
+        on_front: no other candidate has less work and a higher SSIM.
+        measured: through exported graphs and the runtime; of the front only.
+    """
+
+    plan: PruningPlan
+    work: float
+    metrics: ImageMetrics
+    references: ReferenceMetrics | None
+    on_front: bool = False
+    measured: Comparison | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "plan": self.plan.to_json(),
+            "work": round(self.work, 4),
+            "metrics": self.metrics.to_json(),
+            "references": None if self.references is None else dataclasses.asdict(self.references),
+            "on_front": self.on_front,
+            "measured": None if self.measured is None else self.measured.to_json(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """All candidates by rising work, and the dense chain that they are judged against."""
+
+    candidates: tuple[Candidate, ...]
+    dense_references: ReferenceMetrics | None
+
+
+def candidate_plans(
+    fractions: Sequence[Sequence[float]], cache_scales: Sequence[int], first_layers: Sequence[int]
+) -> list[PruningPlan]:
+    """Every combination that can be resolved: the cache scale must come before the first pruned one.
+
+    Args:
+        fractions: each the pruned fractions of the last scales, in the order of the schedule.
+        cache_scales: counted from the end, so negative.
+        first_layers: first pruned layer.
+    """
+    plans = []
+    for values, cache_scale, first_layer in itertools.product(fractions, cache_scales, first_layers):
+        if cache_scale >= -len(values):
+            continue
+        pruned = tuple((place - len(values), value) for place, value in enumerate(values))
+        name = "-".join([*(f"{value:g}" for value in values), f"cache{-cache_scale}", f"layer{first_layer}"])
+        plans.append(PruningPlan(name, pruned, cache_scale, first_layer))
+    return plans
+
+
+class _Drawer:
+    """Images by eager PyTorch; what a plan shares with those drawn before is not computed again."""
+
+    def __init__(self, model: VAR, labels: Sequence[int], seeds: Sequence[int], cfg: float) -> None:
+        self._model, self._labels, self._seeds, self._cfg = model, labels, seeds, cfg
+        self._prefixes: dict[tuple[int, int, int], ChainState] = {}
+
+    @torch.inference_mode()
+    def draw(self, plan: ResolvedPlan) -> NDArray[Any]:
+        """uint8 [N, H, W, 3]."""
+        parts = []
+        for start in range(0, len(self._labels), _BATCH):
+            state = self._after_prefix(start, plan)
+            for scale in (k for k in plan.steps if k >= self._first_pruned(plan)):
+                self._step(state, plan, scale, start)
+            assert state.f_hat is not None
+            parts.append(self._model.decode(state.f_hat)[1].numpy())
+        return np.concatenate(parts)
+
+    def _first_pruned(self, plan: ResolvedPlan) -> int:
+        return next((k for k in plan.steps if plan.is_pruned(k)), plan.steps[-1] + 1)
+
+    def _after_prefix(self, start: int, plan: ResolvedPlan) -> ChainState:
+        """The state before the first pruned scale. All layers are cached: a plan reads what it needs."""
+        end = self._first_pruned(plan)
+        key = (start, end, -1 if plan.cache_scale is None else plan.cache_scale)
+        if key not in self._prefixes:
+            state = ChainState.begin(self._model, torch.tensor(self._labels[start : start + _BATCH]))
+            full = dataclasses.replace(plan, first_layer=0, last_layer=plan.depth - 1)
+            for scale in range(end):
+                self._step(state, full, scale, start)
+            self._prefixes[key] = state
+        state = self._prefixes[key]
+        return dataclasses.replace(state, past=list(state.past), caches=dict(state.caches))
+
+    def _step(self, state: ChainState, plan: ResolvedPlan, scale: int, start: int) -> None:
+        seeds = self._seeds[start : start + _BATCH]
+        noise = np.stack([uniform_noise(seed, scale, plan.num_tokens(scale)) for seed in seeds])
+        state.step(self._model, plan, scale, torch.from_numpy(noise), self._request(len(seeds)))
+
+    def _request(self, batch: int) -> Request:
+        def rows(value: float) -> Tensor:
+            return torch.full((batch,), value)
+
+        limit = len(self._model.weight("sampling.rank"))
+        return Request(
+            cfg=rows(self._cfg),
+            temperature=rows(1.0),
+            top_k=rows(min(DEFAULT_TOP_K, limit)),
+            top_p=rows(DEFAULT_TOP_P),
+            greedy=torch.zeros(batch, dtype=torch.bool),
+        )
+
+
+def sweep(
+    bundle: Path,
+    plans: Sequence[PruningPlan],
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    cfg: float,
+    references: dict[int, NDArray[Any]] | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Sweep:
+    """Judge every plan by its pictures.
+
+    Args:
+        bundle: the weights, whatever its own plan.
+        plans: candidates.
+        labels: class of each image.
+        seeds: seed of each image.
+        cfg: guidance scale.
+        references: class -> photographs uint8 [M, H, W, 3].
+        progress: called with the number of plans judged since the last call.
+
+    Raises:
+        PlanError: no candidate, or one that does not fit the model.
+    """
+    model, manifest = load_bundle_model(bundle)
+    if not plans:
+        raise PlanError("no candidate: the cache scale must come before the pruned scales; give other --cache-scale")
+    resolved = [plan.resolve(manifest.schedule, manifest.model.depth) for plan in plans]
+    drawer = _Drawer(model, labels, seeds, cfg)
+    dense = drawer.draw(PRESETS["none"].resolve(manifest.schedule, manifest.model.depth))
+    progress(1)
+    candidates = []
+    for plan, places in zip(plans, resolved, strict=True):
+        images = drawer.draw(places)
+        candidates.append(
+            Candidate(
+                plan=plan,
+                work=relative_work(manifest, places),
+                metrics=mean_metrics([image_metrics(x, y) for x, y in zip(dense, images, strict=True)]),
+                references=None if references is None else reference_metrics(images, labels, references),
+            )
+        )
+        progress(1)
+    candidates.sort(key=lambda c: (c.work, -c.metrics.ssim))
+    best = -1.0
+    for i, candidate in enumerate(candidates):
+        if candidate.metrics.ssim > best:  # with less work, nothing was as good
+            best = candidate.metrics.ssim
+            candidates[i] = dataclasses.replace(candidate, on_front=True)
+    return Sweep(
+        candidates=tuple(candidates),
+        dense_references=None if references is None else reference_metrics(dense, labels, references),
+    )
+
+
+def measure_front(
+    bundle: Path,
+    result: Sweep,
+    folder: Path,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    cfg: float,
+    references: dict[int, NDArray[Any]] | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Sweep:
+    """Export the front's plans and run each beside the dense chain.
+
+    Args:
+        bundle: as for `sweep`.
+        result: its result.
+        folder: where the bundles may lie; the caller removes it.
+        labels: class of each image.
+        seeds: seed of each image.
+        cfg: guidance scale.
+        references: as for `sweep`.
+        progress: called with the number of plans measured since the last call.
+    """
+    dense = folder / "dense"
+    batches = (min(read_manifest(bundle).batches),)
+    export_again(bundle, dense, PRESETS["none"], batches=batches)
+    progress(1)
+    candidates = list(result.candidates)
+    with Pipeline.load(dense, check="size") as reference:
+        for i, candidate in enumerate(candidates):
+            if not candidate.on_front:
+                continue
+            pruned = folder / f"plan_{i}"
+            export_again(dense, pruned, candidate.plan)
+            with Pipeline.load(pruned, check="size") as pipe:
+                a, b = draw_side_by_side([reference, pipe], labels, seeds, {"cfg": cfg})
+            measured = compare(a, b, labels, seeds, references)
+            candidates[i] = dataclasses.replace(candidate, measured=measured)
+            shutil.rmtree(pruned)
+            progress(1)
+    return dataclasses.replace(result, candidates=tuple(candidates))
+
+
+def choose(result: Sweep, *, min_ssim: float, max_drop: float) -> Candidate | None:
+    """The fastest plan of the front whose pictures hold; None where none does.
+
+    Args:
+        result: a sweep whose front was measured.
+        min_ssim: mean SSIM against the dense pictures.
+        max_drop: relative rise of the distance to the photographs of the classes, where there are some.
+    """
+
+    def holds(candidate: Candidate) -> bool:
+        if candidate.measured is None or candidate.measured.mean.ssim < min_ssim:
+            return False
+        if candidate.measured.references is None:
+            return True
+        dense, pruned = candidate.measured.references
+        return pruned.distance <= dense.distance * (1 + max_drop)
+
+    holding = [candidate for candidate in result.candidates if holds(candidate)]
+    return max(holding, key=lambda c: c.measured.speedup if c.measured else 0.0, default=None)
+
+
+def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
+    """SSIM over work: every candidate, the front with its measured speed-ups, and the choice."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    others = [c for c in result.candidates if not c.on_front]
+    front = [c for c in result.candidates if c.on_front]
+    axes.scatter([c.work for c in others], [c.metrics.ssim for c in others], color="0.7", label="other plans")
+    axes.plot([c.work for c in front], [c.metrics.ssim for c in front], "o-", color="tab:blue", label="front")
+    axes.plot([1.0], [1.0], "s", color="black", label="dense")
+    for candidate in front:
+        if candidate.measured is not None:
+            axes.annotate(
+                f"{candidate.measured.speedup:.2f}x",
+                (candidate.work, candidate.metrics.ssim),
+                textcoords="offset points",
+                xytext=(4, -12),
+                fontsize=8,
+            )
+    if chosen is not None:
+        axes.plot([chosen.work], [chosen.metrics.ssim], "*", markersize=16, color="tab:red", label="chosen")
+    axes.set_xlabel("multiply-adds of the transformer, share of dense")
+    axes.set_ylabel("SSIM against the dense pictures")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

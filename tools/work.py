@@ -1,0 +1,39 @@
+"""The arithmetic of a bundle's steps, counted: what a plan saves before anything is measured."""
+
+from __future__ import annotations
+
+from fastvar_trt.runtime.manifest import Manifest, ModelSpec
+from fastvar_trt.runtime.plan import PRESETS, ResolvedPlan
+
+
+def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
+    """Multiply-adds of one step for one row of the batch (guidance doubles the rows).
+
+    Counts the matrix products of a VAR transformer: q, k, v and output projections (4 C^2), the feed-forward layers
+    (2 C * mlp_width) and attention (2 C per query and key) of the kept tokens, and embedding and head of all.
+
+    Args:
+        model: sizes.
+        plan: which tokens are computed.
+        scale: the step; one that the plan skips costs nothing.
+    """
+    length = plan.num_tokens(scale)
+    if scale not in plan.steps:
+        return 0
+    total = length * (model.width * model.vocab_size + model.code_channels * model.width)
+    for layer in range(model.depth):
+        kept = plan.kept(scale, layer)
+        keys = plan.num_past(scale, layer) + kept
+        total += kept * (4 * model.width**2 + 2 * model.width * model.mlp_width + 2 * model.width * keys)
+    return total
+
+
+def chain_multiply_adds(model: ModelSpec, plan: ResolvedPlan) -> int:
+    """Multiply-adds of all steps for one row of the batch."""
+    return sum(step_multiply_adds(model, plan, scale) for scale in plan.steps)
+
+
+def relative_work(manifest: Manifest, plan: ResolvedPlan) -> float:
+    """The transformer's arithmetic under a plan as a share of the dense chain's."""
+    dense = PRESETS["none"].resolve(manifest.schedule, manifest.model.depth)
+    return chain_multiply_adds(manifest.model, plan) / chain_multiply_adds(manifest.model, dense)
