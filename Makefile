@@ -8,8 +8,10 @@ PACKAGES := export runtime plugins tools
 .PHONY: demo test check format clean
 
 demo: $(INSTALLED)
-	$(BIN)/fastvar-export demo --out out/demo --force
-	$(BIN)/fastvar generate out/demo --class 1 --class 3 --class 5 --class 7 -o out/demo.png
+	$(BIN)/fastvar-export demo --prune none --out out/demo_dense --force
+	$(BIN)/fastvar-export bundle --from out/demo_dense --out out/demo_pruned --force
+	$(BIN)/fastvar generate out/demo_pruned --class 0 -o out/astronaut.png
+	$(BIN)/fastvar compare out/demo_dense out/demo_pruned --class 0 --class 1 --class 2 --class 3 --seeds 3 -o out/demo.png
 
 test: $(INSTALLED)
 	$(BIN)/pytest
@@ -28,7 +30,7 @@ format: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[export,cpu,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[export,cpu,quality,train,dev]'
 	touch $@
 
 clean:

@@ -18,9 +18,10 @@ _EXAMPLES = """
 \b
 Examples:
   fastvar-export demo --out out/demo
+  fastvar-export bundle --from out/demo --prune none --out out/demo_dense
   fastvar-export var --checkpoint var_d16.pth --vae vae_ch160v4096z32.pth --out out/d16
   fastvar-export var --checkpoint var_d36.pth --vae vae_ch160v4096z32.pth \\
-      --prune my_plan.json --precision fp16 --batch 1,4 --out out/d36 --target cpu
+      --prune my_plan.json --precision fp16 --batch 1,4 --out out/d36 --target sm86,sm89
 """
 
 
@@ -44,7 +45,7 @@ class _Progress:
             self._bar.__enter__()
             self._bar.update(0, phase)
         elif phase == "done":
-            self._bar.update(1, phase)
+            self._bar.update(self._bar.length - self._bar.pos, phase)
             self.close()
         else:
             self._bar.update(1, phase)
@@ -57,10 +58,11 @@ class _Progress:
 
 
 @click.command(cls=ErrorCommand, epilog=_EXAMPLES)
-@click.argument("model", type=click.Choice(["demo", "var"]))
+@click.argument("model", type=click.Choice(["demo", "var", "bundle"]))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="var_d16.pth ... var_d36.pth, or .safetensors.")
 @click.option("--vae", type=click.Path(path_type=Path), help="vae_ch160v4096z32.pth, or .safetensors.")
+@click.option("--from", "bundle", type=click.Path(path_type=Path), help="The bundle whose weights get another plan.")
 @click.option("--config", help="JSON of what state dicts do not tell: num_heads, patch_nums, quant_resi (0.5).")
 @click.option(
     "--prune",
@@ -68,66 +70,78 @@ class _Progress:
     show_default=True,
     help=f"Pruning plan: a preset ({', '.join(PRESETS)}) or a JSON file.",
 )
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--batch", "batches", type=integers(), default="1", show_default=True, help="Batch sizes: N or N,N,...")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: fp32; with --from, its own.")
 @click.option(
-    "--max-top-k", type=click.IntRange(0), default=900, show_default=True, help="Bound of top-k; 0: no bound."
+    "--batch", "batches", type=integers(), help="Batch sizes: N or N,N,...  Default: 1; with --from, its own."
 )
-@click.option(
-    "--target", type=click.Choice(["cpu"]), help="Also build engines for this target, as `fastvar build` does."
-)
+@click.option("--max-top-k", type=click.IntRange(0), help="Bound of top-k; 0: no bound. Default: 900.")
+@click.option("--target", "targets", metavar="T,T,...", help="Also build for these targets, as `fastvar build` does.")
 @click.option("--force", is_flag=True, help="Replace the bundle that is there.")
 def main(
     model: str,
     out: Path,
     checkpoint: Path | None,
     vae: Path | None,
+    bundle: Path | None,
     config: str | None,
     prune: str,
-    precision: str,
-    batches: tuple[int, ...],
-    max_top_k: int,
-    target: str | None,
+    precision: str | None,
+    batches: tuple[int, ...] | None,
+    max_top_k: int | None,
+    targets: str | None,
     force: bool,
 ) -> None:
     """Export a next-scale model to a bundle: one ONNX graph per scale step.
 
-    MODEL is `var` for an official VAR checkpoint, or `demo` for a small model with random weights.
+    MODEL is `var` for an official VAR checkpoint, `demo` for the small model that comes with the package, or `bundle`
+    for the weights of a bundle with another pruning plan: only the graphs that it changes are traced.
     """
     if model == "var" and (checkpoint is None or vae is None):
         raise click.UsageError("MODEL var needs --checkpoint and --vae")
-    if model == "demo" and (checkpoint is not None or vae is not None or config is not None):
-        raise click.UsageError("MODEL demo takes no --checkpoint, --vae or --config")
+    if model != "var" and (checkpoint is not None or vae is not None or config is not None):
+        raise click.UsageError(f"MODEL {model} takes no --checkpoint, --vae or --config")
+    if (model == "bundle") != (bundle is not None):
+        raise click.UsageError("MODEL bundle needs --from, and no other takes it")
+    if model == "bundle" and (precision is not None or max_top_k is not None):
+        raise click.UsageError("MODEL bundle keeps the precision and the top-k of its graphs")
     plan = load_plan(prune)
     overrides = _read_config(config)
     try:
         from fastvar_trt.export import exporter
-        from fastvar_trt.export.models.random_init import random_checkpoint
+        from fastvar_trt.export.demo import demo_source
+        from fastvar_trt.export.targets import build_targets, parse_targets
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
 
+    if targets is not None:
+        parse_targets(targets)  # an error before minutes of work
     begin = time.perf_counter()
-    if checkpoint is not None and vae is not None:
-        source = exporter.VARSource.from_files(checkpoint, vae, overrides)
-    else:
-        source = exporter.VARSource.from_state(*random_checkpoint(depth=4, width=256))
-    options = exporter.ExportOptions(plan, precision, batches, max_top_k)
     progress = _Progress()
     try:
-        report = exporter.export_var(source, out, options, force=force, progress=progress)
+        if bundle is not None:
+            report = exporter.export_again(bundle, out, plan, batches=batches, force=force, progress=progress)
+        else:
+            if checkpoint is not None and vae is not None:
+                source = exporter.VARSource.from_files(checkpoint, vae, overrides)
+            else:
+                source = demo_source()
+            top_k = exporter.DEFAULT_TOP_K if max_top_k is None else max_top_k
+            options = exporter.ExportOptions(plan, precision or "fp32", batches or (1,), top_k)
+            report = exporter.export_var(source, out, options, force=force, progress=progress)
     finally:
         progress.close()
-    if target == "cpu":
-        from fastvar_trt.export.build_cpu import build_cpu
-
-        build_cpu(out)
-    worst_file, worst = max(report.errors.items(), key=lambda item: item[1].relative_error)
-    click.echo(
-        f"{out}: {len(report.errors)} graphs, "
-        f"{sum(f.num_bytes for f in report.manifest.files.values()) / 2**20:.1f} MiB; "
-        f"largest difference from PyTorch {worst.max_error:.2g} ({worst.relative_error:.1g} of the largest value), in "
-        f"{worst.worst_tensor} of {worst_file}"
-    )
+    built = build_targets(out, targets) if targets is not None else []
+    num_graphs, num_traced = len(report.manifest.graphs), len(report.errors)
+    size = sum(f.num_bytes for f in report.manifest.files.values()) / 2**20
+    click.echo(f"{out}: {num_graphs} graphs ({num_traced} traced), {size:.1f} MiB")
+    if report.errors:
+        worst_file, worst = max(report.errors.items(), key=lambda item: item[1].relative_error)
+        click.echo(
+            f"largest difference from PyTorch {worst.max_error:.2g} ({worst.relative_error:.1g} of the largest value), "
+            f"in {worst.worst_tensor} of {worst_file}"
+        )
+    for line in built:
+        click.echo(line)
     click.echo(json.dumps({"bundle": str(out), "export_s": round(time.perf_counter() - begin, 1)}))
 
 

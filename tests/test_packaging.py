@@ -36,6 +36,7 @@ def test_every_package_is_listed() -> None:
 
 
 EXPORT_ONLY = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
+QUALITY_ONLY = ("matplotlib", "scipy", "sewar", "skimage")
 
 
 def test_the_runtime_draws_without_torch_and_onnx(tiny_bundle: Path) -> None:
@@ -58,7 +59,7 @@ def test_importing_the_runtime_loads_no_backend() -> None:
 @pytest.mark.parametrize("command", ["tools", "export"])
 def test_help_needs_only_what_the_runtime_needs(command: str) -> None:
     code = f"from fastvar_trt.{command}.cli import main\nmain(['--help'])"
-    done = run_without((*EXPORT_ONLY, "onnxruntime"), code)
+    done = run_without((*EXPORT_ONLY, *QUALITY_ONLY, "onnxruntime"), code)
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
 
@@ -71,10 +72,11 @@ def test_help_needs_only_what_the_runtime_needs(command: str) -> None:
             "pip install 'fastvar-trt[export",
         ),
         ("from fastvar_trt.tools.cli import main\nmain(['build', 'unused', '--target', 'cpu'])", "fastvar-trt[export"),
+        ("from fastvar_trt.tools.cli import main\nmain(['compare', 'a', 'b'])", "fastvar-trt[quality"),
     ],
 )
 def test_a_missing_extra_is_named(code: str, message: str) -> None:
-    done = run_without(EXPORT_ONLY, code)
+    done = run_without((*EXPORT_ONLY, *QUALITY_ONLY), code)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr

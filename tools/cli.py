@@ -292,26 +292,24 @@ def _memory_rows(manifest: Manifest) -> list[list[object]]:
 @main.command(
     epilog="""
 \b
-Example:
+Examples:
   fastvar build out/b --target cpu
+  fastvar build out/b --target sm86,sm89,sm120
+  fastvar build out/b --target current
 """
 )
 @_BUNDLE
-@click.option("--target", type=click.Choice(["cpu"]), required=True, help="What to build for.")
-def build(bundle: Path, target: str) -> None:
-    """Build what a target needs beyond the graphs; for cpu: weights prepacked for this processor.
+@click.option("--target", "targets", required=True, metavar="T,T,...", help="cpu, sm75 ... sm121, or current.")
+def build(bundle: Path, targets: str) -> None:
+    """Build what targets need beyond the graphs.
 
-    Needs the extra `export`.
+    cpu: weights prepacked for this processor. sm75, sm80, sm86, sm89, sm120, sm121: engines of TensorRT for RTX, built
+    without a GPU (extra `rtx`). current: engines of enterprise TensorRT for this machine's GPU (extra `tensorrt`). All
+    need the extra `export`. Only what is missing or stale is built.
     """
     try:
-        from fastvar_trt.export.build_cpu import build_cpu
+        from fastvar_trt.export.targets import build_targets
     except ImportError as error:
         raise BackendError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
-    report = build_cpu(bundle)
-    if not report.built:
-        click.echo(f"{bundle}: the engines for {target} are up to date; nothing to build")
-        return
-    click.echo(
-        f"{bundle}: {report.num_graphs} graphs for {target}, {report.num_bytes / 2**20:.1f} MiB of prepacked weights, "
-        f"{report.seconds:.1f} s"
-    )
+    for line in build_targets(bundle, targets):
+        click.echo(line)

@@ -174,7 +174,11 @@ def compare_command(
         firsts = [classes.index(label) for label in dict.fromkeys(classes)]
         save_image(
             contact_sheet(
-                ["A: " + bundle_a.name, "B: " + bundle_b.name, "error x 4"],
+                [
+                    f"{bundle_a.name}: {comparison.seconds[0]:.2f} s",
+                    f"{bundle_b.name}: {comparison.seconds[1]:.2f} s ({comparison.speedup:.2f}x)",
+                    "error x 4",
+                ],
                 [
                     (
                         f"class {classes[i]}, seed {all_seeds[i]}: PSNR {comparison.per_image[i].psnr_db:.1f} dB, "

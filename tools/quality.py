@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.spatial.distance import cdist
 
 from fastvar_trt.runtime.errors import BackendError, RequestError
 
@@ -127,6 +126,8 @@ def nearest_distances(images: NDArray[Any], references: NDArray[Any]) -> NDArray
     Returns:
         fp64 [N] in [0, 1].
     """
+    from scipy.spatial.distance import cdist
+
     ours, theirs = (thumbnails(x).reshape(len(x), -1) for x in (images, references))
     return cdist(ours, theirs).min(axis=1) / np.sqrt(ours.shape[1])
 

@@ -145,6 +145,7 @@ class ImageDecoder(nn.Module):
         """fp32 [B, C_vae, h, w] -> image fp32 [B, 3, 16h, 16w] in [0, 1], pixels uint8 [B, 16h, 16w, 3]."""
         decoded = self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype)))
         image = decoded.float().clamp(-1, 1) * 0.5 + 0.5
-        # Rounded to the nearest of 256 levels; the cast alone would truncate.
-        pixels = (image * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1)
+        # Rounded to the nearest of 256 levels; the cast alone would truncate. It comes last: TensorRT knows uint8 as
+        # the type of an input or output only.
+        pixels = (image * 255 + 0.5).permute(0, 2, 3, 1).to(torch.uint8)
         return image, pixels

@@ -1,0 +1,175 @@
+"""One graph to one engine, with what the build log tells about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastvar_trt.export.tensorrt.flavour import Flavour
+from fastvar_trt.export.tensorrt.graphs import TensorRTGraph
+from fastvar_trt.runtime.errors import ExportError
+
+# The final layers in the verbose log, as TensorRT's layer information with detailed profiling prints them.
+_LAYER = re.compile(r"^Name: (?P<name>\S+), LayerType: (?P<kind>\w+),", re.MULTILINE)
+_ATTENTION = re.compile(r"_gemm_mha|_mha_|fmha|flash", re.IGNORECASE)
+_GEMM_BIAS_GELU = re.compile(r"_FcAdd\w*Tanh")  # the tanh of GELU inside the fusion of a matrix product and its bias
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineTensor:
+    """An input or output of an engine: dtype as in `TensorSpec`."""
+
+    name: str
+    is_input: bool
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltEngine:
+    """A serialized engine.
+
+    Attributes:
+        data: the plan.
+        tensors: inputs and outputs as the network declares them.
+        num_kernels: layers of the optimised network; 0 where the log did not list them.
+        num_attention: of those, fused attention.
+        num_gemm_gelu: of those, matrix products fused with bias and GELU.
+        seconds: parse and build.
+    """
+
+    data: bytes
+    tensors: tuple[EngineTensor, ...]
+    num_kernels: int
+    num_attention: int
+    num_gemm_gelu: int
+    seconds: float
+
+
+def build_engine(
+    flavour: Flavour,
+    graph: TensorRTGraph,
+    name: str,
+    targets: Sequence[str],
+    progress: Callable[[str, float], None],
+) -> BuiltEngine:
+    """Parse and build.
+
+    Args:
+        flavour: the TensorRT package.
+        graph: what to build.
+        name: of the graph, for messages.
+        targets: compute capabilities.
+        progress: called with TensorRT's phase and the share of it that is done; what it raises (KeyboardInterrupt,
+            too) cancels the build at the next step and is raised again.
+
+    Raises:
+        ExportError: the parser refused the graph, or no engine came out; with TensorRT's own words.
+    """
+    trt = flavour.module
+    begin = time.perf_counter()
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(flavour.network_flags())
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph.model):
+        problems = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise ExportError(f"{name}: {flavour.name} {flavour.version} does not accept the graph: {problems}")
+    tensors = _tensors(trt, network)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    flavour.set_targets(config, targets)
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if monitor.error is not None:
+        raise monitor.error
+    if plan is None:
+        raise ExportError(f"{name}: {flavour.name} {flavour.version} built no engine: {logger.errors()}")
+    layers = [match["name"] for match in _LAYER.finditer(logger.text())]
+    return BuiltEngine(
+        data=bytes(plan),
+        tensors=tensors,
+        num_kernels=len(layers),
+        num_attention=sum(bool(_ATTENTION.search(layer)) for layer in layers),
+        num_gemm_gelu=sum(bool(_GEMM_BIAS_GELU.search(layer)) for layer in layers),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _tensors(trt: Any, network: Any) -> tuple[EngineTensor, ...]:
+    names = {
+        trt.DataType.FLOAT: "float32",
+        trt.DataType.HALF: "float16",
+        trt.DataType.BF16: "bfloat16",
+        trt.DataType.INT32: "int32",
+        trt.DataType.INT64: "int64",
+        trt.DataType.UINT8: "uint8",
+        trt.DataType.BOOL: "bool",
+    }
+    sides = (
+        (True, network.num_inputs, network.get_input),
+        (False, network.num_outputs, network.get_output),
+    )
+    return tuple(
+        EngineTensor(t.name, is_input, names[t.dtype], tuple(t.shape))
+        for is_input, count, get in sides
+        for t in (get(i) for i in range(count))
+    )
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Keeps what TensorRT says."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._lines: list[tuple[Any, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            self._lines.append((severity, message))
+
+        def text(self) -> str:
+            """All messages."""
+            return "\n".join(message for _, message in self._lines)
+
+        def errors(self) -> str:
+            """The errors, joined."""
+            bad = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
+            return "; ".join(message for severity, message in self._lines if severity in bad) or "no reason given"
+
+    return Logger()
+
+
+def _monitor(trt: Any, progress: Callable[[str, float], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Reports phases, and cancels when the report raises."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.error: BaseException | None = None
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            self._report(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._report(phase_name, step + 1)
+            return self.error is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._report(phase_name, self._steps.get(phase_name, 1))
+
+        def _report(self, phase: str, step: int) -> None:
+            # An exception must not pass through TensorRT's C++ frames: it is kept, and False cancels the build.
+            if self.error is None:
+                try:
+                    progress(phase, step / max(self._steps.get(phase, 1), 1))
+                except BaseException as error:
+                    self.error = error
+
+    return Monitor()

@@ -1,0 +1,88 @@
+"""The two TensorRT packages behind one face. Their Python API is one but for what this module names.
+
+`tensorrt_rtx` (TensorRT for RTX) builds for any of its targets on a machine without a GPU. `tensorrt` (enterprise)
+builds on the GPU that will run the engine; that path is written against its API (10.13, 11) and has not been run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from fastvar_trt.runtime.errors import BackendError, ExportError
+
+RTX, ENTERPRISE = "tensorrt_rtx", "tensorrt"
+# SM90 (H100) is not among them: TensorRT for RTX 1.7 does not list it.
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+CURRENT_TARGET = "current"  # enterprise TensorRT: the GPU of this machine
+_INSTALL = {
+    RTX: "pip install 'fastvar-trt[export,rtx]'",
+    ENTERPRISE: "pip install 'fastvar-trt[export,tensorrt]'",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flavour:
+    """One TensorRT package.
+
+    Attributes:
+        name: `tensorrt_rtx` or `tensorrt`.
+        module: the imported package.
+    """
+
+    name: str
+    module: Any
+
+    @classmethod
+    def load(cls, name: str) -> Flavour:
+        """Import a package.
+
+        Raises:
+            BackendError: it is not installed, or its libraries cannot be loaded.
+        """
+        try:
+            return cls(name, importlib.import_module(name))
+        except ImportError as error:
+            raise BackendError(f"{name} cannot be imported ({error}); {_INSTALL[name]}") from error
+
+    @property
+    def version(self) -> str:
+        """Of the package; engines belong to exactly one."""
+        return str(self.module.__version__)
+
+    def network_flags(self) -> int:
+        """Strongly typed: precisions come from the graph. RTX and TensorRT 11 know nothing else and have no flag."""
+        flag = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 0 if self.name == RTX or flag is None else 1 << int(flag)
+
+    def set_targets(self, config: Any, targets: Sequence[str]) -> None:
+        """Which GPUs an engine is built for."""
+        if self.name == ENTERPRISE:
+            return  # the GPU of this machine
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(getattr(self.module.ComputeCapability, target.upper()), index)
+
+
+def flavour_of(targets: Sequence[str]) -> str:
+    """The package that builds for these targets.
+
+    Args:
+        targets: `sm75`, `sm80`, `sm86`, `sm89`, `sm120`, `sm121`, or `current` alone.
+
+    Raises:
+        ExportError: an unknown target, or `current` together with others.
+    """
+    if tuple(targets) == (CURRENT_TARGET,):
+        return ENTERPRISE
+    for target in targets:
+        if target not in RTX_TARGETS:
+            raise ExportError(
+                f"target: got {target!r}, expected one or more of {', '.join(RTX_TARGETS)} (TensorRT for RTX, on any "
+                f"machine), or {CURRENT_TARGET} alone (enterprise TensorRT, for the GPU of this machine)"
+            )
+    if not targets:
+        raise ExportError("target: got none")
+    return RTX
