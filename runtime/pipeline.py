@@ -63,7 +63,7 @@ class Pipeline:
         bundle: str | Path,
         *,
         backend: str | Backend = "onnxruntime",
-        device: str = "cpu",
+        device: str | None = None,
         num_threads: int | None = None,
         engines: str = "auto",
         check: str = "full",
@@ -72,8 +72,8 @@ class Pipeline:
 
         Args:
             bundle: the folder that fastvar-export wrote.
-            backend: `onnxruntime`, or an object that implements `Backend`.
-            device: where the backend runs: `cpu`.
+            backend: `onnxruntime`, `tensorrt_rtx`, `tensorrt`, or an object that implements `Backend`.
+            device: where the backend runs; default: `cpu` for onnxruntime, `cuda` for TensorRT. `cuda:N` names a GPU.
             num_threads: threads of one operator on the CPU; default: one per core that this process may use.
             engines: `auto` uses what `fastvar build` made for this device, `off` never does, `require` raises
                 where there is nothing.

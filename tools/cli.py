@@ -13,7 +13,9 @@ import click
 import numpy as np
 from PIL import Image
 
+from fastvar_trt.runtime.backends import BACKENDS
 from fastvar_trt.runtime.command import ErrorCommand
+from fastvar_trt.runtime.engines import EngineRecord, read_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, TensorSpec, check_files, read_manifest
 from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
@@ -22,6 +24,7 @@ from fastvar_trt.tools.cli_quality import compare_command, tune_command
 from fastvar_trt.tools.sheets import save_image
 from fastvar_trt.tools.tables import format_table
 
+_FLAVOURS = ("tensorrt_rtx", "tensorrt")
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 
 
@@ -36,9 +39,11 @@ def _runtime_options(command: Any) -> Any:
             type=click.Choice(["auto", "off", "require"]),
             default="auto",
             show_default=True,
-            help="Whether to use what `fastvar build` made.",
+            help="Whether onnxruntime uses what `fastvar build --target cpu` made.",
         ),
         click.option("--threads", type=click.IntRange(1), help="Threads per operator; default: one per core."),
+        click.option("--device", help="cpu, cuda or cuda:N; default: what the backend runs on."),
+        click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True),
     ):
         command = option(command)
     return command
@@ -87,6 +92,8 @@ def generate(
     greedy: bool,
     out: Path,
     save_tokens: Path | None,
+    backend: str,
+    device: str | None,
     threads: int | None,
     engines: str,
 ) -> None:
@@ -94,7 +101,7 @@ def generate(
     for path in (out, save_tokens):
         if path is not None:
             _check_writable(path)
-    with Pipeline.load(bundle, num_threads=threads, engines=engines) as pipe:
+    with Pipeline.load(bundle, backend=backend, device=device, num_threads=threads, engines=engines) as pipe:
         result = pipe.generate(
             labels,
             seeds=seed,
@@ -186,9 +193,9 @@ Examples:
 )
 @_BUNDLE
 @_runtime_options
-def verify(bundle: Path, threads: int | None, engines: str) -> None:
+def verify(bundle: Path, backend: str, device: str | None, threads: int | None, engines: str) -> None:
     """Check every file's hash, then draw the images that PyTorch drew at export and compare."""
-    with Pipeline.load(bundle, num_threads=threads, engines=engines) as pipe:
+    with Pipeline.load(bundle, backend=backend, device=device, num_threads=threads, engines=engines) as pipe:
         outcome = verify_bundle(pipe)
         num_files = len(pipe.manifest.files)
 
@@ -260,6 +267,10 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
     click.echo("\n" + format_table(["memory, batch", *[str(b) for b in manifest.batches]], memory))
     files = [[name, f"{spec.num_bytes / 2**20:.2f}", spec.sha256[:12]] for name, spec in manifest.files.items()]
     click.echo("\n" + format_table(["file", "MiB", "SHA-256"], files))
+    for flavour in _FLAVOURS:
+        records = read_engines(bundle, flavour)
+        if records:
+            click.echo("\n" + _engine_table(flavour, list(records.values())))
     if tensors:
         for graph in manifest.graphs:
             click.echo(f"\n{graph.file}")
@@ -269,6 +280,25 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
                 for t in ts
             ]
             click.echo(format_table(["", "tensor", "dtype", "shape"], lines))
+
+
+def _engine_table(flavour: str, records: list[EngineRecord]) -> str:
+    rows: list[list[object]] = [
+        [
+            r.file,
+            f"{r.content.num_bytes / 2**20:.2f}",
+            r.version,
+            ", ".join(r.targets),
+            len(r.weights),
+            r.kernels["total"],
+            r.kernels["attention"],
+            r.kernels["gemm_bias_gelu"],
+        ]
+        for r in records
+    ]
+    total = sum(r.content.num_bytes for r in records) / 2**20
+    header = [f"{flavour} engine", "MiB", "version", "targets", "weights bound", "kernels", "attention"]
+    return format_table([*header, "gemm+bias+gelu"], [*rows, ["all", f"{total:.2f}", "", "", "", "", "", ""]])
 
 
 def _memory_rows(manifest: Manifest) -> list[list[object]]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, View
+from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, CapturedChain, View
 from fastvar_trt.runtime.errors import BackendError
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "tensorrt_rtx", "tensorrt")
 
-__all__ = ["BACKENDS", "Backend", "BoundGraph", "Buffer", "View", "create_backend"]
+__all__ = ["BACKENDS", "Backend", "BoundGraph", "Buffer", "CapturedChain", "View", "create_backend"]
 
 
-def create_backend(name: str, device: str, num_threads: int | None, engines: str) -> Backend:
+def create_backend(name: str, device: str | None, num_threads: int | None, engines: str) -> Backend:
     """The backend of that name, not yet opened.
 
     Raises:
@@ -18,6 +18,12 @@ def create_backend(name: str, device: str, num_threads: int | None, engines: str
     """
     if name not in BACKENDS:
         raise BackendError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    if name != "onnxruntime":
+        from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
+
+        if num_threads is not None or engines == "off":
+            raise BackendError(f"backend {name}: takes neither num_threads nor engines='off'; leave them out")
+        return TensorRTBackend(name, device=device or "cuda")
     from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(device=device, num_threads=num_threads, engines=engines)
+    return OnnxRuntimeBackend(device=device or "cpu", num_threads=num_threads, engines=engines)

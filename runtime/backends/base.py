@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,24 @@ class BoundGraph(abc.ABC):
     @abc.abstractmethod
     def enqueue(self) -> None:
         """Run the graph on the bound buffers, or queue the run on the backend's stream."""
+
+
+class CapturedChain(abc.ABC):
+    """A sequence of bound graphs that is launched as one.
+
+    Attributes:
+        marks: one before the first graph and one after each, as `Backend.mark` gives them; of the latest launch.
+    """
+
+    marks: Sequence[Any]
+
+    @abc.abstractmethod
+    def launch(self) -> None:
+        """Queue all graphs."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Drop it; the graphs stay."""
 
 
 class Backend(abc.ABC):
@@ -105,3 +123,15 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def elapsed_ms(self, start: Any, stop: Any) -> float:
         """Milliseconds between two marks; waits for the second."""
+
+    def release(self, mark: Any) -> None:  # noqa: B027  # most marks are plain numbers
+        """Give back what a mark holds."""
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether `capture` makes the chain faster here."""
+        return False
+
+    def capture(self, bound: Sequence[BoundGraph]) -> CapturedChain:
+        """Record the graphs, which have run before, as one launch."""
+        raise NotImplementedError(self.name)

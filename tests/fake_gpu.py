@@ -1,0 +1,195 @@
+"""A GPU that is not there: host memory for device memory, ONNX Runtime for TensorRT's engines.
+
+What TensorRT would be handed (weights as inputs, addresses, one stream, captured graphs) is what these take, so that
+the backend and the scale loop above it run here as they do on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from fastvar_trt.export.tensorrt.engine import BuiltEngine, EngineTensor
+from fastvar_trt.export.tensorrt.graphs import TensorRTGraph
+from fastvar_trt.runtime.backends.cuda import CudaOutOfMemoryError
+
+VERSION = "0.fake"
+_NUMPY = {1: "float32", 2: "uint8", 6: "int32", 7: "int64", 9: "bool", 10: "float16"}
+_NAMES = {v: k for k, v in _NUMPY.items()}
+
+
+class FakeCuda:
+    """`CudaDevice` on the host. Work runs when it is queued, or, captured, when its graph is launched."""
+
+    def __init__(self, target: str = "sm86", total_bytes: int = 1 << 30) -> None:
+        self.name, self.target, self.stream = "a GPU that is not there", target, 1
+        self.total_bytes = total_bytes
+        self.memory: dict[int, NDArray[Any]] = {}
+        self.num_allocations, self.num_launches = 0, 0
+        self.captured: list[Callable[[], None]] | None = None
+        self.spoil_captures = False
+
+    def queue(self, work: Callable[[], None]) -> None:
+        if self.captured is None:
+            work()
+        else:
+            self.captured.append(work)
+
+    def close(self) -> None:
+        self.stream = 0
+
+    def free_bytes(self) -> int:
+        return self.total_bytes - sum(array.nbytes for array in self.memory.values())
+
+    def allocate(self, num_bytes: int) -> int:
+        assert self.captured is None, "allocation inside a capture"
+        if num_bytes > self.free_bytes():
+            raise CudaOutOfMemoryError(f"{self.name}: out of memory")
+        array = np.zeros(max(num_bytes, 1), dtype=np.uint8)
+        self.memory[array.ctypes.data] = array
+        self.num_allocations += 1
+        return int(array.ctypes.data)
+
+    def free(self, pointer: int) -> None:
+        del self.memory[pointer]
+
+    def upload(self, pointer: int, array: NDArray[Any]) -> None:
+        assert self.captured is None and array.flags.c_contiguous
+        ctypes.memmove(pointer, array.ctypes.data, array.nbytes)
+
+    def download(self, array: NDArray[Any], pointer: int) -> None:
+        ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
+
+    def synchronize(self) -> None:
+        assert self.captured is None
+
+    def record(self) -> list[float]:
+        event = [0.0]
+        self.queue(lambda: event.__setitem__(0, time.perf_counter()))
+        return event
+
+    def elapsed_ms(self, start: list[float], stop: list[float]) -> float:
+        return (stop[0] - start[0]) * 1e3
+
+    def release(self, event: list[float]) -> None:
+        pass
+
+    def begin_capture(self) -> None:
+        self.captured = []
+
+    def end_capture(self) -> list[Callable[[], None]]:
+        work, self.captured = self.captured, None
+        assert work is not None
+        return work[: len(work) // 2] if self.spoil_captures else work
+
+    def abort_capture(self) -> None:
+        self.captured = None
+
+    def launch(self, graph: list[Callable[[], None]]) -> None:
+        self.num_launches += 1
+        for work in graph:
+            work()
+
+    def destroy_graph(self, graph: Any) -> None:
+        pass
+
+
+class FakeTensorRT:
+    """The part of the package `tensorrt_rtx` that the backend uses; an engine's data is an ONNX model."""
+
+    __version__ = VERSION
+
+    class Logger:
+        WARNING = 2
+
+        def __init__(self, severity: int) -> None:
+            pass
+
+    class ExecutionContextAllocationStrategy:
+        USER_MANAGED = "user-managed"
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
+    def Runtime(self, logger: Any) -> FakeTensorRT:
+        return self
+
+    def deserialize_cuda_engine(self, data: bytes) -> _Engine | None:
+        return _Engine(self._cuda, data) if data.startswith(b"\x08") else None  # how an ONNX model begins
+
+
+class _Engine:
+    device_memory_size_v2 = 4096
+
+    def __init__(self, cuda: FakeCuda, data: bytes) -> None:
+        self._cuda = cuda
+        self._model = onnx.load_from_string(data)
+
+    def create_execution_context(self, strategy: str) -> _Context:
+        assert strategy == "user-managed"
+        return _Context(self._cuda, self._model)
+
+
+class _Context:
+    def __init__(self, cuda: FakeCuda, model: onnx.ModelProto) -> None:
+        self._cuda, self._model = cuda, model
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self._addresses: dict[str, int] = {}
+        self._memory: tuple[int, int] = (0, 0)
+
+    def set_device_memory(self, pointer: int, size: int) -> None:
+        self._memory = (pointer, size)
+
+    def set_tensor_address(self, name: str, pointer: int) -> bool:
+        self._addresses[name] = pointer
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == self._cuda.stream and self._memory[1] >= 4096 and self._memory[0] in self._cuda.memory
+        self._cuda.queue(self._run)
+        return True
+
+    def _run(self) -> None:
+        binding = self._session.io_binding()
+        for values, bind in (
+            (self._model.graph.input, binding.bind_input),
+            (self._model.graph.output, binding.bind_output),
+        ):
+            for value in values:
+                tensor = value.type.tensor_type
+                shape = [d.dim_value for d in tensor.shape.dim]
+                bind(value.name, "cpu", 0, tensor.elem_type, shape, self._addresses[value.name])
+        self._session.run_with_iobinding(binding)
+
+
+def fake_build_engine(
+    flavour: Any, graph: TensorRTGraph, name: str, targets: Any, progress: Callable[[str, float], None]
+) -> BuiltEngine:
+    """`build_engine` without TensorRT: the engine is the model that the parser would have been handed."""
+    progress("Building", 0.5)
+    model = onnx.load_from_string(graph.model)
+    for node in model.graph.node:
+        for attribute in [a for a in node.attribute if a.name == "TRT_decomposable"]:
+            node.attribute.remove(attribute)  # ONNX Runtime does not know it
+    tensors = tuple(
+        EngineTensor(
+            value.name,
+            is_input,
+            _NUMPY[value.type.tensor_type.elem_type],
+            tuple(d.dim_value for d in value.type.tensor_type.shape.dim),
+        )
+        for is_input, values in ((True, model.graph.input), (False, model.graph.output))
+        for value in values
+    )
+    return BuiltEngine(model.SerializeToString(), tensors, 0, 0, 0, 0.0)

@@ -1,0 +1,152 @@
+"""Engines by TensorRT for RTX, built here without a GPU: what is fused, what is read and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from conftest import TINY_PLAN
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource
+from fastvar_trt.export.tensorrt import build
+from fastvar_trt.export.tensorrt.build import build_tensorrt
+from fastvar_trt.export.tensorrt.flavour import RTX_TARGETS, flavour_of
+from fastvar_trt.export.tensorrt.graphs import tensorrt_graph
+from fastvar_trt.runtime.engines import EngineRecord, read_engines
+from fastvar_trt.runtime.errors import ExportError
+from fastvar_trt.runtime.manifest import read_manifest
+from fastvar_trt.tools.cli import main
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tiny_source: VARSource, export_once: Callable[..., tuple[Path, ExportReport]]) -> Path:
+    return export_once("tensorrt_fp16", tiny_source, ExportOptions(plan=TINY_PLAN, precision="fp16"))[0]
+
+
+@pytest.fixture(scope="module")
+def engines(half_bundle: Path) -> dict[str, EngineRecord]:
+    report = build_tensorrt(half_bundle, ("sm86", "sm89"))
+    assert len(report.built) == len(read_manifest(half_bundle).graphs) and not report.kept
+    return read_engines(half_bundle, "tensorrt_rtx")
+
+
+def test_every_graph_becomes_an_engine(half_bundle: Path, engines: dict[str, EngineRecord]) -> None:
+    manifest = read_manifest(half_bundle)
+    assert set(engines) == {graph.file for graph in manifest.graphs}
+    for graph in manifest.graphs:
+        record = engines[graph.file]
+        assert record.targets == ("sm86", "sm89")
+        assert {s for s in record.inputs if s.name not in record.weights} == set(graph.inputs)
+        assert set(record.outputs) == set(graph.outputs)
+        folder = half_bundle / "engines" / "tensorrt_rtx"
+        assert not record.stale_reason(manifest, folder, check_hash=True)
+
+
+def test_attention_and_gelu_are_fused(engines: dict[str, EngineRecord]) -> None:
+    for k in range(4):
+        kernels = engines[f"step_{k:02d}.onnx"].kernels
+        assert kernels["attention"] == 2, "one per layer"
+        assert kernels["gemm_bias_gelu"] == 2, "one per layer"
+        assert kernels["total"] > 10
+
+
+def test_keys_values_and_caches_are_half(engines: dict[str, EngineRecord]) -> None:
+    last = engines["step_03.onnx"]
+    dtypes = {spec.name: spec.dtype for spec in (*last.inputs, *engines["step_02.onnx"].outputs)}
+    for name in ("past_k_0", "past_v_1", "cache_1_attn", "new_k_0", "blocks.0.attn.mat_qkv.weight"):
+        assert dtypes[name] == "float16", name
+    for name in ("f_hat", "f_hat_out", "modulation_0", "uniform", "logits"):
+        assert dtypes[name] == "float32", name
+    assert dtypes["tokens"] == "int32" and dtypes["greedy"] == "bool"
+
+
+def test_large_weights_are_inputs(half_bundle: Path) -> None:
+    for k in range(4):
+        graph = tensorrt_graph(half_bundle / f"step_{k:02d}.onnx")
+        assert {f"blocks.{i}.{m}.weight" for i in (0, 1) for m in ("attn.mat_qkv", "ffn.fc1")} <= set(graph.weights)
+        model = onnx.load_from_string(graph.model)
+        onnx.checker.check_model(model)
+        inside = {i.name: len(i.raw_data) for i in model.graph.initializer}
+        assert sum(inside.values()) < 80_000, inside  # convolutions of phi, interpolation, ranks
+        shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+        assert shapes["blocks.0.ffn.fc1.bias"] == [1, 512]
+
+
+def test_fp32_attention_may_be_decomposed(tiny_bundle: Path, half_bundle: Path) -> None:
+    for bundle, expected in ((tiny_bundle, 2), (half_bundle, 0)):
+        model = onnx.load_from_string(tensorrt_graph(bundle / "step_02.onnx").model)
+        marked = [a for node in model.graph.node for a in node.attribute if a.name == "TRT_decomposable"]
+        assert len(marked) == expected
+
+
+def test_an_fp32_bundle_builds_too(tiny_bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_bundle, tmp_path / "b")
+    report = build_tensorrt(tmp_path / "b", ("sm86",))
+    assert len(report.built) == 12
+
+
+def test_the_parser_names_what_it_refuses(half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+    import shutil
+
+    shutil.copytree(half_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("engines"))
+
+    def with_unknown_operator(path: Path) -> object:
+        graph = tensorrt_graph(path)
+        model = onnx.load_from_string(graph.model)
+        model.graph.node[0].op_type = "NoSuchOperator"
+        return dataclasses.replace(graph, model=model.SerializeToString())
+
+    monkeypatch.setattr(build, "tensorrt_graph", with_unknown_operator)
+    with pytest.raises(ExportError, match=r"condition\.onnx: tensorrt_rtx .* does not accept .*NoSuchOperator"):
+        build_tensorrt(tmp_path / "b", ("sm86",))
+    assert not (tmp_path / "b" / "engines").exists()
+
+
+def test_ctrl_c_cancels_a_build(half_bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(half_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("engines"))
+
+    def interrupt(graph: str, phase: str, share: float) -> None:
+        if graph == "step_01.onnx":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_tensorrt(tmp_path / "b", ("sm86",), interrupt)
+    assert set(read_engines(tmp_path / "b", "tensorrt_rtx")) == {"condition.onnx", "step_00.onnx"}
+
+
+def test_targets() -> None:
+    assert flavour_of(RTX_TARGETS) == "tensorrt_rtx" and flavour_of(("current",)) == "tensorrt"
+    for targets in (("sm90",), ("current", "sm86"), ()):
+        with pytest.raises(ExportError, match="target: got"):
+            flavour_of(targets)
+
+
+def test_build_command(half_bundle: Path, engines: dict[str, EngineRecord]) -> None:
+    done = CliRunner().invoke(main, ["build", str(half_bundle), "--target", "sm86"])
+    assert done.exit_code == 0, done.output
+    assert "up to date; nothing to build" in done.output
+    refused = CliRunner().invoke(main, ["build", str(half_bundle), "--target", "sm86,h100"])
+    assert refused.exit_code == 1 and "--target: got 'h100', expected one or more of sm75" in refused.output
+
+
+def test_inspect_shows_the_engines(half_bundle: Path, engines: dict[str, EngineRecord]) -> None:
+    done = CliRunner().invoke(main, ["inspect", str(half_bundle)])
+    assert done.exit_code == 0, done.output
+    assert "tensorrt_rtx" in done.output and "sm86, sm89" in done.output
+    row = next(line for line in done.output.splitlines() if line.startswith("step_03.engine"))
+    assert row.split()[-3:] == [
+        str(engines["step_03.onnx"].kernels[key]) for key in ("total", "attention", "gemm_bias_gelu")
+    ]
+    data = json.loads((half_bundle / "engines" / "tensorrt_rtx" / "engines.json").read_text())
+    assert len(data["engines"]) == 6

@@ -1,0 +1,228 @@
+"""The TensorRT backend and the scale loop above it, on a GPU that is not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fake_gpu import VERSION, FakeCuda, FakeTensorRT, fake_build_engine
+from fastvar_trt.export.tensorrt import build
+from fastvar_trt.export.tensorrt.flavour import Flavour
+from fastvar_trt.runtime import Pipeline
+from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError
+from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
+from fastvar_trt.runtime.engines import read_engines
+from fastvar_trt.runtime.errors import BackendError, BundleError, ExportError
+from fastvar_trt.runtime.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with engines of the fake package, for sm86 and sm89."""
+    bundle = tmp_path_factory.mktemp("tensorrt") / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch_build(patch)
+        build.build_tensorrt(bundle, ("sm86", "sm89"))
+    return bundle
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(built, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def patch_build(patch: pytest.MonkeyPatch, build_engine: Callable[..., Any] = fake_build_engine) -> None:
+    module = type("module", (), {"__version__": VERSION})
+    patch.setattr(build, "build_engine", build_engine)
+    patch.setattr(Flavour, "load", classmethod(lambda cls, name: cls(name, module)))
+
+
+def load(bundle: Path, cuda: FakeCuda | None = None, *, capture: bool = True) -> tuple[Pipeline, FakeCuda]:
+    cuda = cuda or FakeCuda()
+    backend = TensorRTBackend(cuda=cuda, tensorrt=FakeTensorRT(cuda), capture=capture)
+    return Pipeline.load(bundle, backend=backend), cuda
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_it_draws_what_onnx_runtime_draws(built: Path, capture: bool) -> None:
+    requests: list[dict[str, Any]] = [
+        {"labels": [1], "seeds": 3},
+        {"labels": [1], "seeds": 4, "return_logits": True},
+        {"labels": [2, 3, 4], "seeds": 5, "cfg": [1.0, 2.0, 3.0], "top_k": 20},
+        {"labels": [5], "greedy": True},
+        {"labels": [1], "seeds": 3},
+    ]
+    pipe, cuda = load(built, capture=capture)
+    with pipe, Pipeline.load(built) as reference:
+        for request in requests:
+            ours, theirs = pipe.generate(**request), reference.generate(**request)
+            for k, (x, y) in enumerate(zip(ours.tokens, theirs.tokens, strict=True)):
+                np.testing.assert_array_equal(x, y, err_msg=f"{request}: step {k}")
+            np.testing.assert_allclose(ours.f_hat, theirs.f_hat, atol=1e-4)
+            assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
+            if theirs.logits is not None:
+                assert ours.logits is not None
+                np.testing.assert_allclose(ours.logits[-1], theirs.logits[-1], atol=1e-3)
+            assert set(ours.timings) == set(theirs.timings) and min(ours.timings.values()) > 0
+    # Captured: once for each of (batch 1), (batch 1 with logits), (batch 2); launched at once, and by later requests.
+    assert cuda.num_launches == (6 if capture else 0)
+    assert not cuda.memory, "device memory is given back"
+
+
+def test_nothing_is_allocated_after_the_first_image(built: Path) -> None:
+    pipe, cuda = load(built)
+    with pipe:
+        pipe.generate([1])
+        before = cuda.num_allocations
+        pipe.generate([2], seeds=9)
+        pipe.generate([3, 4])
+        assert cuda.num_allocations == before
+
+
+def test_one_copy_of_the_weights_serves_all_engines(built: Path) -> None:
+    records = read_engines(built, "tensorrt_rtx").values()
+    assert len(records) == len(read_manifest(built).graphs) == 12  # two batch sizes
+    pipe, cuda = load(built)
+    with pipe:
+        backend = pipe.backend
+        assert isinstance(backend, TensorRTBackend)
+        addresses = backend._weights
+        used = {name for record in records for name in record.weights}
+        assert set(addresses) == used and "blocks.1.ffn.fc1.weight" in used
+        largest = max(array.nbytes for array in cuda.memory.values())
+        shapes = {s.name: s.num_bytes for record in records for s in record.inputs if s.name in record.weights}
+        assert sum(shapes.values()) <= largest < sum(shapes.values()) + 256 * len(shapes)
+
+
+def test_a_capture_that_computes_something_else_is_not_trusted(built: Path) -> None:
+    cuda = FakeCuda()
+    cuda.spoil_captures = True
+    pipe, _ = load(built, cuda)
+    with pipe, pytest.raises(BackendError, match="does not compute what it computes uncaptured"):
+        pipe.generate([1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "step_03.engine").unlink(), r"step_03\.engine is missing"),
+        (lambda folder: (folder / "step_03.engine").write_bytes(b"short"), "has 5 bytes, expected"),
+        (
+            lambda folder: (folder / "step_03.engine").write_bytes(b"\0" * (folder / "step_03.engine").stat().st_size),
+            "is damaged",
+        ),
+        (lambda folder: (folder / "engines.json").unlink(), "no engines of tensorrt_rtx were built"),
+        (lambda folder: (folder / "engines.json").write_text("{"), "damaged"),
+    ],
+)
+def test_damaged_engines_are_refused(bundle: Path, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(bundle / "engines" / "tensorrt_rtx")
+    with pytest.raises(BundleError, match=message) as error:
+        load(bundle)
+    assert f"`fastvar build {bundle}" in str(error.value)
+
+
+def test_another_gpu_or_version_is_named(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"built for sm86, sm89, this GPU is sm120; run `fastvar build .* sm120`"):
+        load(bundle, FakeCuda(target="sm120"))
+    cuda = FakeCuda()
+    newer = FakeTensorRT(cuda)
+    newer.__version__ = "2.0"
+    with pytest.raises(BundleError, match=r"built by tensorrt_rtx 0\.fake, 2\.0 is installed"):
+        Pipeline.load(bundle, backend=TensorRTBackend(cuda=cuda, tensorrt=newer))
+
+
+def test_an_engine_that_cannot_be_loaded_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeTensorRT, "deserialize_cuda_engine", lambda self, data: None)
+    with pytest.raises(BackendError, match=r"condition\.engine: .* could not load the engine; run `fastvar build"):
+        load(bundle)
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(built: Path) -> None:
+    cuda = FakeCuda(total_bytes=100_000)
+    with pytest.raises(CudaOutOfMemoryError, match=r"needs \d+ MiB on the GPU"):
+        load(built, cuda)
+    assert cuda.num_allocations == 0
+
+
+def test_no_driver_is_named() -> None:
+    pytest.importorskip("cuda.bindings")
+    from cuda.bindings import runtime
+
+    if runtime.cudaGetDeviceCount()[0] != runtime.cudaError_t.cudaErrorInsufficientDriver:
+        pytest.skip("this machine has a driver")
+    with pytest.raises(BackendError, match="no NVIDIA driver, or one too old"):
+        CudaDevice()
+
+
+def test_devices_are_checked() -> None:
+    with pytest.raises(BackendError, match="expected 'cuda' or 'cuda:N'"):
+        TensorRTBackend(device="cpu")
+
+
+def test_only_what_is_missing_or_stale_is_built(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_build(monkeypatch)
+    again = build.build_tensorrt(bundle, ("sm86",))
+    assert not again.built and len(again.kept) == 12 and again.targets == ("sm86", "sm89")
+
+    (bundle / "engines" / "tensorrt_rtx" / "step_01.engine").write_bytes(b"damaged")
+    (bundle / "engines" / "tensorrt_rtx" / "step_02_b2.engine").unlink()
+    mended = build.build_tensorrt(bundle, ("sm86",))
+    assert [record.graph for record in mended.built] == ["step_01.onnx", "step_02_b2.onnx"]
+
+    wider = build.build_tensorrt(bundle, ("sm120",))
+    assert len(wider.built) == 12 and wider.targets == ("sm86", "sm89", "sm120")
+    load(bundle, FakeCuda(target="sm120"))[0].close()
+
+
+def test_an_interrupted_build_keeps_what_it_finished(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(bundle / "engines")
+    patch_build(monkeypatch)
+
+    def interrupt(graph: str, phase: str, share: float) -> None:
+        if graph == "step_02.onnx":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build.build_tensorrt(bundle, ("sm86",), interrupt)
+    folder = bundle / "engines" / "tensorrt_rtx"
+    finished = ["condition.engine", "step_00.engine", "step_01.engine"]
+    assert sorted(path.name for path in folder.iterdir()) == [*finished[:1], "engines.json", *finished[1:]]
+    rest = build.build_tensorrt(bundle, ("sm86",))
+    assert len(rest.built) == 9 and len(rest.kept) == 3
+    load(bundle)[0].close()
+
+
+def test_engines_of_other_weights_are_stale(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bundle / "engines" / "tensorrt_rtx" / "engines.json"
+    data = json.loads(path.read_text())
+    data["engines"][3]["weights_sha256"] = "0" * 64
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=r"was built from another weights\.safetensors"):
+        load(bundle)
+    patch_build(monkeypatch)
+    assert len(build.build_tensorrt(bundle, ("sm86",)).built) == 1
+    load(bundle)[0].close()
+
+
+def test_an_engine_with_other_tensors_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(*arguments: Any) -> Any:
+        import dataclasses
+
+        engine = fake_build_engine(*arguments)
+        tensors = tuple(dataclasses.replace(t, dtype="float16") if t.name == "f_hat" else t for t in engine.tensors)
+        return dataclasses.replace(engine, tensors=tensors)
+
+    patch_build(monkeypatch, half)
+    shutil.rmtree(bundle / "engines")
+    with pytest.raises(ExportError, match=r"step_01\.onnx: the engine's tensor f_hat: got .*float16.*expected"):
+        build.build_tensorrt(bundle, ("sm86",))
