@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,14 +54,19 @@ def tiny_source() -> VARSource:
 
 @pytest.fixture(scope="session")
 def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ExportReport]]:
-    """Export a bundle, or hand out the one that an earlier test exported under the same key."""
-    done: dict[str, tuple[Path, ExportReport]] = {}
+    """Export a bundle, or hand out the one that an earlier test, of this process or another, exported under the key."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if "PYTEST_XDIST_WORKER" not in os.environ else base.parent) / "bundles"
+    folder.mkdir(exist_ok=True)
 
     def export(key: str, source: VARSource, options: ExportOptions) -> tuple[Path, ExportReport]:
-        if key not in done:
-            path = tmp_path_factory.mktemp("bundles") / key
-            done[key] = path, export_var(source, path, options)
-        return done[key]
+        path, report_file = folder / key, folder / f"{key}.report"
+        with (folder / f"{key}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not report_file.exists():
+                report_file.write_bytes(pickle.dumps(export_var(source, path, options)))
+            report: ExportReport = pickle.loads(report_file.read_bytes())
+        return path, report
 
     return export
 

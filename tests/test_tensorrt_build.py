@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +27,13 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
 
 @pytest.fixture(scope="module")
-def half_bundle(tiny_source: VARSource, export_once: Callable[..., tuple[Path, ExportReport]]) -> Path:
-    return export_once("tensorrt_fp16", tiny_source, ExportOptions(plan=TINY_PLAN, precision="fp16"))[0]
+def half_bundle(
+    tiny_source: VARSource,
+    export_once: Callable[..., tuple[Path, ExportReport]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    shared, _ = export_once("tiny_fp16", tiny_source, ExportOptions(plan=TINY_PLAN, precision="fp16"))
+    return Path(shutil.copytree(shared, tmp_path_factory.mktemp("tensorrt") / "half"))
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +93,12 @@ def test_fp32_attention_may_be_decomposed(tiny_bundle: Path, half_bundle: Path) 
 
 
 def test_an_fp32_bundle_builds_too(tiny_bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(tiny_bundle, tmp_path / "b")
     report = build_tensorrt(tmp_path / "b", ("sm86",))
     assert len(report.built) == 12
 
 
 def test_the_parser_names_what_it_refuses(half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-    import shutil
-
     shutil.copytree(half_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("engines"))
 
     def with_unknown_operator(path: Path) -> object:
@@ -112,8 +114,6 @@ def test_the_parser_names_what_it_refuses(half_bundle: Path, tmp_path: Path, mon
 
 
 def test_ctrl_c_cancels_a_build(half_bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(half_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("engines"))
 
     def interrupt(graph: str, phase: str, share: float) -> None:
@@ -145,8 +145,7 @@ def test_inspect_shows_the_engines(half_bundle: Path, engines: dict[str, EngineR
     assert done.exit_code == 0, done.output
     assert "tensorrt_rtx" in done.output and "sm86, sm89" in done.output
     row = next(line for line in done.output.splitlines() if line.startswith("step_03.engine"))
-    assert row.split()[-3:] == [
-        str(engines["step_03.onnx"].kernels[key]) for key in ("total", "attention", "gemm_bias_gelu")
-    ]
+    kernels = engines["step_03.onnx"].kernels
+    assert row.split()[-3:] == [str(kernels[key]) for key in ("total", "attention", "gemm_bias_gelu")]
     data = json.loads((half_bundle / "engines" / "tensorrt_rtx" / "engines.json").read_text())
     assert len(data["engines"]) == 6
