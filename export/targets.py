@@ -8,32 +8,35 @@ from typing import Any
 import click
 
 from fastvar_trt.export.build_cpu import build_cpu
+from fastvar_trt.export.build_cuda import build_cuda
 from fastvar_trt.export.tensorrt.build import build_tensorrt
 from fastvar_trt.export.tensorrt.flavour import flavour_of
 from fastvar_trt.runtime.backends.onnxruntime import CPU_TARGET
+from fastvar_trt.runtime.backends.onnxruntime_cuda import CUDA_TARGET
 from fastvar_trt.runtime.errors import ExportError
 
 
-def parse_targets(text: str) -> tuple[bool, tuple[str, ...]]:
-    """`cpu,sm86,sm89` -> (True, ("sm86", "sm89")).
+def parse_targets(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`cpu,sm86,sm89` -> (("cpu",), ("sm86", "sm89")).
 
     Args:
         text: targets, separated by commas.
 
     Returns:
-        whether the CPU is among them, and those of TensorRT.
+        those of ONNX Runtime, and those of TensorRT.
 
     Raises:
         ExportError: an unknown target, or targets that no one package builds for.
     """
     names = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",")))
-    engines = tuple(name for name in names if name != CPU_TARGET)
+    of_onnxruntime = (CPU_TARGET, CUDA_TARGET)
+    engines = tuple(name for name in names if name not in of_onnxruntime)
     if engines:
         try:
             flavour_of(engines)
         except ExportError as error:
-            raise ExportError(f"--{error}, or {CPU_TARGET}") from error
-    return CPU_TARGET in names, engines
+            raise ExportError(f"--{error}; or {' or '.join(of_onnxruntime)} (ONNX Runtime)") from error
+    return tuple(name for name in names if name in of_onnxruntime), engines
 
 
 def build_targets(bundle: Path, text: str) -> list[str]:
@@ -46,9 +49,17 @@ def build_targets(bundle: Path, text: str) -> list[str]:
     Returns:
         what was built, one line for people each.
     """
-    cpu, engines = parse_targets(text)
+    of_onnxruntime, engines = parse_targets(text)
     lines = []
-    if cpu:
+    if CUDA_TARGET in of_onnxruntime:
+        graphs = build_cuda(bundle)
+        lines.append(
+            f"{bundle}: {graphs.num_graphs} graphs for {CUDA_TARGET}, {graphs.num_bytes / 2**20:.1f} MiB, "
+            f"{graphs.seconds:.1f} s"
+            if graphs.built
+            else f"{bundle}: the graphs for {CUDA_TARGET} are up to date; nothing to build"
+        )
+    if CPU_TARGET in of_onnxruntime:
         report = build_cpu(bundle)
         lines.append(
             f"{bundle}: {report.num_graphs} graphs for {CPU_TARGET}, {report.num_bytes / 2**20:.1f} MiB of prepacked "

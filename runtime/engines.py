@@ -131,9 +131,8 @@ def read_engines(bundle: Path, flavour: str) -> dict[str, EngineRecord]:
     return {record.graph: record for record in records}
 
 
-def write_engines(bundle: Path, flavour: str, records: Sequence[EngineRecord]) -> None:
-    """Replace the record in one step."""
-    folder = engines_folder(bundle, flavour)
+def write_records(folder: Path, records: Sequence[EngineRecord]) -> None:
+    """Replace the record in a folder of engines in one step."""
     data = {"format_version": _FORMAT_VERSION, "engines": [record.to_json() for record in records]}
     partial = folder / f".{ENGINES_FILE}.{uuid.uuid4().hex[:8]}"
     partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -173,6 +173,55 @@ class _Context:
         self._session.run_with_iobinding(binding)
 
 
+class FakeOnnxRuntime:
+    """The part of `onnxruntime` that the CUDA backend uses: sessions on the CPU that say they are on the GPU."""
+
+    __version__ = onnxruntime.__version__
+    SessionOptions = onnxruntime.SessionOptions
+    RunOptions = onnxruntime.RunOptions
+
+    def __init__(self, cuda: FakeCuda, providers: tuple[str, ...] = ("CUDAExecutionProvider",)) -> None:
+        self._cuda, self._providers = cuda, providers
+
+    def get_available_providers(self) -> list[str]:
+        return [*self._providers, "CPUExecutionProvider"]
+
+    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> _Session:
+        assert providers == [("CUDAExecutionProvider", {"device_id": "0", "user_compute_stream": "1"})]
+        assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+        on_cpu = onnxruntime.SessionOptions()  # which must not be told to have no CPU
+        on_cpu.intra_op_num_threads = 1
+        return _Session(self._cuda, onnxruntime.InferenceSession(path, on_cpu, providers=["CPUExecutionProvider"]))
+
+
+class _Session:
+    def __init__(self, cuda: FakeCuda, session: Any) -> None:
+        self._cuda, self._session = cuda, session
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider"]
+
+    def io_binding(self) -> _Binding:
+        return _Binding(self._session.io_binding())
+
+    def run_with_iobinding(self, binding: _Binding, options: Any) -> None:
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        self._cuda.queue(lambda: self._session.run_with_iobinding(binding.on_cpu))
+
+
+class _Binding:
+    def __init__(self, on_cpu: Any) -> None:
+        self.on_cpu = on_cpu
+
+    def bind_input(self, name: str, device: str, ordinal: int, *rest: Any) -> None:
+        assert (device, ordinal) == ("cuda", 0)
+        self.on_cpu.bind_input(name, "cpu", 0, *rest)
+
+    def bind_output(self, name: str, device: str, ordinal: int, *rest: Any) -> None:
+        assert (device, ordinal) == ("cuda", 0)
+        self.on_cpu.bind_output(name, "cpu", 0, *rest)
+
+
 def fake_build_engine(
     flavour: Any, graph: TensorRTGraph, name: str, targets: Any, progress: Callable[[str, float], None]
 ) -> BuiltEngine:

@@ -329,13 +329,14 @@ Examples:
 """
 )
 @_BUNDLE
-@click.option("--target", "targets", required=True, metavar="T,T,...", help="cpu, sm75 ... sm121, or current.")
+@click.option("--target", "targets", required=True, metavar="T,T,...", help="cpu, cuda, sm75 ... sm121, or current.")
 def build(bundle: Path, targets: str) -> None:
     """Build what targets need beyond the graphs.
 
-    cpu: weights prepacked for this processor. sm75, sm80, sm86, sm89, sm120, sm121: engines of TensorRT for RTX, built
-    without a GPU (extra `rtx`). current: engines of enterprise TensorRT for this machine's GPU (extra `tensorrt`). All
-    need the extra `export`. Only what is missing or stale is built.
+    cpu: weights prepacked for this processor. cuda: graphs for ONNX Runtime's CUDA provider. sm75, sm80, sm86, sm89,
+    sm120, sm121: engines of TensorRT for RTX, built without a GPU (extra `rtx`). current: engines of enterprise
+    TensorRT for this machine's GPU (extra `tensorrt`). All need the extra `export`. Only what is missing or stale is
+    built.
     """
     try:
         from fastvar_trt.export.targets import build_targets

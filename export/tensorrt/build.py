@@ -12,7 +12,7 @@ from pathlib import Path
 from fastvar_trt.export.tensorrt.engine import BuiltEngine, build_engine
 from fastvar_trt.export.tensorrt.flavour import Flavour, flavour_of
 from fastvar_trt.export.tensorrt.graphs import TensorRTGraph, tensorrt_graph
-from fastvar_trt.runtime.engines import EngineRecord, engines_folder, read_engines, write_engines
+from fastvar_trt.runtime.engines import EngineRecord, engines_folder, read_engines, write_records
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, FileSpec, GraphSpec, TensorSpec, check_files, read_manifest
 
@@ -117,12 +117,12 @@ def build_tensorrt(
         )
         records[graph.file] = new
         built.append(new)
-        write_engines(bundle, flavour.name, list(records.values()))
+        write_records(folder, list(records.values()))
         progress(graph.file, "done", 1.0)
     graphs = {graph.file for graph in manifest.graphs}
     if set(records) - graphs:  # of an export that was replaced
         records = {file: record for file, record in records.items() if file in graphs}
-        write_engines(bundle, flavour.name, list(records.values()))
+        write_records(folder, list(records.values()))
     for name in known_files - {record.file for record in records.values()}:
         (folder / name).unlink(missing_ok=True)
     return TensorRTReport(flavour.name, all_targets, tuple(built), tuple(kept), time.perf_counter() - begin)

@@ -24,6 +24,14 @@ def create_backend(name: str, device: str | None, num_threads: int | None, engin
         if num_threads is not None or engines == "off":
             raise BackendError(f"backend {name}: takes neither num_threads nor engines='off'; leave them out")
         return TensorRTBackend(name, device=device or "cuda")
+    if device is not None and device.startswith("cuda"):
+        from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+        if num_threads is not None or engines == "off":
+            raise BackendError(
+                f"backend {name} on {device}: takes neither num_threads nor engines='off'; leave them out"
+            )
+        return OnnxRuntimeCudaBackend(device=device)
     from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(device=device or "cpu", num_threads=num_threads, engines=engines)

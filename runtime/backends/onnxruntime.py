@@ -28,7 +28,7 @@ from fastvar_trt.runtime.manifest import (
 CPU_TARGET = "cpu"
 
 # ONNX TensorProto.DataType numbers: bound by pointer, so bfloat16 needs no numpy dtype.
-_ELEMENT_TYPE: Mapping[str, int] = {
+ELEMENT_TYPE: Mapping[str, int] = {
     "float32": 1,
     "uint8": 2,
     "int32": 6,
@@ -192,7 +192,7 @@ class OnnxRuntimeBackend(Backend):
         binding = session.io_binding()
         for views, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
             for name, view in views.items():
-                bind(name, "cpu", 0, _ELEMENT_TYPE[view.buffer.dtype], list(view.shape), view.pointer)
+                bind(name, "cpu", 0, ELEMENT_TYPE[view.buffer.dtype], list(view.shape), view.pointer)
         keep = [view.buffer for view in (*inputs.values(), *outputs.values())]
         return _BoundSession(session, binding, graph.file, self._ort.RunOptions(), keep)
 

@@ -1,4 +1,4 @@
-"""The TensorRT backend and the scale loop above it, on a GPU that is not there."""
+"""The backends for NVIDIA GPUs and the scale loop above them, on a GPU that is not there."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fake_gpu import VERSION, FakeCuda, FakeTensorRT, fake_build_engine
+from fake_gpu import VERSION, FakeCuda, FakeOnnxRuntime, FakeTensorRT, fake_build_engine
+from fastvar_trt.export.build_cuda import build_cuda
 from fastvar_trt.export.tensorrt import build
 from fastvar_trt.export.tensorrt.flavour import Flavour
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError
+from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
 from fastvar_trt.runtime.engines import read_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, ExportError
@@ -30,6 +32,7 @@ def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch_build(patch)
         build.build_tensorrt(bundle, ("sm86", "sm89"))
+    build_cuda(bundle)
     return bundle
 
 
@@ -52,8 +55,17 @@ def load(bundle: Path, cuda: FakeCuda | None = None, *, capture: bool = True) ->
     return Pipeline.load(bundle, backend=backend), cuda
 
 
+def load_onnxruntime(bundle: Path, *, capture: bool = False) -> tuple[Pipeline, FakeCuda]:
+    cuda = FakeCuda()
+    backend = OnnxRuntimeCudaBackend(cuda=cuda, onnxruntime=FakeOnnxRuntime(cuda), capture=capture)
+    return Pipeline.load(bundle, backend=backend), cuda
+
+
 @pytest.mark.parametrize("capture", [False, True])
-def test_it_draws_what_onnx_runtime_draws(built: Path, capture: bool) -> None:
+@pytest.mark.parametrize("load", [load, load_onnxruntime])
+def test_it_draws_what_onnx_runtime_draws_on_the_cpu(
+    built: Path, load: Callable[..., tuple[Pipeline, FakeCuda]], capture: bool
+) -> None:
     requests: list[dict[str, Any]] = [
         {"labels": [1], "seeds": 3},
         {"labels": [1], "seeds": 4, "return_logits": True},
@@ -226,3 +238,19 @@ def test_an_engine_with_other_tensors_is_refused(bundle: Path, monkeypatch: pyte
     shutil.rmtree(bundle / "engines")
     with pytest.raises(ExportError, match=r"step_01\.onnx: the engine's tensor f_hat: got .*float16.*expected"):
         build.build_tensorrt(bundle, ("sm86",))
+
+
+def test_the_cuda_provider_must_be_there(built: Path) -> None:
+    cuda = FakeCuda()
+    backend = OnnxRuntimeCudaBackend(cuda=cuda, onnxruntime=FakeOnnxRuntime(cuda, providers=()))
+    with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider .* pip install 'fastvar-trt\[gpu\]'"):
+        Pipeline.load(built, backend=backend)
+
+
+def test_graphs_for_cuda_are_built_once(bundle: Path) -> None:
+    assert not build_cuda(bundle).built
+    (bundle / "engines" / "onnxruntime_cuda" / "step_01.onnx").write_bytes(b"damaged")
+    with pytest.raises(BundleError, match=r"step_01\.onnx has 7 bytes.*run `fastvar build .* --target cuda`"):
+        load_onnxruntime(bundle)
+    assert build_cuda(bundle).built
+    load_onnxruntime(bundle)[0].close()

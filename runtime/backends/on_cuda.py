@@ -1,0 +1,170 @@
+"""What backends on an NVIDIA GPU share: memory, one copy of the weights, one stream, captured chains."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, CapturedChain
+from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError, host_array
+from fastvar_trt.runtime.engines import EngineRecord, usable_engines
+from fastvar_trt.runtime.errors import BackendError
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, TensorSpec, read_manifest
+
+_ALIGNMENT = 256  # bytes, of every tensor on the device: what cudaMalloc gives, and what vector loads want
+
+
+class _GraphOfChain(CapturedChain):
+    def __init__(self, device: Any, graph: Any, marks: Sequence[Any]) -> None:
+        self._device, self._graph = device, graph
+        self.marks = marks
+
+    def launch(self) -> None:
+        self._device.launch(self._graph)
+
+    def close(self) -> None:
+        for mark in self.marks:
+            self._device.release(mark)
+        self._device.destroy_graph(self._graph)
+
+
+class CudaBackend(Backend):
+    """Graphs whose large weights are inputs, on one GPU.
+
+    Args:
+        flavour: the folder of `engines/` that holds what this backend loads.
+        device: `cuda` or `cuda:N`.
+        capture: whether chains are captured as CUDA graphs after a warm-up.
+        cuda: the GPU; default: the real one, opened by `open`.
+    """
+
+    def __init__(self, flavour: str, *, device: str, capture: bool, cuda: Any) -> None:
+        kind, _, ordinal = device.partition(":")
+        if kind != "cuda" or not (ordinal or "0").isdigit():
+            raise BackendError(f"backend {flavour}: device: got {device!r}, expected 'cuda' or 'cuda:N'")
+        self.name = flavour
+        self._flavour = flavour
+        self._ordinal = int(ordinal or 0)
+        self._capture = capture
+        self._device: Any = cuda
+        self._bundle = Path()
+        self._records: dict[str, EngineRecord] = {}
+        self._weights: dict[str, int] = {}  # tensor -> device address
+        self._allocations: list[int] = []
+        self._scratch: dict[str, Buffer] = {}
+
+    @property
+    def can_capture(self) -> bool:
+        return self._capture
+
+    def close(self) -> None:
+        self._scratch.clear()
+        if self._device is not None:
+            for pointer in self._allocations:
+                self._device.free(pointer)
+            self._device.close()
+        self._allocations.clear()
+        self._weights.clear()
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        return Buffer(shape, dtype, self._allocate(TensorSpec("", shape, dtype).num_bytes), None)
+
+    def upload(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        assert array.shape == buffer.shape, (array.shape, buffer.shape)
+        self._device.upload(buffer.pointer, np.ascontiguousarray(array))
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        array = host_array(buffer.shape, buffer.dtype)
+        self._device.download(array, buffer.pointer)
+        return array
+
+    def mark(self) -> Any:
+        return self._device.record()
+
+    def elapsed_ms(self, start: Any, stop: Any) -> float:
+        return float(self._device.elapsed_ms(start, stop))
+
+    def release(self, mark: Any) -> None:
+        self._device.release(mark)
+
+    def capture(self, bound: Sequence[BoundGraph]) -> CapturedChain:
+        self._device.synchronize()
+        self._device.begin_capture()
+        try:
+            marks = [self._device.record()]
+            for graph in bound:
+                graph.enqueue()
+                marks.append(self._device.record())
+        except BaseException:
+            self._device.abort_capture()
+            raise
+        return _GraphOfChain(self._device, self._device.end_capture(), marks)
+
+    def _open(self, bundle: Path, version: str, target: str | None, *, check_hashes: bool) -> None:
+        """Take the GPU, check what the bundle has for it and whether it fits, and upload the weights.
+
+        Args:
+            bundle: its folder.
+            version: of the package that runs the engines.
+            target: what they must have been built for; None: this GPU.
+            check_hashes: compare their content with the record.
+        """
+        if self._device is None:
+            self._device = CudaDevice(self._ordinal)
+        self._bundle = bundle
+        manifest = read_manifest(bundle)
+        self._records = usable_engines(
+            bundle, manifest, self._flavour, version, target or self._device.target, check_hashes=check_hashes
+        )
+        places = self._weight_places()
+        used = sorted({name for record in self._records.values() for name in record.weights})
+        weights = sum(places[name][1] for name in used)
+        buffers = sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs)
+        free = self._device.free_bytes()
+        if weights + buffers > free:
+            raise CudaOutOfMemoryError(
+                f"bundle {bundle}: needs {(weights + buffers) / 2**20:.0f} MiB on the GPU ({weights / 2**20:.0f} of "
+                f"weights, {buffers / 2**20:.0f} of buffers, activations not counted), {free / 2**20:.0f} MiB are free "
+                f"on {self._device.name}; export with smaller --batch or --precision fp16, or free the GPU"
+            )
+        self._upload_weights(used, places)
+
+    def _allocate(self, num_bytes: int) -> int:
+        pointer = int(self._device.allocate(num_bytes))
+        self._allocations.append(pointer)
+        return pointer
+
+    def _weight_places(self) -> dict[str, tuple[int, int]]:
+        """Offset in the weights file and size of every tensor, bytes."""
+        with (self._bundle / WEIGHTS_FILE).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        spans = {name: entry["data_offsets"] for name, entry in entries.items()}
+        return {name: (8 + length + start, end - start) for name, (start, end) in spans.items()}
+
+    def _upload_weights(self, used: Sequence[str], places: Mapping[str, tuple[int, int]]) -> None:
+        """One copy of what the engines read, for all scales and batch sizes."""
+        offsets, total = {}, 0
+        for name in used:
+            offsets[name] = total
+            total += math.ceil(places[name][1] / _ALIGNMENT) * _ALIGNMENT
+        pointer = self._allocate(total)
+        mapped = np.memmap(self._bundle / WEIGHTS_FILE, dtype=np.uint8, mode="r")
+        for name in used:
+            start, num_bytes = places[name]
+            self._device.upload(pointer + offsets[name], mapped[start : start + num_bytes])
+            self._weights[name] = pointer + offsets[name]
+
+    def _scratch_for(self, spec: TensorSpec) -> int:
+        """Memory for an output that nobody reads; one for all graphs, as they run one after another."""
+        buffer = self._scratch.get(spec.name)
+        if buffer is None or TensorSpec("", buffer.shape, buffer.dtype).num_bytes < spec.num_bytes:
+            buffer = self._scratch[spec.name] = self.allocate(spec.shape, spec.dtype)
+        return buffer.pointer
