@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,99 @@ def compile_kernels(architecture: str, *, ptx: bool = False) -> bytes:
     call(read(program, result))
     call(nvrtc.nvrtcDestroyProgram(program))
     return result.rstrip(b"\0") if ptx else result
+
+
+class CacheKernels:
+    """The kernels, loaded on a GPU; pointers are device addresses, layouts as in `plugins.oracle`.
+
+    Args:
+        architecture: of the GPU, one of `ARCHITECTURES`.
+        stream: that the kernels are queued on; the CUDA context must be current.
+
+    Raises:
+        BackendError: NVRTC is not installed, or the driver refuses the kernels.
+    """
+
+    def __init__(self, architecture: str, stream: int) -> None:
+        from cuda.bindings import driver
+
+        self._driver: Any = driver
+        self._stream = stream
+        self._module = self._call(driver.cuModuleLoadData(compile_kernels(architecture)))
+
+    def close(self) -> None:
+        """Unload the kernels."""
+        self._call(self._driver.cuModuleUnload(self._module))
+
+    def pivotal_tokens(
+        self,
+        dtype: str,
+        x: int,
+        indices: int,
+        mean: int,
+        score: int,
+        *,
+        batch: int,
+        length: int,
+        channels: int,
+        keep: int,
+    ) -> None:
+        """x [B, L, C] -> indices int64 [B, K]; mean fp32 [B, C] and score fp32 [B, L] are scratch."""
+        self._launch(f"token_mean_{dtype}", (-(-channels // 32), batch), (32, 16), (x, mean), (length, channels))
+        self._launch(
+            f"token_score_{dtype}", (-(-batch * length // 8), 1), (32, 8), (x, mean, score), (batch, length, channels)
+        )
+        self._launch("select_tokens", (batch, 1), (1024, 1), (score, indices), (length, keep))
+
+    def gather_tokens(
+        self, dtype: str, x: int, indices: int, out: int, *, batch: int, length: int, keep: int, channels: int
+    ) -> None:
+        """Rows of x [B, L, C] at indices [B, K] -> out [B, K, C]."""
+        self._launch(f"gather_tokens_{dtype}", (keep, batch), (128, 1), (x, indices, out), (length, keep, channels))
+
+    def restore_tokens(
+        self,
+        dtype: str,
+        computed: int,
+        indices: int,
+        cached: int,
+        out: int,
+        *,
+        batch: int,
+        keep: int,
+        channels: int,
+        h: int,
+        w: int,
+        cached_h: int,
+        cached_w: int,
+        residual: int | None = None,
+    ) -> None:
+        """Computed [B, K, C] over the area-interpolated cache -> out [B, h*w, C].
+
+        With a residual, fp32 [B, h*w, C], `out` is fp32 and has it added.
+        """
+        sizes = (keep, channels, h, w, cached_h, cached_w)
+        if residual is None:
+            self._launch(f"restore_tokens_{dtype}", (h * w, batch), (128, 1), (computed, indices, cached, out), sizes)
+        else:
+            pointers = (computed, indices, cached, residual, out)
+            self._launch(f"restore_tokens_add_{dtype}", (h * w, batch), (128, 1), pointers, sizes)
+
+    def _launch(
+        self,
+        name: str,
+        grid: tuple[int, int],
+        block: tuple[int, int],
+        pointers: tuple[int, ...],
+        sizes: tuple[int, ...],
+    ) -> None:
+        function = self._call(self._driver.cuModuleGetFunction(self._module, name.encode()))
+        values = (*pointers, *sizes)
+        types = (*(ctypes.c_void_p for _ in pointers), *(ctypes.c_int for _ in sizes))
+        self._call(self._driver.cuLaunchKernel(function, *grid, 1, *block, 1, 0, self._stream, (values, types), 0))
+
+    def _call(self, result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise BackendError(f"CUDA driver: {status.name}")
+        return values[0] if values else None
