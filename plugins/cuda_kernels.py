@@ -110,17 +110,17 @@ class CacheKernels:
         keep: int,
     ) -> None:
         """x [B, L, C] -> indices int64 [B, K]; mean fp32 [B, C] and score fp32 [B, L] are scratch."""
-        self._launch(f"token_mean_{dtype}", (-(-channels // 32), batch), (32, 16), (x, mean), (length, channels))
+        self._launch(f"token_mean_{dtype}", (-(-channels // 32), batch), (32, 16), (x,), (length, channels), mean)
         self._launch(
-            f"token_score_{dtype}", (-(-batch * length // 8), 1), (32, 8), (x, mean, score), (batch, length, channels)
+            f"token_score_{dtype}", (-(-batch * length // 8), 1), (32, 8), (x, mean), (batch, length, channels), score
         )
-        self._launch("select_tokens", (batch, 1), (1024, 1), (score, indices), (length, keep))
+        self._launch("select_tokens", (batch, 1), (1024, 1), (score,), (length, keep), indices)
 
     def gather_tokens(
         self, dtype: str, x: int, indices: int, out: int, *, batch: int, length: int, keep: int, channels: int
     ) -> None:
         """Rows of x [B, L, C] at indices [B, K] -> out [B, K, C]."""
-        self._launch(f"gather_tokens_{dtype}", (keep, batch), (128, 1), (x, indices, out), (length, keep, channels))
+        self._launch(f"gather_tokens_{dtype}", (keep, batch), (128, 1), (x, indices), (length, keep, channels), out)
 
     def restore_tokens(
         self,
@@ -145,22 +145,23 @@ class CacheKernels:
         """
         sizes = (keep, channels, h, w, cached_h, cached_w)
         if residual is None:
-            self._launch(f"restore_tokens_{dtype}", (h * w, batch), (128, 1), (computed, indices, cached, out), sizes)
+            self._launch(f"restore_tokens_{dtype}", (h * w, batch), (128, 1), (computed, indices, cached), sizes, out)
         else:
-            pointers = (computed, indices, cached, residual, out)
-            self._launch(f"restore_tokens_add_{dtype}", (h * w, batch), (128, 1), pointers, sizes)
+            inputs = (computed, indices, cached, residual)
+            self._launch(f"restore_tokens_add_{dtype}", (h * w, batch), (128, 1), inputs, sizes, out)
 
     def _launch(
         self,
         name: str,
         grid: tuple[int, int],
         block: tuple[int, int],
-        pointers: tuple[int, ...],
+        inputs: tuple[int, ...],
         sizes: tuple[int, ...],
+        output: int,
     ) -> None:
         function = self._call(self._driver.cuModuleGetFunction(self._module, name.encode()))
-        values = (*pointers, *sizes)
-        types = (*(ctypes.c_void_p for _ in pointers), *(ctypes.c_int for _ in sizes))
+        values = (*inputs, *sizes, output)
+        types = (*(ctypes.c_void_p for _ in inputs), *(ctypes.c_int for _ in sizes), ctypes.c_void_p)
         self._call(self._driver.cuLaunchKernel(function, *grid, 1, *block, 1, 0, self._stream, (values, types), 0))
 
     def _call(self, result: tuple[Any, ...]) -> Any:

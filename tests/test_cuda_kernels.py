@@ -20,19 +20,19 @@ from fastvar_trt.plugins.cuda_kernels import ARCHITECTURES, KERNELS, compile_ker
 _HARNESS = """
 extern "C" {{
 void run_pivotal_{name}(const {type}* x, float* mean, float* score, long long* indices, int b, int l, int c, int k) {{
-    host::launch({{(c + 31) / 32, b, 1}}, {{32, kMeanRows, 1}}, [&] {{ token_mean_{name}(x, mean, l, c); }});
-    host::launch({{(b * l + 7) / 8, 1, 1}}, {{32, 8, 1}}, [&] {{ token_score_{name}(x, mean, score, b, l, c); }});
-    host::launch({{b, 1, 1}}, {{64, 1, 1}}, [&] {{ select_tokens(score, indices, l, k); }});
+    host::launch({{(c + 31) / 32, b, 1}}, {{32, kMeanRows, 1}}, [&] {{ token_mean_{name}(x, l, c, mean); }});
+    host::launch({{(b * l + 7) / 8, 1, 1}}, {{32, 8, 1}}, [&] {{ token_score_{name}(x, mean, b, l, c, score); }});
+    host::launch({{b, 1, 1}}, {{64, 1, 1}}, [&] {{ select_tokens(score, l, k, indices); }});
 }}
 void run_gather_{name}(const {type}* x, const long long* indices, {type}* out, int b, int l, int k, int c) {{
-    host::launch({{k, b, 1}}, {{32, 1, 1}}, [&] {{ gather_tokens_{name}(x, indices, out, l, k, c); }});
+    host::launch({{k, b, 1}}, {{32, 1, 1}}, [&] {{ gather_tokens_{name}(x, indices, l, k, c, out); }});
 }}
 void run_restore_{name}(const {type}* y, const long long* indices, const {type}* cached, const float* residual,
                         {type}* out, float* sum, int b, int k, int c, int h, int w, int ch, int cw) {{
     host::launch({{h * w, b, 1}}, {{32, 1, 1}},
-                 [&] {{ restore_tokens_{name}(y, indices, cached, out, k, c, h, w, ch, cw); }});
+                 [&] {{ restore_tokens_{name}(y, indices, cached, k, c, h, w, ch, cw, out); }});
     host::launch({{h * w, b, 1}}, {{32, 1, 1}},
-                 [&] {{ restore_tokens_add_{name}(y, indices, cached, residual, sum, k, c, h, w, ch, cw); }});
+                 [&] {{ restore_tokens_add_{name}(y, indices, cached, residual, k, c, h, w, ch, cw, sum); }});
 }}
 }}
 """

@@ -37,6 +37,9 @@ def test_training_writes_an_official_checkpoint(tmp_path: Path) -> None:
     assert [c["name"] for c in card["classes"]][:2] == ["astronaut", "cat"]
     assert np.isfinite(list(card["final_losses"].values())).all()
 
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| 1 | cat | `chelsea.png` |" in text and "32x32 pixels" in text
+
     code, output = run(tmp_path / "work", tmp_path / "out")
     assert code == 1 and "exists already" in output
 

@@ -2,7 +2,7 @@
 //
 // Follows element_types.cu in one translation unit. Layouts are dense and row-major: x [B, L, C],
 // indices int64 [B, K] ascending, cached [B, T, C]. Sums are in fp32 and in a fixed order: the result does not depend on
-// how blocks are scheduled.
+// how blocks are scheduled. Arguments are inputs, sizes, outputs, as TensorRT passes them to a kernel inside an engine.
 
 constexpr int kWarp = 32;
 constexpr int kMeanRows = 16;
@@ -11,7 +11,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 
 // mean [B, C] over the tokens. Grid (ceil(C / 32), B), block (32, 16).
 template <typename T>
-__device__ void token_mean(const T* x, float* mean, int length, int channels) {
+__device__ void token_mean(const T* x, int length, int channels, float* mean) {
     __shared__ float partial[kMeanRows][kWarp];
     const int c = blockIdx.x * kWarp + threadIdx.x;
     const T* rows = x + static_cast<long long>(blockIdx.y) * length * channels;
@@ -34,7 +34,7 @@ __device__ void token_mean(const T* x, float* mean, int length, int channels) {
 
 // score [B, L] = ||x - mean||^2. One warp per token: grid ceil(B * L / 8), block (32, 8).
 template <typename T>
-__device__ void token_score(const T* x, const float* mean, float* score, int batch, int length, int channels) {
+__device__ void token_score(const T* x, const float* mean, int batch, int length, int channels, float* score) {
     const long long token = static_cast<long long>(blockIdx.x) * blockDim.y + threadIdx.y;
     if (token >= static_cast<long long>(batch) * length) {
         return;
@@ -74,7 +74,7 @@ __device__ int block_rank(bool flag, int* warp_counts, int* total) {
 
 // indices [B, K] of the K largest scores in ascending position, ties to the lower position. One block of 1024 per row.
 // Scores are not negative, so their bits order as they do: the K-th largest is found byte by byte.
-extern "C" __global__ void select_tokens(const float* scores, long long* indices, int length, int keep) {
+extern "C" __global__ void select_tokens(const float* scores, int length, int keep, long long* indices) {
     __shared__ unsigned histogram[256];
     __shared__ unsigned threshold;
     __shared__ int remaining;
@@ -131,7 +131,7 @@ extern "C" __global__ void select_tokens(const float* scores, long long* indices
 
 // out [B, K, C] = the rows of x at `indices`. Grid (K, B), block 128.
 template <typename T>
-__device__ void gather_tokens(const T* x, const long long* indices, T* out, int length, int keep, int channels) {
+__device__ void gather_tokens(const T* x, const long long* indices, int length, int keep, int channels, T* out) {
     const long long row = static_cast<long long>(blockIdx.y) * keep + blockIdx.x;
     const T* source = x + (static_cast<long long>(blockIdx.y) * length + indices[row]) * channels;
     for (int c = threadIdx.x; c < channels; c += blockDim.x) {
@@ -157,7 +157,7 @@ __device__ int find_index(const long long* indices, int keep, int l) {
 // (fp32 [B, h * w, C]) added in fp32. Grid (h * w, B), block 128.
 template <typename T, typename Out>
 __device__ void restore_tokens(const T* computed, const long long* indices, const T* cached, const float* residual,
-                               Out* out, int keep, int channels, int h, int w, int cached_h, int cached_w) {
+                               int keep, int channels, int h, int w, int cached_h, int cached_w, Out* out) {
     __shared__ int slot;
     const int l = blockIdx.x, b = blockIdx.y, length = h * w;
     if (threadIdx.x == 0) {
@@ -193,28 +193,28 @@ __device__ void restore_tokens(const T* computed, const long long* indices, cons
     }
 }
 
-#define FASTVAR_KERNELS(T, NAME)                                                                                        \
-    extern "C" __global__ void token_mean_##NAME(const T* x, float* mean, int length, int channels) {                   \
-        token_mean(x, mean, length, channels);                                                                          \
-    }                                                                                                                   \
-    extern "C" __global__ void token_score_##NAME(const T* x, const float* mean, float* score, int batch, int length,   \
-                                                  int channels) {                                                       \
-        token_score(x, mean, score, batch, length, channels);                                                           \
-    }                                                                                                                   \
-    extern "C" __global__ void gather_tokens_##NAME(const T* x, const long long* indices, T* out, int length, int keep, \
-                                                    int channels) {                                                     \
-        gather_tokens(x, indices, out, length, keep, channels);                                                         \
-    }                                                                                                                   \
-    extern "C" __global__ void restore_tokens_##NAME(const T* computed, const long long* indices, const T* cached,      \
-                                                     T* out, int keep, int channels, int h, int w, int cached_h,        \
-                                                     int cached_w) {                                                    \
-        restore_tokens(computed, indices, cached, static_cast<const float*>(nullptr), out, keep, channels, h, w,        \
-                       cached_h, cached_w);                                                                             \
-    }                                                                                                                   \
-    extern "C" __global__ void restore_tokens_add_##NAME(const T* computed, const long long* indices, const T* cached,  \
-                                                         const float* residual, float* out, int keep, int channels,     \
-                                                         int h, int w, int cached_h, int cached_w) {                    \
-        restore_tokens(computed, indices, cached, residual, out, keep, channels, h, w, cached_h, cached_w);             \
+#define FASTVAR_KERNELS(T, NAME)                                                                                       \
+    extern "C" __global__ void token_mean_##NAME(const T* x, int length, int channels, float* mean) {                  \
+        token_mean(x, length, channels, mean);                                                                         \
+    }                                                                                                                  \
+    extern "C" __global__ void token_score_##NAME(const T* x, const float* mean, int batch, int length, int channels,  \
+                                                  float* score) {                                                      \
+        token_score(x, mean, batch, length, channels, score);                                                          \
+    }                                                                                                                  \
+    extern "C" __global__ void gather_tokens_##NAME(const T* x, const long long* indices, int length, int keep,        \
+                                                    int channels, T* out) {                                            \
+        gather_tokens(x, indices, length, keep, channels, out);                                                        \
+    }                                                                                                                  \
+    extern "C" __global__ void restore_tokens_##NAME(const T* computed, const long long* indices, const T* cached,     \
+                                                     int keep, int channels, int h, int w, int cached_h, int cached_w, \
+                                                     T* out) {                                                         \
+        const float* none = nullptr;                                                                                   \
+        restore_tokens(computed, indices, cached, none, keep, channels, h, w, cached_h, cached_w, out);                \
+    }                                                                                                                  \
+    extern "C" __global__ void restore_tokens_add_##NAME(const T* computed, const long long* indices, const T* cached, \
+                                                         const float* residual, int keep, int channels, int h, int w,  \
+                                                         int cached_h, int cached_w, float* out) {                     \
+        restore_tokens(computed, indices, cached, residual, keep, channels, h, w, cached_h, cached_w, out);            \
     }
 
 FASTVAR_KERNELS(float, float32)

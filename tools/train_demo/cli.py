@@ -17,7 +17,13 @@ from fastvar_trt.export.exporter import VARSource
 from fastvar_trt.runtime.command import ErrorCommand, integers
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
-from fastvar_trt.tools.train_demo.training import Stage, TrainingConfig, train_transformer, train_vqvae
+from fastvar_trt.tools.train_demo.training import (
+    LEVEL_MULTIPLIERS,
+    Stage,
+    TrainingConfig,
+    train_transformer,
+    train_vqvae,
+)
 
 _DEFAULTS = TrainingConfig()
 
@@ -121,4 +127,49 @@ def write_checkpoint(out: Path, config: TrainingConfig, vqvae: Stage, transforme
         },
     }
     (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    sizes = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
+    (partial / "README.md").write_text(card_text(card, sizes), encoding="utf-8")
     partial.rename(out)
+
+
+def card_text(card: dict[str, Any], sizes: dict[str, int]) -> str:
+    """The card for people, as Markdown.
+
+    Args:
+        card: the content of card.json.
+        sizes: bytes by file name.
+    """
+    config = card["config"]
+    side = config["patch_nums"][-1] * 2 ** (len(LEVEL_MULTIPLIERS) - 1)
+    classes = [f"| {i} | {c['name']} | `{c['file']}` | {c['licence']} |" for i, c in enumerate(card["classes"])]
+    lines = [
+        "# The demo model",
+        "",
+        f"A class-conditional VAR ({config['depth']} layers x {config['width']}) and its multi-scale VQVAE "
+        f"({config['vae_channels']} channels, vocabulary {config['vocab_size']}) at {side}x{side} pixels, in the key names "
+        "of the official checkpoints, fp16. It knows eight photographs by heart and nothing else: it is there to make what "
+        "pruning does visible, not to be used.",
+        "",
+        "Made by `python -m fastvar_trt.tools.train_demo` from the photographs inside scikit-image's wheel, "
+        f"{config['crops_per_class']} random crops of each for the transformer.",
+        "",
+        "| class | shows | file in `skimage/data` | rights |",
+        "|---|---|---|---|",
+        *classes,
+        "",
+        "| | steps x batch | seconds on " + card["device"] + " | loss at the end |",
+        "|---|---|---|---|",
+        f"| VQVAE | {config['vae_steps']} x {config['vae_batch']} | {card['training_s']['vqvae']} | reconstruction "
+        f"{card['final_losses']['vqvae.reconstruction']}, quantization {card['final_losses']['vqvae.quantization']} |",
+        f"| transformer | {config['var_steps']} x {config['var_batch']} | {card['training_s']['transformer']} | "
+        f"cross-entropy {card['final_losses']['transformer.loss']}, of the last scale "
+        f"{card['final_losses']['transformer.last_scale']} |",
+        "",
+        "Seconds include whatever else the machine did meanwhile. "
+        + ", ".join(f"`{name}` {size / 1e6:.1f} MB" for name, size in sizes.items())
+        + ". `card.json` has every setting; the seed is "
+        + str(config["seed"])
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
