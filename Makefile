@@ -31,6 +31,8 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[export,cpu,quality,train,dev]'
+# Without the package that they describe, which comes from NVIDIA's index.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps tensorrt-stubs
 	touch $@
 
 clean:

@@ -115,6 +115,8 @@ def write_checkpoint(out: Path, config: TrainingConfig, vqvae: Stage, transforme
     partial.mkdir(parents=True)
     save_file(state, partial / "var.safetensors")
     save_file(vae_state, partial / "vae.safetensors")
+    for path in partial.iterdir():
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
     card = {
         "classes": [dataclasses.asdict(p) for p in PHOTOGRAPHS],
         "config": dataclasses.asdict(config),
@@ -146,9 +148,9 @@ def card_text(card: dict[str, Any], sizes: dict[str, int]) -> str:
         "# The demo model",
         "",
         f"A class-conditional VAR ({config['depth']} layers x {config['width']}) and its multi-scale VQVAE "
-        f"({config['vae_channels']} channels, vocabulary {config['vocab_size']}) at {side}x{side} pixels, in the key names "
-        "of the official checkpoints, fp16. It knows eight photographs by heart and nothing else: it is there to make what "
-        "pruning does visible, not to be used.",
+        f"({config['vae_channels']} channels, vocabulary {config['vocab_size']}) at {side}x{side} pixels, in the key "
+        "names of the official checkpoints, fp16. It knows eight photographs by heart and nothing else: it is there to "
+        "make what pruning does visible, not to be used.",
         "",
         "Made by `python -m fastvar_trt.tools.train_demo` from the photographs inside scikit-image's wheel, "
         f"{config['crops_per_class']} random crops of each for the transformer.",
