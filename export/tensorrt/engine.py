@@ -76,7 +76,8 @@ def build_engine(
     network = builder.create_network(flavour.network_flags())
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph.model):
-        problems = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        found = [parser.get_error(i) for i in range(parser.num_errors)]
+        problems = "; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in found)
         raise ExportError(f"{name}: {flavour.name} {flavour.version} does not accept the graph: {problems}")
     tensors = _tensors(trt, network)
     config = builder.create_builder_config()
