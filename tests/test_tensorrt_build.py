@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,3 +150,24 @@ def test_inspect_shows_the_engines(half_bundle: Path, engines: dict[str, EngineR
     assert row.split()[-3:] == [str(kernels[key]) for key in ("total", "attention", "gemm_bias_gelu")]
     data = json.loads((half_bundle / "engines" / "tensorrt_rtx" / "engines.json").read_text())
     assert len(data["engines"]) == 6
+
+
+def test_plugins_take_the_place_of_the_functions(half_bundle: Path) -> None:
+    """For enterprise TensorRT, which cannot be run here: the graph names them as its parser wants it."""
+    model = onnx.load_from_string(tensorrt_graph(half_bundle / "step_03.onnx", plugins=True).model)
+    assert not model.functions
+    nodes = [node for node in model.graph.node if node.domain == "fastvar"]
+    kinds = Counter(node.op_type for node in nodes)
+    # One pruned layer: selected, gathered and restored once for each of its two sublayers.
+    assert kinds == dict.fromkeys(("TokenMean", "TokenScore", "SelectTokens", "GatherTokens", "RestoreTokens"), 2)
+    produced = {i.name for i in (*model.graph.input, *model.graph.initializer)}
+    for node in model.graph.node:  # in order, and nothing is missing
+        assert set(node.input) - {""} <= produced, node.op_type
+        produced |= set(node.output)
+    for node in nodes:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes.pop("plugin_namespace") == b"fastvar"
+        if node.op_type == "SelectTokens":
+            assert attributes == {"keep": 32}
+        if node.op_type == "RestoreTokens":
+            assert attributes == {"h": 8, "w": 8, "cached_h": 5, "cached_w": 5}

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastvar_trt.export.tensorrt.engine import BuiltEngine, build_engine
-from fastvar_trt.export.tensorrt.flavour import Flavour, flavour_of
+from fastvar_trt.export.tensorrt.flavour import ENTERPRISE, Flavour, flavour_of
 from fastvar_trt.export.tensorrt.graphs import TensorRTGraph, tensorrt_graph
+from fastvar_trt.plugins.tensorrt_plugin import register_plugins
 from fastvar_trt.runtime.engines import EngineRecord, engines_folder, read_engines, write_records
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, FileSpec, GraphSpec, TensorSpec, check_files, read_manifest
@@ -58,6 +59,8 @@ def build_tensorrt(
     """
     begin = time.perf_counter()
     flavour = Flavour.load(flavour_of(targets))
+    if flavour.name == ENTERPRISE:
+        register_plugins()
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=True)
     folder = engines_folder(bundle, flavour.name)
@@ -79,7 +82,7 @@ def build_tensorrt(
         ):
             kept.append(known)
             continue
-        prepared = tensorrt_graph(bundle / graph.file)
+        prepared = tensorrt_graph(bundle / graph.file, plugins=flavour.name == ENTERPRISE)
         engine = build_engine(
             flavour,
             prepared,

@@ -53,9 +53,13 @@ class Flavour:
         return str(self.module.__version__)
 
     def network_flags(self) -> int:
-        """Strongly typed: precisions come from the graph. RTX and TensorRT 11 know nothing else and have no flag."""
-        flag = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-        return 0 if self.name == RTX or flag is None else 1 << int(flag)
+        """Strongly typed, as precisions come from the graph (RTX and TensorRT 11 know nothing else and have no flag);
+        and plugins ahead of time, so that an engine holds their kernels."""
+        if self.name == RTX:
+            return 0
+        known = self.module.NetworkDefinitionCreationFlag
+        wanted = [getattr(known, name, None) for name in ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")]
+        return sum(1 << int(flag) for flag in wanted if flag is not None)
 
     def set_targets(self, config: Any, targets: Sequence[str]) -> None:
         """Which GPUs an engine is built for."""
