@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 from pathlib import Path
 
 from fastvar_trt.export.exporter import VARSource
@@ -18,9 +17,3 @@ def demo_source() -> VARSource:
         CheckpointError: the package was installed without its data.
     """
     return VARSource.from_files(DEMO_FOLDER / "var.safetensors", DEMO_FOLDER / "vae.safetensors")
-
-
-def demo_class_names() -> list[str]:
-    """What each class shows, by index."""
-    card = json.loads((DEMO_FOLDER / "card.json").read_text(encoding="utf-8"))
-    return [str(entry["name"]) for entry in card["classes"]]

@@ -203,6 +203,7 @@ def export_again(
     there = {
         function.spec.file: (function, bundle / function.spec.file)
         for batch in manifest.batches
+        if manifest.tools == _tool_versions()  # another release traces other graphs
         for function in chain_functions(model, manifest.resolved_plan, batch)
     }
     with _new_bundle(out, force) as folder:
@@ -387,12 +388,14 @@ def _manifest(
         graphs=tuple(specs),
         files={path.name: FileSpec.of(path) for path in sorted(folder.iterdir()) if path.is_file()},
         operators={DOMAIN: VERSION},
-        tools={
-            package: importlib.metadata.version(package)
-            for package in ("fastvar-trt", "torch", "onnx", "onnxscript", "onnx-ir")
-        },
+        tools=_tool_versions(),
         configs={"var": dataclasses.asdict(config), "vae": dataclasses.asdict(vae)},
     )
+
+
+def _tool_versions() -> dict[str, str]:
+    packages = ("fastvar-trt", "torch", "onnx", "onnxscript", "onnx-ir")
+    return {package: importlib.metadata.version(package) for package in packages}
 
 
 @contextlib.contextmanager

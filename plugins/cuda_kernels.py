@@ -6,7 +6,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from fastvar_trt.runtime.errors import BackendError
+from fastvar_trt.runtime.errors import BackendError, UnavailableError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -47,7 +47,7 @@ def compile_kernels(architecture: str, *, ptx: bool = False) -> bytes:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise BackendError(
+        raise UnavailableError(
             f"NVRTC cannot be imported ({error}); pip install 'cuda-bindings' 'nvidia-cuda-nvrtc'"
         ) from error
 
@@ -90,6 +90,7 @@ class CacheKernels:
 
         self._driver: Any = driver
         self._stream = stream
+        self._functions: dict[str, Any] = {}
         self._module = self._call(driver.cuModuleLoadData(compile_kernels(architecture)))
 
     def close(self) -> None:
@@ -159,10 +160,13 @@ class CacheKernels:
         sizes: tuple[int, ...],
         output: int,
     ) -> None:
-        function = self._call(self._driver.cuModuleGetFunction(self._module, name.encode()))
+        if name not in self._functions:
+            self._functions[name] = self._call(self._driver.cuModuleGetFunction(self._module, name.encode()))
         values = (*inputs, *sizes, output)
         types = (*(ctypes.c_void_p for _ in inputs), *(ctypes.c_int for _ in sizes), ctypes.c_void_p)
-        self._call(self._driver.cuLaunchKernel(function, *grid, 1, *block, 1, 0, self._stream, (values, types), 0))
+        self._call(
+            self._driver.cuLaunchKernel(self._functions[name], *grid, 1, *block, 1, 0, self._stream, (values, types), 0)
+        )
 
     def _call(self, result: tuple[Any, ...]) -> Any:
         status, *values = result

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastvar_trt.plugins import DOMAIN
 from fastvar_trt.plugins.cuda_kernels import compile_kernels
-from fastvar_trt.runtime.errors import BackendError
+from fastvar_trt.runtime.errors import UnavailableError
 
 TOKEN_MEAN, TOKEN_SCORE, SELECT_TOKENS = "TokenMean", "TokenScore", "SelectTokens"
 _PTX_ARCHITECTURE = "sm_80"  # PTX runs on this and all later architectures
@@ -23,14 +23,15 @@ def register_plugins() -> None:
     """Make the plugins known to TensorRT in this process; later calls do nothing.
 
     Raises:
-        BackendError: enterprise TensorRT or NVRTC is not installed.
+        UnavailableError: enterprise TensorRT or NVRTC is not installed.
     """
     try:
         import tensorrt.plugin as trtp
 
         import tensorrt as trt
     except ImportError as error:
-        raise BackendError(f"tensorrt cannot be imported ({error}); pip install 'fastvar-trt[tensorrt]'") from error
+        raise UnavailableError(f"tensorrt cannot be imported ({error}); pip install 'fastvar-trt[tensorrt]'") from error
+    Launch = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]  # checked by aot_impl
     ptx = compile_kernels(_PTX_ARCHITECTURE, ptx=True)
     suffix = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
 
@@ -47,7 +48,7 @@ def register_plugins() -> None:
         return trtp.from_shape_expr((batch, channels), dtype=trt.float32)
 
     @trtp.aot_impl(f"{DOMAIN}::{TOKEN_MEAN}")
-    def token_mean_aot(x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc], tactic: int) -> Any:
+    def token_mean_aot(x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc], tactic: int) -> Launch:
         batch, length, channels = x.shape_expr
         return launch(f"token_mean_{suffix[x.dtype]}", (trtp.cdiv(channels, 32), batch), (32, 16), [length, channels])
 
@@ -57,7 +58,9 @@ def register_plugins() -> None:
         return trtp.from_shape_expr((batch, length), dtype=trt.float32)
 
     @trtp.aot_impl(f"{DOMAIN}::{TOKEN_SCORE}")
-    def token_score_aot(x: trtp.TensorDesc, mean: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc], tactic: int) -> Any:
+    def token_score_aot(
+        x: trtp.TensorDesc, mean: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc], tactic: int
+    ) -> Launch:
         batch, length, channels = x.shape_expr
         grid = (trtp.cdiv(batch * length, 8), 1)
         return launch(f"token_score_{suffix[x.dtype]}", grid, (32, 8), [batch, length, channels])
@@ -67,7 +70,7 @@ def register_plugins() -> None:
         return trtp.from_shape_expr((score.shape_expr[0], keep), dtype=trt.int64)
 
     @trtp.aot_impl(f"{DOMAIN}::{SELECT_TOKENS}")
-    def select_tokens_aot(score: trtp.TensorDesc, keep: int, outputs: tuple[trtp.TensorDesc], tactic: int) -> Any:
+    def select_tokens_aot(score: trtp.TensorDesc, keep: int, outputs: tuple[trtp.TensorDesc], tactic: int) -> Launch:
         batch, length = score.shape_expr
         return launch("select_tokens", (batch, 1), (1024, 1), [length, keep])
 
@@ -78,7 +81,7 @@ def register_plugins() -> None:
     @trtp.aot_impl(f"{DOMAIN}::GatherTokens")
     def gather_tokens_aot(
         x: trtp.TensorDesc, indices: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc], tactic: int
-    ) -> Any:
+    ) -> Launch:
         batch, length, channels = x.shape_expr
         keep = indices.shape_expr[1]
         return launch(f"gather_tokens_{suffix[x.dtype]}", (keep, batch), (128, 1), [length, keep, channels])
@@ -107,7 +110,7 @@ def register_plugins() -> None:
         cached_w: int,
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
-    ) -> Any:
+    ) -> Launch:
         batch, keep, channels = computed.shape_expr
         sizes = [keep, channels, h, w, cached_h, cached_w]
         return launch(f"restore_tokens_{suffix[computed.dtype]}", (h * w, batch), (128, 1), sizes)

@@ -52,6 +52,12 @@ class Chain:
         """Memory of all buffers: requests, modulations, keys and values, caches, results, noise."""
         return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
 
+    def close(self) -> None:
+        """Drop what was captured; before the backend is closed."""
+        for captured in self._captured.values():
+            captured.close()
+        self._captured.clear()
+
     def run(
         self,
         labels: NDArray[Any],
@@ -68,6 +74,7 @@ class Chain:
             optional: those of `OPTIONAL_OUTPUTS` that shall be returned.
         """
         backend = self._backend
+        backend.activate()
         wanted = frozenset(optional)
         if wanted not in self._bound:
             self._bind(wanted)
@@ -81,13 +88,16 @@ class Chain:
         if captured is not None:
             captured.launch()
             return self._outputs(wanted, captured.marks)
-        marks = [backend.mark()]
-        for bound in self._bound[wanted]:
-            bound.enqueue()
+        marks: list[Any] = []
+        try:
             marks.append(backend.mark())
-        outputs = self._outputs(wanted, marks)
-        for mark in marks:
-            backend.release(mark)
+            for bound in self._bound[wanted]:
+                bound.enqueue()
+                marks.append(backend.mark())
+            outputs = self._outputs(wanted, marks)
+        finally:
+            for mark in marks:
+                backend.release(mark)
         if backend.can_capture:
             self._capture(wanted, outputs)
         return outputs
@@ -101,6 +111,14 @@ class Chain:
             BackendError: the captured chain computed something else.
         """
         captured = self._backend.capture(self._bound[wanted])
+        try:
+            self._compare_captured(captured, wanted, expected)
+        except BaseException:
+            captured.close()
+            raise
+        self._captured[wanted] = captured
+
+    def _compare_captured(self, captured: CapturedChain, wanted: frozenset[str], expected: ChainOutputs) -> None:
         results = [names.PIXELS, *(_f_hat_after(k) for k in (0, 1)), *(_at(names.TOKENS, k) for k in self._plan.steps)]
         for key in results:
             if key in self._buffers:
@@ -109,12 +127,10 @@ class Chain:
         got = self._outputs(wanted, captured.marks)
         same = all(np.array_equal(x, y) for x, y in zip(got.tokens, expected.tokens, strict=True))
         if not same or not np.array_equal(got.pixels, expected.pixels):
-            captured.close()
             raise BackendError(
                 f"backend {self._backend.name}: the chain captured as a CUDA graph does not compute what it computes "
-                "uncaptured; load with capture=False, and report it"
+                "uncaptured; load with capture=False (--no-capture), and report it"
             )
-        self._captured[wanted] = captured
 
     def _outputs(self, wanted: frozenset[str], marks: Sequence[Any]) -> ChainOutputs:
         backend, steps = self._backend, self._plan.steps

@@ -88,9 +88,12 @@ class EngineRecord:
         def specs(entries: Any) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(str(e["name"]), tuple(map(int, e["shape"])), str(e["dtype"])) for e in entries)
 
+        file = str(data["file"])
+        if Path(file).name != file:
+            raise ValueError(f"engine file {file!r}: expected a plain file name")
         return cls(
             graph=str(data["graph"]),
-            file=str(data["file"]),
+            file=file,
             content=FileSpec(int(data["content"]["num_bytes"]), str(data["content"]["sha256"])),
             flavour=str(data["flavour"]),
             version=str(data["version"]),
@@ -135,8 +138,11 @@ def write_records(folder: Path, records: Sequence[EngineRecord]) -> None:
     """Replace the record in a folder of engines in one step."""
     data = {"format_version": _FORMAT_VERSION, "engines": [record.to_json() for record in records]}
     partial = folder / f".{ENGINES_FILE}.{uuid.uuid4().hex[:8]}"
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / ENGINES_FILE)
+    try:
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / ENGINES_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def usable_engines(
@@ -156,7 +162,8 @@ def usable_engines(
         BundleError: an engine that is missing, stale, damaged, or of another version or GPU; with the command that
             builds it.
     """
-    command = f"run `fastvar build {bundle} --target {target}`"
+    # Enterprise TensorRT builds for the GPU that it finds, and for no other.
+    command = f"run `fastvar build {bundle} --target {'current' if flavour == 'tensorrt' else target}`"
     records = read_engines(bundle, flavour)
     if not records:
         raise BundleError(f"bundle {bundle}: no engines of {flavour} were built; {command}")

@@ -25,6 +25,10 @@ class BackendError(FastVARError):
     """A backend that is not installed, or that cannot run what the bundle holds."""
 
 
+class UnavailableError(BackendError):
+    """What was asked for is not on this machine: a package that is not installed, a GPU, its driver."""
+
+
 class CheckpointError(FastVARError):
     """A checkpoint that cannot be read, or that is not of the model that was asked for."""
 

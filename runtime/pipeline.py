@@ -66,6 +66,7 @@ class Pipeline:
         device: str | None = None,
         num_threads: int | None = None,
         engines: str = "auto",
+        capture: bool | None = None,
         check: str = "full",
     ) -> Pipeline:
         """Open a bundle and make its graphs ready to run.
@@ -77,6 +78,7 @@ class Pipeline:
             num_threads: threads of one operator on the CPU; default: one per core that this process may use.
             engines: `auto` uses what `fastvar build` made for this device, `off` never does, `require` raises
                 where there is nothing.
+            capture: on a GPU, whether chains are captured as CUDA graphs; default: with TensorRT, yes.
             check: `full` compares the SHA-256 of every file (engines too) with the one on record, `size` their
                 sizes only.
 
@@ -90,7 +92,7 @@ class Pipeline:
         manifest = read_manifest(path)
         check_files(path, manifest, hashes=check == "full")
         if isinstance(backend, str):
-            backend = create_backend(backend, device, num_threads, engines)
+            backend = create_backend(backend, device, num_threads, engines, capture)
         pipeline = cls(path, manifest, backend)
         try:
             backend.open(path, manifest.precision, check_hashes=check == "full")
@@ -117,7 +119,11 @@ class Pipeline:
     def close(self) -> None:
         """Release the graphs; may be called twice. ONNX Runtime keeps the memory of activations for the next load."""
         with self._lock:
+            if not self._closed:
+                self.backend.activate()
             self._closed = True
+            for chain in self._chains.values():
+                chain.close()
             self._chains.clear()
             self.backend.close()
 

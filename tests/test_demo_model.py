@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastvar_trt.export.demo import DEMO_FOLDER, demo_class_names, demo_source
+from fastvar_trt.export.demo import DEMO_FOLDER, demo_source
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.plan import PRESETS
@@ -28,7 +28,9 @@ def demo_bundle(export_once: Callable[..., tuple[Path, ExportReport]]) -> Path:
 
 def test_the_card_says_what_the_files_are() -> None:
     source, card = demo_source(), json.loads((DEMO_FOLDER / "card.json").read_text())
-    assert demo_class_names() == [p.name for p in PHOTOGRAPHS] and source.config.num_classes == len(PHOTOGRAPHS)
+    assert [c["name"] for c in card["classes"]] == [p.name for p in PHOTOGRAPHS] and source.config.num_classes == len(
+        PHOTOGRAPHS
+    )
     assert list(source.config.patch_nums) == card["config"]["patch_nums"]
     assert source.config.depth == card["config"]["depth"] and source.config.width == card["config"]["width"]
     assert sum(path.stat().st_size for path in DEMO_FOLDER.iterdir()) < 30e6

@@ -53,6 +53,7 @@ def test_an_interrupted_training_ends_as_one_that_ran_through(tmp_path: Path, mo
             raise Interrupt
 
     monkeypatch.setattr(training, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(training, "_REVIVE_EVERY", 3)  # after the interruption, with hits from before it
     config = TrainingConfig(patch_nums=(1, 2), vae_steps=4, var_steps=4, depth=1, width=64)
     photographs, cpu = load_photographs(), torch.device("cpu")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, TensorSpec, che
 from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli_quality import compare_command, tune_command
+from fastvar_trt.tools.files import check_writable
 from fastvar_trt.tools.sheets import save_image
 from fastvar_trt.tools.tables import format_table
 
-_FLAVOURS = ("tensorrt_rtx", "tensorrt")
+_FLAVOURS = ("tensorrt_rtx", "tensorrt", "onnxruntime_cuda")
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 
 
@@ -42,6 +42,7 @@ def _runtime_options(command: Any) -> Any:
             help="Whether onnxruntime uses what `fastvar build --target cpu` made.",
         ),
         click.option("--threads", type=click.IntRange(1), help="Threads per operator; default: one per core."),
+        click.option("--capture/--no-capture", default=None, help="On a GPU: run the chain as one CUDA graph."),
         click.option("--device", help="cpu, cuda or cuda:N; default: what the backend runs on."),
         click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True),
     ):
@@ -94,14 +95,17 @@ def generate(
     save_tokens: Path | None,
     backend: str,
     device: str | None,
+    capture: bool | None,
     threads: int | None,
     engines: str,
 ) -> None:
     """Draw images of the given classes."""
     for path in (out, save_tokens):
         if path is not None:
-            _check_writable(path)
-    with Pipeline.load(bundle, backend=backend, device=device, num_threads=threads, engines=engines) as pipe:
+            check_writable(path)
+    with Pipeline.load(
+        bundle, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
+    ) as pipe:
         result = pipe.generate(
             labels,
             seeds=seed,
@@ -128,17 +132,6 @@ def generate(
             }
         )
     )
-
-
-def _check_writable(path: Path) -> None:
-    """Before minutes of work, that the result can be written."""
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"{folder}: cannot be made: {error.strerror}; give another output") from error
-    if path.is_dir() or not os.access(folder, os.W_OK):
-        raise RequestError(f"{path}: cannot be written; give another output")
 
 
 def save_png(result: GenerationResult, path: Path) -> None:
@@ -193,9 +186,13 @@ Examples:
 )
 @_BUNDLE
 @_runtime_options
-def verify(bundle: Path, backend: str, device: str | None, threads: int | None, engines: str) -> None:
+def verify(
+    bundle: Path, backend: str, device: str | None, capture: bool | None, threads: int | None, engines: str
+) -> None:
     """Check every file's hash, then draw the images that PyTorch drew at export and compare."""
-    with Pipeline.load(bundle, backend=backend, device=device, num_threads=threads, engines=engines) as pipe:
+    with Pipeline.load(
+        bundle, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
+    ) as pipe:
         outcome = verify_bundle(pipe)
         num_files = len(pipe.manifest.files)
 
@@ -290,9 +287,7 @@ def _engine_table(flavour: str, records: list[EngineRecord]) -> str:
             r.version,
             ", ".join(r.targets),
             len(r.weights),
-            r.kernels["total"],
-            r.kernels["attention"],
-            r.kernels["gemm_bias_gelu"],
+            *(r.kernels.get(kind, "-") for kind in ("total", "attention", "gemm_bias_gelu")),
         ]
         for r in records
     ]

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastvar_trt.runtime.command import ErrorCommand, integers, numbers
-from fastvar_trt.runtime.errors import BackendError, PlanError, RequestError
+from fastvar_trt.runtime.errors import BackendError, BundleError, PlanError, RequestError
 from fastvar_trt.runtime.manifest import ModelSpec, read_manifest
 from fastvar_trt.runtime.pipeline import Pipeline
-from fastvar_trt.tools.compare import Comparison, check_comparable, compare, draw_side_by_side
+from fastvar_trt.tools.compare import Comparison, check_comparable, compare, draw_side_by_side, shared_sampling
+from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.quality import require_libraries
 from fastvar_trt.tools.sheets import contact_sheet, error_map, save_image
 from fastvar_trt.tools.tables import format_table
@@ -24,6 +25,7 @@ from fastvar_trt.tools.tables import format_table
 _FEW_CLASSES = 16  # all of them are drawn where nothing else is asked for
 _PHOTOGRAPHS = "photographs"
 _CROPS_PER_CLASS = 32
+_TUNE_FILES = ("tune.json", "front.png", "plan.json")
 _IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -144,13 +146,13 @@ def compare_command(
     require_libraries()
     for path in (out, json_file):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path)
     with Pipeline.load(bundle_a) as a, Pipeline.load(bundle_b) as b:
         check_comparable(a, b)
         classes, all_seeds = _requests(labels, 1 if greedy else seeds, a.manifest.model)
         known = references and load_references(references, classes, a.manifest.model.image_width)
         with click.progressbar(length=len(classes), label="drawing", width=24) as bar:
-            options = {"cfg": cfg, "greedy": greedy}
+            options = {**shared_sampling([a, b], cfg), "greedy": greedy}
             ours, theirs = draw_side_by_side([a, b], classes, all_seeds, options, bar.update)
     comparison = compare(ours, theirs, classes, all_seeds, known or None)
     click.echo(_comparison_table(comparison))
@@ -169,7 +171,7 @@ def compare_command(
     line = json.dumps({"a": str(bundle_a), "b": str(bundle_b), **comparison.to_json()})
     click.echo(line)
     if json_file is not None:
-        json_file.write_text(line + "\n", encoding="utf-8")
+        write_text(json_file, line + "\n")
     if out is not None:
         firsts = [classes.index(label) for label in dict.fromkeys(classes)]
         save_image(
@@ -244,17 +246,21 @@ def tune_command(
     except ImportError as error:
         raise BackendError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu,quality]'") from error
     manifest = read_manifest(bundle)
+    if manifest.precision != "fp32":
+        raise BundleError(
+            f"bundle {bundle}: precision: got {manifest.precision}, expected fp32: plans are judged on the CPU; export "
+            "with --precision fp32 (the plan fits every precision)"
+        )
     depth = manifest.model.depth
     layers = first_layers or tuple(sorted({0, depth // 8, depth // 4, depth // 2}))
     classes, all_seeds = _requests(labels, seeds, manifest.model)
     guidance = manifest.sampling.cfg if cfg is None else cfg
     plans = tune.candidate_plans(fractions or tune.DEFAULT_FRACTIONS, cache_scales, layers)
     known = load_references(references, classes, manifest.model.image_width) if references else None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"--out {out}: cannot be made: {error.strerror}") from error
-    with click.progressbar(length=len(plans) + 1, label="sweep", width=24) as bar:
+    for name in _TUNE_FILES:
+        check_writable(out / name)
+        (out / name).unlink(missing_ok=True)  # of an earlier run: it would stand beside this one's
+    with click.progressbar(length=(len(plans) + 1) * len(classes), label="sweep", width=24) as bar:
         result = tune.sweep(bundle, plans, classes, all_seeds, guidance, known, bar.update)
     num_front = sum(candidate.on_front for candidate in result.candidates)
     with (
@@ -270,14 +276,14 @@ def tune_command(
         "chosen": None if chosen is None else chosen.plan.name,
         "candidates": [candidate.to_json() for candidate in result.candidates],
     }
-    (out / "tune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "tune.json", json.dumps(record, indent=1) + "\n")
     tune.plot_front(result, chosen, out / "front.png")
     if chosen is None:
         raise PlanError(
             f"no plan keeps SSIM {min_ssim} and the distance within {max_drop:.1%}; see {out / 'front.png'}, and allow "
             "more with --min-ssim or --max-drop, or give smaller --fractions"
         )
-    (out / "plan.json").write_text(json.dumps(chosen.plan.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_text(out / "plan.json", json.dumps(chosen.plan.to_json(), indent=1) + "\n")
     click.echo(f"{out / 'plan.json'}: {chosen.plan.name}")
 
 

@@ -86,6 +86,16 @@ def check_comparable(a: Pipeline, b: Pipeline) -> None:
         raise RequestError(f"{b.bundle}: its scales are not those of {a.bundle}: bundles of one model only")
 
 
+def shared_sampling(pipelines: Sequence[Pipeline], cfg: float | None) -> dict[str, Any]:
+    """One guidance scale, top-k and top-p for all: the first bundle's, where the others can draw so."""
+    sampling = [pipe.manifest.sampling for pipe in pipelines]
+    return {
+        "cfg": sampling[0].cfg if cfg is None else cfg,
+        "top_k": min(s.top_k for s in sampling),
+        "top_p": sampling[0].top_p,
+    }
+
+
 def draw_side_by_side(
     pipelines: Sequence[Pipeline],
     labels: Sequence[int],
@@ -101,15 +111,23 @@ def draw_side_by_side(
         seeds: seed of each image.
         options: further arguments of `Pipeline.generate`.
         progress: called with the number of images drawn since the last call.
+
+    Raises:
+        RequestError: no batch size that all of them hold.
     """
-    batch = max(set.intersection(*(set(pipe.manifest.batches) for pipe in pipelines)), default=1)
+    common = set.intersection(*(set(pipe.manifest.batches) for pipe in pipelines))
+    if not common:
+        sizes = "; ".join(f"{pipe.bundle}: {', '.join(map(str, pipe.manifest.batches))}" for pipe in pipelines)
+        raise RequestError(f"batch sizes: the bundles have none in common ({sizes}); export with the same --batch")
+    batch = max(common)
     results: list[list[GenerationResult]] = [[] for _ in pipelines]
     seconds: list[list[float]] = [[] for _ in pipelines]
     for pipe in pipelines:  # a first run is slower: buffers are touched for the first time
         pipe.generate(labels[:batch], seeds=seeds[:batch], **options)
     for start in range(0, len(labels), batch):
         rows = slice(start, start + batch)
-        for pipe, drawn, times in zip(pipelines, results, seconds, strict=True):
+        turns = list(zip(pipelines, results, seconds, strict=True))
+        for pipe, drawn, times in turns if start // batch % 2 == 0 else reversed(turns):
             begin = time.perf_counter()
             drawn.append(pipe.generate(labels[rows], seeds=seeds[rows], **options))
             times.append(time.perf_counter() - begin)

@@ -26,7 +26,7 @@ from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.plan import PRESETS, PruningPlan, ResolvedPlan
-from fastvar_trt.tools.compare import Comparison, compare, draw_side_by_side
+from fastvar_trt.tools.compare import Comparison, compare, draw_side_by_side, shared_sampling
 from fastvar_trt.tools.quality import ImageMetrics, ReferenceMetrics, image_metrics, mean_metrics, reference_metrics
 from fastvar_trt.tools.work import relative_work
 
@@ -96,44 +96,42 @@ def candidate_plans(
 
 
 class _Drawer:
-    """Images by eager PyTorch; what a plan shares with those drawn before is not computed again."""
+    """A batch of images by eager PyTorch; what plans share is computed once."""
 
     def __init__(self, model: VAR, labels: Sequence[int], seeds: Sequence[int], cfg: float) -> None:
         self._model, self._labels, self._seeds, self._cfg = model, labels, seeds, cfg
-        self._prefixes: dict[tuple[int, int, int], ChainState] = {}
+        self._prefixes: dict[tuple[int, int], ChainState] = {}
 
     @torch.inference_mode()
     def draw(self, plan: ResolvedPlan) -> NDArray[Any]:
-        """uint8 [N, H, W, 3]."""
-        parts = []
-        for start in range(0, len(self._labels), _BATCH):
-            state = self._after_prefix(start, plan)
-            for scale in (k for k in plan.steps if k >= self._first_pruned(plan)):
-                self._step(state, plan, scale, start)
-            assert state.f_hat is not None
-            parts.append(self._model.decode(state.f_hat)[1].numpy())
-        return np.concatenate(parts)
+        """uint8 [B, H, W, 3]."""
+        end = next((k for k in plan.steps if plan.is_pruned(k)), plan.steps[-1] + 1)
+        state = self._after_prefix(plan, end)
+        for scale in (k for k in plan.steps if k >= end):
+            self._step(state, plan, scale)
+        assert state.f_hat is not None
+        return self._model.decode(state.f_hat)[1].numpy()
 
-    def _first_pruned(self, plan: ResolvedPlan) -> int:
-        return next((k for k in plan.steps if plan.is_pruned(k)), plan.steps[-1] + 1)
-
-    def _after_prefix(self, start: int, plan: ResolvedPlan) -> ChainState:
-        """The state before the first pruned scale. All layers are cached: a plan reads what it needs."""
-        end = self._first_pruned(plan)
-        key = (start, end, -1 if plan.cache_scale is None else plan.cache_scale)
+    def _after_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
+        """The state before scale `end`, the first pruned one. All layers are cached: a plan reads what it needs."""
+        if plan.cache_scale is None:  # of the dense chain alone: nothing to share
+            return self._run_prefix(plan, end)
+        key = (end, plan.cache_scale)
         if key not in self._prefixes:
-            state = ChainState.begin(self._model, torch.tensor(self._labels[start : start + _BATCH]))
-            full = dataclasses.replace(plan, first_layer=0, last_layer=plan.depth - 1)
-            for scale in range(end):
-                self._step(state, full, scale, start)
-            self._prefixes[key] = state
+            self._prefixes[key] = self._run_prefix(plan, end)
         state = self._prefixes[key]
         return dataclasses.replace(state, past=list(state.past), caches=dict(state.caches))
 
-    def _step(self, state: ChainState, plan: ResolvedPlan, scale: int, start: int) -> None:
-        seeds = self._seeds[start : start + _BATCH]
-        noise = np.stack([uniform_noise(seed, scale, plan.num_tokens(scale)) for seed in seeds])
-        state.step(self._model, plan, scale, torch.from_numpy(noise), self._request(len(seeds)))
+    def _run_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
+        state = ChainState.begin(self._model, torch.tensor(self._labels))
+        full = dataclasses.replace(plan, first_layer=0, last_layer=plan.depth - 1)
+        for scale in range(end):
+            self._step(state, full, scale)
+        return state
+
+    def _step(self, state: ChainState, plan: ResolvedPlan, scale: int) -> None:
+        noise = np.stack([uniform_noise(seed, scale, plan.num_tokens(scale)) for seed in self._seeds])
+        state.step(self._model, plan, scale, torch.from_numpy(noise), self._request(len(self._seeds)))
 
     def _request(self, batch: int) -> Request:
         def rows(value: float) -> Tensor:
@@ -167,40 +165,53 @@ def sweep(
         seeds: seed of each image.
         cfg: guidance scale.
         references: class -> photographs uint8 [M, H, W, 3].
-        progress: called with the number of plans judged since the last call.
+        progress: called with the number of images drawn since the last call, the dense ones included.
 
     Raises:
         PlanError: no candidate, or one that does not fit the model.
     """
     model, manifest = load_bundle_model(bundle)
     if not plans:
-        raise PlanError("no candidate: the cache scale must come before the pruned scales; give other --cache-scale")
+        raise PlanError("no candidate: the cache scale must come before the pruned scales; give other --cache-scales")
     resolved = [plan.resolve(manifest.schedule, manifest.model.depth) for plan in plans]
-    drawer = _Drawer(model, labels, seeds, cfg)
-    dense = drawer.draw(PRESETS["none"].resolve(manifest.schedule, manifest.model.depth))
-    progress(1)
-    candidates = []
-    for plan, places in zip(plans, resolved, strict=True):
-        images = drawer.draw(places)
-        candidates.append(
-            Candidate(
-                plan=plan,
-                work=relative_work(manifest, places),
-                metrics=mean_metrics([image_metrics(x, y) for x, y in zip(dense, images, strict=True)]),
-                references=None if references is None else reference_metrics(images, labels, references),
-            )
+    everything = PRESETS["none"].resolve(manifest.schedule, manifest.model.depth)
+    metrics: list[list[ImageMetrics]] = [[] for _ in plans]
+    against_photographs: list[list[ReferenceMetrics]] = [[] for _ in range(len(plans) + 1)]
+    sizes = []
+    for start in range(0, len(labels), _BATCH):  # outermost: the states that plans share are those of one batch
+        rows = slice(start, start + _BATCH)
+        drawer = _Drawer(model, labels[rows], seeds[rows], cfg)
+        dense = drawer.draw(everything)
+        sizes.append(len(dense))
+        progress(len(dense))
+        if references is not None:
+            against_photographs[-1].append(reference_metrics(dense, labels[rows], references))
+        for i, plan in enumerate(resolved):
+            images = drawer.draw(plan)
+            metrics[i] += [image_metrics(x, y) for x, y in zip(dense, images, strict=True)]
+            if references is not None:
+                against_photographs[i].append(reference_metrics(images, labels[rows], references))
+            progress(len(images))
+
+    def over_batches(parts: list[ReferenceMetrics]) -> ReferenceMetrics | None:
+        if not parts:
+            return None
+        return ReferenceMetrics(
+            distance=float(np.average([part.distance for part in parts], weights=sizes)),
+            accuracy=float(np.average([part.accuracy for part in parts], weights=sizes)),
         )
-        progress(1)
+
+    candidates = [
+        Candidate(plan, relative_work(manifest, places), mean_metrics(found), over_batches(parts))
+        for plan, places, found, parts in zip(plans, resolved, metrics, against_photographs, strict=False)
+    ]
     candidates.sort(key=lambda c: (c.work, -c.metrics.ssim))
     best = -1.0
     for i, candidate in enumerate(candidates):
         if candidate.metrics.ssim > best:  # with less work, nothing was as good
             best = candidate.metrics.ssim
             candidates[i] = dataclasses.replace(candidate, on_front=True)
-    return Sweep(
-        candidates=tuple(candidates),
-        dense_references=None if references is None else reference_metrics(dense, labels, references),
-    )
+    return Sweep(tuple(candidates), over_batches(against_photographs[-1]))
 
 
 def measure_front(
@@ -237,7 +248,8 @@ def measure_front(
             pruned = folder / f"plan_{i}"
             export_again(dense, pruned, candidate.plan)
             with Pipeline.load(pruned, check="size") as pipe:
-                a, b = draw_side_by_side([reference, pipe], labels, seeds, {"cfg": cfg})
+                options = shared_sampling([reference, pipe], cfg)
+                a, b = draw_side_by_side([reference, pipe], labels, seeds, options)
             measured = compare(a, b, labels, seeds, references)
             candidates[i] = dataclasses.replace(candidate, measured=measured)
             shutil.rmtree(pruned)

@@ -7,10 +7,11 @@ from fastvar_trt.runtime.plan import PRESETS, ResolvedPlan
 
 
 def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
-    """Multiply-adds of one step for one row of the batch (guidance doubles the rows).
+    """Multiply-adds of one step for one image with guidance.
 
-    Counts the matrix products of a VAR transformer: q, k, v and output projections (4 C^2), the feed-forward layers
-    (2 C * mlp_width) and attention (2 C per query and key) of the kept tokens, and embedding and head of all.
+    Counts the matrix products of a VAR transformer. Per kept token of the two rows that guidance needs: q, k, v and
+    output projections (4 C^2), the feed-forward layers (2 C * mlp_width) and attention (2 C per query and key). Once
+    per token, as guidance is applied before the head: embedding and head.
 
     Args:
         model: sizes.
@@ -24,12 +25,12 @@ def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
     for layer in range(model.depth):
         kept = plan.kept(scale, layer)
         keys = plan.num_past(scale, layer) + kept
-        total += kept * (4 * model.width**2 + 2 * model.width * model.mlp_width + 2 * model.width * keys)
+        total += 2 * kept * (4 * model.width**2 + 2 * model.width * model.mlp_width + 2 * model.width * keys)
     return total
 
 
 def chain_multiply_adds(model: ModelSpec, plan: ResolvedPlan) -> int:
-    """Multiply-adds of all steps for one row of the batch."""
+    """Multiply-adds of all steps for one image with guidance."""
     return sum(step_multiply_adds(model, plan, scale) for scale in plan.steps)
 
 

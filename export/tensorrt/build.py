@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fastvar_trt.export.tensorrt.engine import BuiltEngine, build_engine
 from fastvar_trt.export.tensorrt.flavour import ENTERPRISE, Flavour, flavour_of
 from fastvar_trt.export.tensorrt.graphs import TensorRTGraph, tensorrt_graph
 from fastvar_trt.plugins.tensorrt_plugin import register_plugins
+from fastvar_trt.runtime.backends.cuda import CudaDevice
 from fastvar_trt.runtime.engines import EngineRecord, engines_folder, read_engines, write_records
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, FileSpec, GraphSpec, TensorSpec, check_files, read_manifest
@@ -61,13 +63,14 @@ def build_tensorrt(
     flavour = Flavour.load(flavour_of(targets))
     if flavour.name == ENTERPRISE:
         register_plugins()
+        targets = (_gpu_target(),)
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=True)
     folder = engines_folder(bundle, flavour.name)
     records = read_engines(bundle, flavour.name)
     wanted = set(targets)
     for record in records.values():
-        if record.version == flavour.version:
+        if record.version == flavour.version and flavour.name != ENTERPRISE:
             wanted |= set(record.targets)
     all_targets = tuple(sorted(wanted, key=lambda target: (len(target), target)))
     known_files = {record.file for record in records.values()}
@@ -92,13 +95,9 @@ def build_tensorrt(
         )
         inputs, outputs = _check_tensors(graph, prepared, engine)
         path = folder / f"{Path(graph.file).stem}.engine"
-        try:
+        with _writing(path):
             folder.mkdir(parents=True, exist_ok=True)
             content = _write(path, engine.data)
-        except OSError as error:
-            raise ExportError(
-                f"{path}: cannot be written: {error.strerror or error}; the engines before are kept"
-            ) from error
         new = EngineRecord(
             graph=graph.file,
             file=path.name,
@@ -120,15 +119,38 @@ def build_tensorrt(
         )
         records[graph.file] = new
         built.append(new)
-        write_records(folder, list(records.values()))
+        with _writing(folder):
+            write_records(folder, list(records.values()))
         progress(graph.file, "done", 1.0)
     graphs = {graph.file for graph in manifest.graphs}
     if set(records) - graphs:  # of an export that was replaced
         records = {file: record for file, record in records.items() if file in graphs}
-        write_records(folder, list(records.values()))
+        with _writing(folder):
+            write_records(folder, list(records.values()))
     for name in known_files - {record.file for record in records.values()}:
         (folder / name).unlink(missing_ok=True)
-    return TensorRTReport(flavour.name, all_targets, tuple(built), tuple(kept), time.perf_counter() - begin)
+    common = set(all_targets).intersection(*(record.targets for record in records.values()))
+    everywhere = tuple(target for target in all_targets if target in common)
+    return TensorRTReport(flavour.name, everywhere, tuple(built), tuple(kept), time.perf_counter() - begin)
+
+
+def _gpu_target() -> str:
+    """The compute capability of this machine's GPU: enterprise TensorRT builds for no other."""
+    device = CudaDevice()
+    try:
+        return device.target
+    finally:
+        device.close()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{path}: cannot be written: {error.strerror or error}; the engines before are kept"
+        ) from error
 
 
 def _check_tensors(

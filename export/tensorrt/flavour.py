@@ -7,20 +7,16 @@ builds on the GPU that will run the engine; that path is written against its API
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from fastvar_trt.runtime.errors import BackendError, ExportError
+from fastvar_trt.runtime.backends.tensorrt import import_tensorrt
+from fastvar_trt.runtime.errors import ExportError
 
 RTX, ENTERPRISE = "tensorrt_rtx", "tensorrt"
 # SM90 (H100) is not among them: TensorRT for RTX 1.7 does not list it.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 CURRENT_TARGET = "current"  # enterprise TensorRT: the GPU of this machine
-_INSTALL = {
-    RTX: "pip install 'fastvar-trt[export,rtx]'",
-    ENTERPRISE: "pip install 'fastvar-trt[export,tensorrt]'",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +36,9 @@ class Flavour:
         """Import a package.
 
         Raises:
-            BackendError: it is not installed, or its libraries cannot be loaded.
+            UnavailableError: it is not installed, or its libraries cannot be loaded.
         """
-        try:
-            return cls(name, importlib.import_module(name))
-        except ImportError as error:
-            raise BackendError(f"{name} cannot be imported ({error}); {_INSTALL[name]}") from error
+        return cls(name, import_tensorrt(name))
 
     @property
     def version(self) -> str:

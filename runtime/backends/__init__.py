@@ -10,7 +10,9 @@ BACKENDS = ("onnxruntime", "tensorrt_rtx", "tensorrt")
 __all__ = ["BACKENDS", "Backend", "BoundGraph", "Buffer", "CapturedChain", "View", "create_backend"]
 
 
-def create_backend(name: str, device: str | None, num_threads: int | None, engines: str) -> Backend:
+def create_backend(
+    name: str, device: str | None, num_threads: int | None, engines: str, capture: bool | None = None
+) -> Backend:
     """The backend of that name, not yet opened.
 
     Raises:
@@ -23,7 +25,7 @@ def create_backend(name: str, device: str | None, num_threads: int | None, engin
 
         if num_threads is not None or engines == "off":
             raise BackendError(f"backend {name}: takes neither num_threads nor engines='off'; leave them out")
-        return TensorRTBackend(name, device=device or "cuda")
+        return TensorRTBackend(name, device=device or "cuda", capture=capture is not False)
     if device is not None and device.startswith("cuda"):
         from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
@@ -31,7 +33,7 @@ def create_backend(name: str, device: str | None, num_threads: int | None, engin
             raise BackendError(
                 f"backend {name} on {device}: takes neither num_threads nor engines='off'; leave them out"
             )
-        return OnnxRuntimeCudaBackend(device=device)
+        return OnnxRuntimeCudaBackend(device=device, capture=capture is True)
     from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(device=device or "cpu", num_threads=num_threads, engines=engines)

@@ -96,6 +96,9 @@ class Backend(abc.ABC):
     def close(self) -> None:
         """Release everything; may be called twice."""
 
+    def activate(self) -> None:  # noqa: B027  # most backends have nothing to do
+        """Prepare the calling thread; before anything else is called in it."""
+
     @abc.abstractmethod
     def load(self, graph: GraphSpec) -> None:
         """Make one graph of the bundle ready to bind."""

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime.errors import BackendError
+from fastvar_trt.runtime.errors import BackendError, UnavailableError
 
-_INSTALL = "pip install 'fastvar-trt[rtx]' (or [tensorrt])"
+_INSTALL = "pip install cuda-bindings (the extras gpu, rtx and tensorrt bring it)"
 
 
 class CudaOutOfMemoryError(BackendError):
@@ -30,26 +30,31 @@ class CudaDevice:
         try:
             from cuda.bindings import runtime
         except ImportError as error:
-            raise BackendError(f"cuda-python is not installed ({error}); {_INSTALL}") from error
+            raise UnavailableError(f"cuda-python cannot be imported ({error}); {_INSTALL}") from error
         self._cuda: Any = runtime
         status, count = runtime.cudaGetDeviceCount()
         if status == runtime.cudaError_t.cudaErrorInsufficientDriver:
             driver = self._call(runtime.cudaDriverGetVersion())
-            raise BackendError(
+            raise UnavailableError(
                 f"no NVIDIA driver, or one too old: got CUDA version {driver} (thousands: the release), expected "
                 f"{self._call(runtime.cudaRuntimeGetVersion())} or later; install a newer driver, or run with "
                 "backend='onnxruntime'"
             )
         self._call((status, count))
         if not 0 <= ordinal < count:
-            raise BackendError(f"device cuda:{ordinal}: this machine has {count} GPUs, numbered from 0")
-        self._call(runtime.cudaSetDevice(ordinal))
+            raise UnavailableError(f"device cuda:{ordinal}: this machine has {count} GPUs, numbered from 0")
+        self._ordinal = ordinal
+        self.activate()
         properties = self._call(runtime.cudaGetDeviceProperties(ordinal))
         name = properties.name
         self.name: str = name.decode() if isinstance(name, bytes) else str(name)
         self.target = f"sm{properties.major}{properties.minor}"
         self.stream = int(self._call(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
         self._capturing = False
+
+    def activate(self) -> None:
+        """Make this GPU the current one of the calling thread: CUDA keeps that per thread."""
+        self._call(self._cuda.cudaSetDevice(self._ordinal))
 
     def close(self) -> None:
         """Destroy the stream; may be called twice."""
@@ -134,7 +139,9 @@ class CudaDevice:
             self._cuda.cudaGraphDestroy(graph)
 
     def abort_capture(self) -> None:
-        """End a capture that failed, and drop what it holds."""
+        """End a capture that failed, and drop what it holds; does nothing where it has ended."""
+        if not self._capturing:
+            return
         self._capturing = False
         _, graph = self._cuda.cudaStreamEndCapture(self.stream)
         if graph:

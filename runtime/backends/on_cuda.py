@@ -63,12 +63,17 @@ class CudaBackend(Backend):
     def can_capture(self) -> bool:
         return self._capture
 
+    def activate(self) -> None:
+        self._device.activate()
+
     def close(self) -> None:
         self._scratch.clear()
         if self._device is not None:
+            self._device.activate()
             for pointer in self._allocations:
                 self._device.free(pointer)
             self._device.close()
+        self._device = None
         self._allocations.clear()
         self._weights.clear()
 
@@ -95,28 +100,38 @@ class CudaBackend(Backend):
 
     def capture(self, bound: Sequence[BoundGraph]) -> CapturedChain:
         self._device.synchronize()
+        marks: list[Any] = []
         self._device.begin_capture()
         try:
-            marks = [self._device.record()]
+            marks.append(self._device.record())
             for graph in bound:
                 graph.enqueue()
                 marks.append(self._device.record())
-        except BaseException:
+            captured = self._device.end_capture()
+        except BaseException as error:
             self._device.abort_capture()
+            for mark in marks:
+                self._device.release(mark)
+            if isinstance(error, BackendError):
+                raise BackendError(
+                    f"backend {self.name}: the chain cannot be captured as a CUDA graph ({error}); load with "
+                    "capture=False (--no-capture)"
+                ) from error
             raise
-        return _GraphOfChain(self._device, self._device.end_capture(), marks)
+        return _GraphOfChain(self._device, captured, marks)
 
-    def _open(self, bundle: Path, version: str, target: str | None, *, check_hashes: bool) -> None:
+    def _open(self, bundle: Path, version: str, *, check_hashes: bool, target: str | None = None) -> None:
         """Take the GPU, check what the bundle has for it and whether it fits, and upload the weights.
 
         Args:
             bundle: its folder.
             version: of the package that runs the engines.
-            target: what they must have been built for; None: this GPU.
             check_hashes: compare their content with the record.
+            target: what they must have been built for; default: this GPU.
         """
         if self._device is None:
             self._device = CudaDevice(self._ordinal)
+        self._device.activate()
         self._bundle = bundle
         manifest = read_manifest(bundle)
         self._records = usable_engines(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, View
-from fastvar_trt.runtime.errors import BackendError
+from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.runtime.manifest import (
     DTYPE_BYTES,
     ENGINES_FILE,
@@ -64,7 +64,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError(
+        raise UnavailableError(
             "onnxruntime is not installed; install one of the extras: pip install 'fastvar-trt[cpu]' or "
             "'fastvar-trt[gpu]' (both provide the module onnxruntime, so only one of them)"
         ) from error

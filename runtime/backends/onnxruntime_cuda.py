@@ -13,7 +13,7 @@ from fastvar_trt.runtime.backends.base import BoundGraph, Buffer, View
 from fastvar_trt.runtime.backends.on_cuda import CudaBackend
 from fastvar_trt.runtime.backends.onnxruntime import ELEMENT_TYPE, import_onnxruntime
 from fastvar_trt.runtime.engines import EngineRecord, engines_folder
-from fastvar_trt.runtime.errors import BackendError
+from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec
 
 FLAVOUR = "onnxruntime_cuda"
@@ -58,11 +58,11 @@ class OnnxRuntimeCudaBackend(CudaBackend):
             self._ort = import_onnxruntime()
         available = self._ort.get_available_providers()
         if _PROVIDER not in available:
-            raise BackendError(
+            raise UnavailableError(
                 f"onnxruntime {self._ort.__version__} has no {_PROVIDER} (it has {', '.join(available)}); uninstall "
                 "onnxruntime, then pip install 'fastvar-trt[gpu]'"
             )
-        self._open(bundle, GRAPH_VERSION, CUDA_TARGET, check_hashes=check_hashes)
+        self._open(bundle, GRAPH_VERSION, check_hashes=check_hashes, target=CUDA_TARGET)
 
     def close(self) -> None:
         self._sessions.clear()  # before the memory that they use
@@ -76,10 +76,15 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         options.log_severity_level = 3
         # Without it a node that has no CUDA kernel would run on the CPU, and nobody would be told.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        provider = (_PROVIDER, {"device_id": str(self._ordinal), "user_compute_stream": str(self._device.stream)})
+        settings = {
+            "device_id": str(self._ordinal),
+            "user_compute_stream": str(self._device.stream),
+            "arena_extend_strategy": "kSameAsRequested",  # there is one arena per session
+        }
         path = engines_folder(self._bundle, FLAVOUR) / record.file
         try:
-            session = ort.InferenceSession(str(path), options, providers=[provider])
+            # Without enable_fallback=0 the package would try again on the CPU by itself.
+            session = ort.InferenceSession(str(path), options, providers=[(_PROVIDER, settings)], enable_fallback=0)
         except Exception as error:
             raise BackendError(f"{path.name}: ONNX Runtime cannot run it on {self._device.name}: {error}") from error
         if session.get_providers()[0] != _PROVIDER:

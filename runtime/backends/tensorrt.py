@@ -12,7 +12,7 @@ from typing import Any
 from fastvar_trt.runtime.backends.base import BoundGraph, Buffer, View
 from fastvar_trt.runtime.backends.on_cuda import CudaBackend
 from fastvar_trt.runtime.engines import EngineRecord, engines_folder
-from fastvar_trt.runtime.errors import BackendError
+from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.runtime.manifest import GraphSpec
 
 _INSTALL = {
@@ -36,6 +36,20 @@ class _BoundEngine(BoundGraph):
         with nvtx_range(self._name):
             if not self._context.execute_async_v3(self._stream):
                 raise BackendError(f"{self._name}: TensorRT could not run the engine; see its messages above")
+
+
+def import_tensorrt(flavour: str) -> Any:
+    """The package `tensorrt_rtx` or `tensorrt`.
+
+    Raises:
+        UnavailableError: it is not installed, or its libraries cannot be loaded.
+    """
+    try:
+        module = importlib.import_module(flavour)
+        _ = module.__version__  # its stubs alone make an empty package of that name
+    except (ImportError, AttributeError) as error:
+        raise UnavailableError(f"{flavour} cannot be imported ({error}); {_INSTALL[flavour]}") from error
+    return module
 
 
 class TensorRTBackend(CudaBackend):
@@ -71,13 +85,8 @@ class TensorRTBackend(CudaBackend):
 
     def open(self, bundle: Path, precision: str, *, check_hashes: bool) -> None:
         if self._trt is None:
-            try:
-                self._trt = importlib.import_module(self._flavour)
-            except ImportError as error:
-                raise BackendError(
-                    f"{self._flavour} cannot be imported ({error}); {_INSTALL[self._flavour]}"
-                ) from error
-        self._open(bundle, str(self._trt.__version__), None, check_hashes=check_hashes)
+            self._trt = import_tensorrt(self._flavour)
+        self._open(bundle, str(self._trt.__version__), check_hashes=check_hashes)
         self._logger = self._trt.Logger(self._trt.Logger.WARNING)
         self._runtime = self._trt.Runtime(self._logger)
 
@@ -85,6 +94,7 @@ class TensorRTBackend(CudaBackend):
         self._contexts.clear()  # before the memory that they use
         self._engines.clear()
         self._runtime = None
+        self._activations = (0, 0)
         super().close()
 
     def load(self, graph: GraphSpec) -> None:
@@ -124,7 +134,7 @@ class TensorRTBackend(CudaBackend):
     def _shared_activations(self) -> tuple[int, int]:
         """Memory for the activations of any loaded engine; the graphs of a chain are loaded before one is bound."""
         size = max(int(loaded.engine.device_memory_size_v2) for loaded in self._engines.values())
-        if size > self._activations[1]:
+        if size > self._activations[1]:  # what captured chains use stays allocated until `close`
             self._activations = (self._allocate(size), size)
             for context in self._contexts:
                 context.set_device_memory(*self._activations)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvar_trt.export.exporter import VARSource
+from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.runtime.command import ErrorCommand, integers
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
@@ -111,27 +112,26 @@ def write_checkpoint(out: Path, config: TrainingConfig, vqvae: Stage, transforme
 
     state, vae_state = half(transformer.model.state_dict()), half(vqvae.model.state_dict())
     VARSource.from_state(state, vae_state)  # the exporter's own check of keys and shapes
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True)
-    save_file(state, partial / "var.safetensors")
-    save_file(vae_state, partial / "vae.safetensors")
-    for path in partial.iterdir():
-        path.chmod(0o644)  # safetensors makes files that only their owner can read
-    card = {
-        "classes": [dataclasses.asdict(p) for p in PHOTOGRAPHS],
-        "config": dataclasses.asdict(config),
-        "device": device,
-        "training_s": {stage.name: round(stage.seconds) for stage in (vqvae, transformer)},
-        "final_losses": {
-            f"{stage.name}.{name}": round(float(np.mean(values[-50:])), 4)
-            for stage in (vqvae, transformer)
-            for name, values in stage.losses.items()
-        },
-    }
-    (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    sizes = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
-    (partial / "README.md").write_text(card_text(card, sizes), encoding="utf-8")
-    partial.rename(out)
+    with temporary_folder(out) as partial:
+        save_file(state, partial / "var.safetensors")
+        save_file(vae_state, partial / "vae.safetensors")
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+        card = {
+            "classes": [dataclasses.asdict(p) for p in PHOTOGRAPHS],
+            "config": dataclasses.asdict(config),
+            "device": device,
+            "training_s": {stage.name: round(stage.seconds) for stage in (vqvae, transformer)},
+            "final_losses": {
+                f"{stage.name}.{name}": round(float(np.mean(values[-50:])), 4)
+                for stage in (vqvae, transformer)
+                for name, values in stage.losses.items()
+            },
+        }
+        (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        sizes = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
+        (partial / "README.md").write_text(card_text(card, sizes), encoding="utf-8")
+        replace_folder(partial, out)
 
 
 def card_text(card: dict[str, Any], sizes: dict[str, int]) -> str:

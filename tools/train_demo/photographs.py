@@ -34,7 +34,22 @@ PHOTOGRAPHS = (
     Photograph("coins", "coins.png", "Brooklyn Museum, no known restrictions"),
     Photograph("cameraman", "camera.png", "Lav Varshney, CC0"),
 )
-_SMALLEST_CROP = 0.85  # of the largest square
+
+
+@dataclasses.dataclass(frozen=True)
+class CropStyle:
+    """How much crops of one photograph differ: the smallest as a share of the largest square, how much of the way
+    from one edge to the other their places cover, and whether half of them are mirrored."""
+
+    smallest: float
+    spread: float
+    mirror: bool
+
+
+VARIED = CropStyle(smallest=0.85, spread=0.5, mirror=True)
+# The tokens of one scale are drawn independently of each other: where crops differ much and the scales before do not
+# tell which one it is, the draw mixes them to nonsense.
+ALIKE = CropStyle(smallest=0.95, spread=0.1, mirror=False)
 
 
 def load_photographs(folder: Path | None = None) -> list[Image.Image]:
@@ -67,18 +82,23 @@ def load_photographs(folder: Path | None = None) -> list[Image.Image]:
     return images
 
 
-def random_crop(image: Image.Image, side: int, rng: np.random.Generator) -> NDArray[Any]:
-    """A random square of at least 85 % of the largest, mirrored half of the time: uint8 [side, side, 3]."""
-    largest = min(image.size)
-    length = round(largest * rng.uniform(_SMALLEST_CROP, 1.0))
-    # Wide photographs keep their subject: offsets come from the middle half of the range.
-    left, top = (round((extent - length) * rng.uniform(0.25, 0.75)) for extent in image.size)
+def random_crop(image: Image.Image, side: int, rng: np.random.Generator, style: CropStyle = VARIED) -> NDArray[Any]:
+    """A random square around the middle: uint8 [side, side, 3]."""
+    length = round(min(image.size) * rng.uniform(style.smallest, 1.0))
+    low, high = 0.5 - style.spread / 2, 0.5 + style.spread / 2
+    left, top = (round((extent - length) * rng.uniform(low, high)) for extent in image.size)
     crop = image.resize((side, side), Image.Resampling.LANCZOS, (left, top, left + length, top + length))
     pixels = np.asarray(crop)
-    return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels.copy()
+    return pixels[:, ::-1].copy() if rng.random() < 0.5 and style.mirror else pixels.copy()
 
 
-def random_crops(images: list[Image.Image], labels: NDArray[Any], side: int, rng: np.random.Generator) -> NDArray[Any]:
+def random_crops(
+    images: list[Image.Image],
+    labels: NDArray[Any],
+    side: int,
+    rng: np.random.Generator,
+    style: CropStyle = VARIED,
+) -> NDArray[Any]:
     """One crop per label, as the VQVAE reads them: fp32 [N, 3, side, side] in [-1, 1]."""
-    crops = np.stack([random_crop(images[label], side, rng) for label in labels])
+    crops = np.stack([random_crop(images[label], side, rng, style) for label in labels])
     return crops.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
@@ -19,12 +20,21 @@ from torch import Tensor, nn
 
 from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
 from fastvar_trt.runtime.errors import CheckpointError
-from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, random_crops
+from fastvar_trt.tools.train_demo.photographs import ALIKE, PHOTOGRAPHS, random_crops
 from fastvar_trt.tools.train_demo.transformer import Transformer, teacher_maps
 from fastvar_trt.tools.train_demo.vqvae import VQVAE
 
 LEVEL_MULTIPLIERS = (1, 1, 2, 2, 4)  # `ch_mult` of the official VQVAE
-_TRANSFORMER_FIELDS = {"depth", "width", "var_steps", "var_batch", "var_lr", "crops_per_class", "drop_class"}
+_TRANSFORMER_FIELDS = {
+    "depth",
+    "width",
+    "var_steps",
+    "var_batch",
+    "var_lr",
+    "crops_per_class",
+    "mix_tokens",
+    "drop_class",
+}
 _SAVE_EVERY_S = 60.0
 _REVIVE_EVERY = 25  # steps between two replacements of codes that nothing chose
 
@@ -46,10 +56,11 @@ class TrainingConfig:
     # transformer
     depth: int = 8
     width: int = 256
-    var_steps: int = 700
+    var_steps: int = 450
     var_batch: int = 8
     var_lr: float = 1e-3
     crops_per_class: int = 8  # whose tokens the transformer learns: few, so that it knows them well in minutes
+    mix_tokens: float = 0.2  # share of the inputs that come from another crop of the class: drawn tokens err, too
     drop_class: float = 0.1  # share of samples without a class, for guidance
 
     def of_stage(self, stage: str) -> dict[str, Any]:
@@ -107,6 +118,7 @@ class Stage:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
         self.rng = np.random.default_rng([config["seed"], len(name)])
         self.losses: dict[str, list[float]] = {}
+        self.extra: dict[str, Tensor] = {}  # what else the next steps depend on
         self.step, self.seconds = 0, 0.0
         if self.path.exists():
             self._resume()
@@ -135,6 +147,7 @@ class Stage:
         self.rng.bit_generator.state = json.loads(state["rng"])
         torch.set_rng_state(state["torch_rng"])
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+        self.extra = state.get("extra", {})
 
     def save(self) -> None:
         """Write the state beside the old one, then replace it."""
@@ -149,6 +162,7 @@ class Stage:
                 "step": self.step,
                 "seconds": self.seconds,
                 "losses": self.losses,
+                "extra": self.extra,
             },
             partial,
         )
@@ -210,7 +224,7 @@ def train_vqvae(
     model = VQVAE(config.vqvae, config.patch_nums).to(device)
     nn.init.normal_(model.quantize.embedding.weight, std=0.05)
     stage = Stage("vqvae", model, config.vae_lr, config.vae_steps, config.of_stage("vqvae"), folder)
-    hits = torch.zeros(config.vocab_size)
+    hits = stage.extra.setdefault("hits", torch.zeros(config.vocab_size))
     for step in stage.steps(progress):
         labels = stage.rng.integers(len(photographs), size=config.vae_batch)
         images = torch.from_numpy(random_crops(photographs, labels, config.image_side, stage.rng)).to(device)
@@ -245,24 +259,21 @@ def _revive(model: VQVAE, hits: Tensor, residuals: list[Tensor], rng: np.random.
 @torch.no_grad()
 def tokenize(
     config: TrainingConfig, photographs: list[Image.Image], vqvae: VQVAE, device: torch.device
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """Fixed crops of every class, as tokens.
 
     Returns:
-        labels int64 [N], tokens per scale int64 [N, L], the transformer's inputs fp32 [N, L - 1, C_vae].
+        labels int64 [N], tokens per scale int64 [N, L].
     """
     rng = np.random.default_rng([config.seed, 99])
     all_labels = np.repeat(np.arange(len(photographs)), config.crops_per_class)
     tokens: list[list[Tensor]] = []
-    maps = []
     vqvae.eval()
     for start in range(0, len(all_labels), 16):
-        crops = random_crops(photographs, all_labels[start : start + 16], config.image_side, rng)
-        batch = vqvae.quantize(vqvae.encode(torch.from_numpy(crops).to(device)))[2]
-        tokens.append(batch)
-        maps.append(teacher_maps(vqvae.quantize, batch))
+        crops = random_crops(photographs, all_labels[start : start + 16], config.image_side, rng, ALIKE)
+        tokens.append(vqvae.quantize(vqvae.encode(torch.from_numpy(crops).to(device)))[2])
     per_scale = [torch.cat(parts) for parts in zip(*tokens, strict=True)]
-    return torch.from_numpy(all_labels).to(device), per_scale, torch.cat(maps)
+    return torch.from_numpy(all_labels).to(device), per_scale
 
 
 def train_transformer(
@@ -274,18 +285,29 @@ def train_transformer(
     progress: Callable[[str, int, int, str], None],
 ) -> Stage:
     """Stage 2: predict the tokens of every scale from the scales before."""
-    labels, tokens, maps = tokenize(config, photographs, vqvae, device)
+    labels, tokens = tokenize(config, photographs, vqvae, device)
     targets = torch.cat(tokens, dim=1)  # [N, L]
     torch.manual_seed(config.seed + 1)
     model = Transformer(config.transformer).to(device)
-    stage = Stage("transformer", model, config.var_lr, config.var_steps, config.of_stage("transformer"), folder)
+    # Bound to the tokens that it learns, so to the VQVAE and the photographs behind them.
+    learnt = hashlib.sha256(targets.cpu().numpy().tobytes()).hexdigest()
+    of_stage = {**config.of_stage("transformer"), "tokens_sha256": learnt}
+    stage = Stage("transformer", model, config.var_lr, config.var_steps, of_stage, folder)
     last = config.patch_nums[-1] ** 2
     for _ in stage.steps(progress):
-        rows = torch.from_numpy(stage.rng.integers(len(labels), size=config.var_batch)).to(device)
+        chosen = stage.rng.integers(len(labels), size=config.var_batch)
+        others = chosen // config.crops_per_class * config.crops_per_class  # of the same class
+        others += stage.rng.integers(config.crops_per_class, size=config.var_batch)
+        rows, mates = (torch.from_numpy(index).to(device) for index in (chosen, others))
+        mixed = [
+            torch.where(torch.from_numpy(stage.rng.random(scale[rows].shape) < config.mix_tokens).to(device), mate, own)
+            for scale in tokens
+            for own, mate in [(scale[rows], scale[mates])]
+        ]
         dropped = torch.from_numpy(stage.rng.random(config.var_batch) < config.drop_class).to(device)
         condition = torch.where(dropped, config.transformer.num_classes, labels[rows])
         with torch.autocast(device.type, torch.bfloat16):
-            logits = model(condition, maps[rows])
+            logits = model(condition, teacher_maps(vqvae.quantize, mixed))
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets[rows].flatten(), reduction="none")
         loss = losses.mean()
         loss.backward()

@@ -1,0 +1,38 @@
+"""Checks of outputs before minutes of work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastvar_trt.runtime.errors import RequestError
+
+
+def check_writable(path: Path) -> None:
+    """That a file can be written there; makes its folder.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot be made: {error.strerror}; give another output") from error
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise RequestError(f"{path}: cannot be written; give another output")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside its place, then move it there.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
