@@ -33,6 +33,8 @@ class FakeCuda:
         self.total_bytes = total_bytes
         self.memory: dict[int, NDArray[Any]] = {}
         self.num_allocations, self.num_launches = 0, 0
+        self.num_events, self.num_graphs = 0, 0  # that are alive
+        self.num_activations = 0
         self.captured: list[Callable[[], None]] | None = None
         self.spoil_captures = False
 
@@ -72,6 +74,7 @@ class FakeCuda:
 
     def record(self) -> list[float]:
         event = [0.0]
+        self.num_events += 1
         self.queue(lambda: event.__setitem__(0, time.perf_counter()))
         return event
 
@@ -79,7 +82,10 @@ class FakeCuda:
         return (stop[0] - start[0]) * 1e3
 
     def release(self, event: list[float]) -> None:
-        pass
+        self.num_events -= 1
+
+    def activate(self) -> None:
+        self.num_activations += 1
 
     def begin_capture(self) -> None:
         self.captured = []
@@ -87,6 +93,7 @@ class FakeCuda:
     def end_capture(self) -> list[Callable[[], None]]:
         work, self.captured = self.captured, None
         assert work is not None
+        self.num_graphs += 1
         return work[: len(work) // 2] if self.spoil_captures else work
 
     def abort_capture(self) -> None:
@@ -98,7 +105,7 @@ class FakeCuda:
             work()
 
     def destroy_graph(self, graph: Any) -> None:
-        pass
+        self.num_graphs -= 1
 
 
 class FakeTensorRT:
@@ -186,8 +193,10 @@ class FakeOnnxRuntime:
     def get_available_providers(self) -> list[str]:
         return [*self._providers, "CPUExecutionProvider"]
 
-    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> _Session:
-        assert providers == [("CUDAExecutionProvider", {"device_id": "0", "user_compute_stream": "1"})]
+    def InferenceSession(self, path: str, options: Any, providers: list[Any], enable_fallback: int) -> _Session:
+        ((name, settings),) = providers
+        assert name == "CUDAExecutionProvider" and enable_fallback == 0
+        assert settings["device_id"] == "0" and settings["user_compute_stream"] == "1"
         assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
         on_cpu = onnxruntime.SessionOptions()  # which must not be told to have no CPU
         on_cpu.intra_op_num_threads = 1

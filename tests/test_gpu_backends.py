@@ -88,6 +88,8 @@ def test_it_draws_what_onnx_runtime_draws_on_the_cpu(
     # Captured: once for each of (batch 1), (batch 1 with logits), (batch 2); launched at once, and by later requests.
     assert cuda.num_launches == (6 if capture else 0)
     assert not cuda.memory, "device memory is given back"
+    assert cuda.num_events == 0 and cuda.num_graphs == 0, "events and graphs are given back"
+    assert cuda.num_activations >= len(requests), "the device is made current in the thread that draws"
 
 
 def test_nothing_is_allocated_after_the_first_image(built: Path) -> None:
@@ -121,6 +123,44 @@ def test_a_capture_that_computes_something_else_is_not_trusted(built: Path) -> N
     pipe, _ = load(built, cuda)
     with pipe, pytest.raises(BackendError, match="does not compute what it computes uncaptured"):
         pipe.generate([1])
+
+
+def test_a_chain_that_cannot_be_captured_is_named(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FakeCuda) -> None:
+        raise BackendError("CUDA: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeCuda, "end_capture", refuse)
+    pipe, cuda = load(built)
+    with pipe, pytest.raises(BackendError, match=r"cannot be captured .* load with capture=False"):
+        pipe.generate([1])
+    assert cuda.num_events == 0
+
+
+def test_enterprise_engines_are_built_for_this_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_build(monkeypatch)
+    monkeypatch.setattr(build, "register_plugins", lambda: None)
+    monkeypatch.setattr(build, "tensorrt_graph", lambda path, plugins: tensorrt_graph(path))
+    monkeypatch.setattr(build, "CudaDevice", lambda: FakeCuda(target="sm90"))
+    assert build.build_tensorrt(bundle, ("current",)).targets == ("sm90",)
+    assert not build.build_tensorrt(bundle, ("current",)).built
+
+    def load_enterprise(target: str) -> Pipeline:
+        cuda = FakeCuda(target=target)
+        return Pipeline.load(bundle, backend=TensorRTBackend("tensorrt", cuda=cuda, tensorrt=FakeTensorRT(cuda)))
+
+    with load_enterprise("sm90") as pipe:
+        assert pipe.generate([1]).images.shape == (1, 128, 128, 3)
+    with pytest.raises(BundleError, match=r"this GPU is sm80; run `fastvar build .* --target current`"):
+        load_enterprise("sm80")
+
+
+def test_a_record_cannot_name_files_elsewhere(bundle: Path) -> None:
+    path = bundle / "engines" / "tensorrt_rtx" / "engines.json"
+    data = json.loads(path.read_text())
+    data["engines"][0]["file"] = "../../weights.safetensors"
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="expected a plain file name"):
+        load(bundle)
 
 
 @pytest.mark.parametrize(
