@@ -15,6 +15,7 @@ from fake_gpu import VERSION, FakeCuda, FakeOnnxRuntime, FakeTensorRT, fake_buil
 from fastvar_trt.export.build_cuda import build_cuda
 from fastvar_trt.export.tensorrt import build
 from fastvar_trt.export.tensorrt.flavour import Flavour
+from fastvar_trt.export.tensorrt.graphs import tensorrt_graph
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError
 from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
