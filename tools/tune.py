@@ -188,7 +188,7 @@ def sweep(
             against_photographs[-1].append(reference_metrics(dense, labels[rows], references))
         for i, plan in enumerate(resolved):
             images = drawer.draw(plan)
-            metrics[i] += [image_metrics(x, y) for x, y in zip(dense, images, strict=True)]
+            metrics[i] += [image_metrics(x, y, vif=False) for x, y in zip(dense, images, strict=True)]
             if references is not None:
                 against_photographs[i].append(reference_metrics(images, labels[rows], references))
             progress(len(images))
