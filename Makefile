@@ -9,7 +9,7 @@ PACKAGES := export runtime plugins tools
 
 demo: $(INSTALLED)
 	$(BIN)/fastvar-export demo --prune none --out out/demo_dense --force
-	$(BIN)/fastvar-export bundle --from out/demo_dense --out out/demo_pruned --force
+	$(BIN)/fastvar-export bundle --from out/demo_dense --prune fastvar-demo --out out/demo_pruned --force
 	$(BIN)/fastvar generate out/demo_pruned --class 0 -o out/astronaut.png
 	$(BIN)/fastvar compare out/demo_dense out/demo_pruned --class 0 --class 1 --class 2 --class 3 --seeds 3 -o out/demo.png
 

@@ -13,7 +13,7 @@ from fastvar_trt.runtime.command import ErrorCommand, integers
 from fastvar_trt.runtime.errors import CheckpointError, ExportError
 from fastvar_trt.runtime.plan import PRESETS, load_plan
 
-_DEFAULT_PLAN = "fastvar-var"
+_DEFAULT_PLANS = {"demo": "fastvar-demo", "var": "fastvar-var"}
 _EXAMPLES = """
 \b
 Examples:
@@ -66,9 +66,7 @@ class _Progress:
 @click.option("--config", help="JSON of what state dicts do not tell: num_heads, patch_nums, quant_resi (0.5).")
 @click.option(
     "--prune",
-    default=_DEFAULT_PLAN,
-    show_default=True,
-    help=f"Pruning plan: a preset ({', '.join(PRESETS)}) or a JSON file.",
+    help=f"Pruning plan: a preset ({', '.join(PRESETS)}) or a JSON file. Default: fastvar-var; for demo, fastvar-demo.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: fp32; with --from, its own.")
 @click.option(
@@ -84,7 +82,7 @@ def main(
     vae: Path | None,
     bundle: Path | None,
     config: str | None,
-    prune: str,
+    prune: str | None,
     precision: str | None,
     batches: tuple[int, ...] | None,
     max_top_k: int | None,
@@ -104,7 +102,9 @@ def main(
         raise click.UsageError("MODEL bundle needs --from, and no other takes it")
     if model == "bundle" and (precision is not None or max_top_k is not None):
         raise click.UsageError("MODEL bundle keeps the precision and the top-k of its graphs")
-    plan = load_plan(prune)
+    if model == "bundle" and prune is None:
+        raise click.UsageError("MODEL bundle needs --prune")
+    plan = load_plan(prune or _DEFAULT_PLANS[model])
     overrides = _read_config(config)
     try:
         from fastvar_trt.export import exporter

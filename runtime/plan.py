@@ -216,7 +216,9 @@ class PruningPlan:
 
 
 # `fastvar-var`: FastVAR's fractions for Infinity's last two computed scales, on VAR's last two; the first layers stay
-# dense, as there. Its speed was measured (benchmarks/results); its quality awaits trained weights.
+# dense, as there. Chosen for speed on models of official size (benchmarks/results); what it costs in quality was
+# measured on the demo model only, where it is too much (benchmarks/results/tune_demo.md).
+# `fastvar-demo`: what `fastvar tune` chose on the demo model.
 PRESETS: Mapping[str, PruningPlan] = {
     "none": PruningPlan(),
     "fastvar-var": PruningPlan(
@@ -225,6 +227,7 @@ PRESETS: Mapping[str, PruningPlan] = {
         cache_scale=-3,
         first_layer=2,
     ),
+    "fastvar-demo": PruningPlan(name="fastvar-demo", fractions=((-1, 0.5),), cache_scale=-2, first_layer=4),
 }
 
 

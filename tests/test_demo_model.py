@@ -23,7 +23,7 @@ CLASSES, SEEDS = list(range(len(PHOTOGRAPHS))) * 2, [0] * len(PHOTOGRAPHS) + [1]
 
 @pytest.fixture(scope="module")
 def demo_bundle(export_once: Callable[..., tuple[Path, ExportReport]]) -> Path:
-    return export_once("demo", demo_source(), ExportOptions(plan=PRESETS["fastvar-var"]))[0]
+    return export_once("demo", demo_source(), ExportOptions(plan=PRESETS["fastvar-demo"]))[0]
 
 
 def test_the_card_says_what_the_files_are() -> None:

@@ -218,7 +218,7 @@ Examples:
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
-    default=0.01,
+    default=0.05,
     show_default=True,
     help="Relative rise of the distance to the references that the chosen plan may have.",
 )

@@ -35,7 +35,7 @@ from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.plan import PRESETS
 from fastvar_trt.tools.tables import format_table
 
-_DEFAULT_PLAN = "fastvar-var"
+_DEFAULT_PLAN = "fastvar-demo"
 _REPEATS = 20  # between two events, so that they queue up behind each other
 
 
