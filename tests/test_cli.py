@@ -230,12 +230,13 @@ def test_export_refuses_what_it_cannot_export(bundle: Path, tmp_path: Path) -> N
     base = ("var", "--checkpoint", var, "--vae", vae, "--out")
     refused(run(fastvar_export, "var", "--out", out), "needs --checkpoint and --vae", exit_code=2)
     refused(run(fastvar_export, "demo", "--vae", vae, "--out", out), "MODEL demo takes no", exit_code=2)
+    refused(run(fastvar_export, "bundle", "--out", out), "MODEL bundle needs --from", exit_code=2)
+    refused(run(fastvar_export, "demo", "--from", out, "--out", out), "no other takes it", exit_code=2)
+    refused(run(fastvar_export, "bundle", "--from", out, "--out", out), "needs --prune", exit_code=2)
     refused(run(fastvar_export, "stable-diffusion", "--out", out), "is not one of", exit_code=2)
     refused(run(fastvar_export, *base, out, "--batch", "1,x"), "whole numbers separated by commas", exit_code=2)
     refused(run(fastvar_export, *base, out, "--batch", "0"), "expected sizes of 1 or more")
-    refused(
-        run(fastvar_export, *base, out, "--prune", "fastest"), "neither a preset (none, fastvar-var) nor a JSON file"
-    )
+    refused(run(fastvar_export, *base, out, "--prune", "fastest"), "neither a preset (none, fastvar-var,")
     refused(run(fastvar_export, *base, out, "--config", "{"), "--config: neither JSON nor a JSON file")
     refused(run(fastvar_export, "var", "--checkpoint", vae, "--vae", vae, "--out", out), "not a VAR transformer")
     refused(run(fastvar_export, "var", "--checkpoint", tmp_path / "no", "--vae", vae, "--out", out), "no such file")
@@ -257,3 +258,13 @@ def test_help(command: list[str]) -> None:
     assert "Usage:" in result.output
     assert not command or f"fastvar {command[0]} out/b" in result.output  # an example
     assert "fastvar-export var --checkpoint" in run(fastvar_export, "--help").output
+
+
+def test_a_bundle_gets_another_plan(tiny_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("bundle", "--from", tiny_bundle, "--prune", "none", "--batch", "1")
+    done = run(fastvar_export, *arguments, "--out", tmp_path / "dense")
+    assert done.exit_code == 0, done.output
+    assert "6 graphs (2 traced)" in done.output
+    assert read_manifest(tmp_path / "dense").plan.name == "none"
+    assert run(fastvar, "verify", tmp_path / "dense").exit_code == 0
+    refused(run(fastvar_export, *arguments, "--out", tmp_path / "dense"), "exists already")
