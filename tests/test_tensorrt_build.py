@@ -102,7 +102,8 @@ def test_an_fp32_bundle_builds_too(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_the_parser_names_what_it_refuses(half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(half_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("engines"))
 
-    def with_unknown_operator(path: Path) -> object:
+    def with_unknown_operator(path: Path, *, plugins: bool) -> object:
+        assert not plugins  # TensorRT for RTX has none
         graph = tensorrt_graph(path)
         model = onnx.load_from_string(graph.model)
         model.graph.node[0].op_type = "NoSuchOperator"
