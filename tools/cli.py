@@ -15,12 +15,12 @@ from PIL import Image
 from fastvar_trt.runtime.backends import BACKENDS
 from fastvar_trt.runtime.command import ErrorCommand
 from fastvar_trt.runtime.engines import EngineRecord, read_engines
-from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
+from fastvar_trt.runtime.errors import BackendError, BundleError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, TensorSpec, check_files, read_manifest
 from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli_quality import compare_command, tune_command
-from fastvar_trt.tools.files import check_writable
+from fastvar_trt.tools.files import check_writable, replacing
 from fastvar_trt.tools.sheets import save_image
 from fastvar_trt.tools.tables import format_table
 
@@ -149,14 +149,8 @@ def save_png(result: GenerationResult, path: Path) -> None:
 def _save_tokens(result: GenerationResult, manifest: Manifest, path: Path) -> None:
     arrays = {f"step_{k:02d}": tokens for k, tokens in zip(manifest.resolved_plan.steps, result.tokens, strict=True)}
     assert result.float_images is not None
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays, f_hat=result.f_hat, image=result.float_images)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays, f_hat=result.f_hat, image=result.float_images)
 
 
 def _timing_table(result: GenerationResult, manifest: Manifest) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastvar_trt.runtime.errors import RequestError
@@ -23,16 +25,28 @@ def check_writable(path: Path) -> None:
         raise RequestError(f"{path}: cannot be written; give another output")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its place, then move it there.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write into; it takes its place when the block ends well, and vanishes when not.
 
     Raises:
         RequestError: it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.tools.files import replacing
 
 _MARGIN, _CAPTION = 8, 22  # pixels
 _GAIN = 4  # of error maps: an error of 64 of 255 is white
@@ -55,10 +55,5 @@ def save_image(image: Image.Image, path: Path) -> None:
     Raises:
         RequestError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         image.save(partial, format="PNG")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
