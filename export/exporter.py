@@ -25,7 +25,7 @@ from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
 from fastvar_trt.export.models.reference import ChainState
 from fastvar_trt.export.models.var import VAR, Request
 from fastvar_trt.export.tracing import GraphFunction, build_graph, chain_functions, save_graph
-from fastvar_trt.export.validation import GraphError, compare_graph, run_in_onnxruntime
+from fastvar_trt.export.validation import GraphError, compare_with_torch, run_in_onnxruntime
 from fastvar_trt.export.weights_file import TensorPlace, layout, map_weights, read_layout, write_weights
 from fastvar_trt.plugins import DOMAIN, VERSION
 from fastvar_trt.runtime import manifest as names
@@ -306,7 +306,7 @@ def _export_chain(
             save_graph(graph, folder / spec.file)
             progress(spec.file, PHASES[2])
             got = run_in_onnxruntime(folder, spec, graph, inputs)
-            errors[spec.file] = compare_graph(function, expected, got, precision)
+            errors[spec.file] = compare_with_torch(function, inputs, got, precision, expected)
         if spec.kind == "condition":
             state = ChainState.begin(model, labels)
         elif spec.scale is not None:

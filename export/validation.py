@@ -12,12 +12,14 @@ from torch import Tensor
 
 from fastvar_trt.export.tracing import DTYPE_NAME, TORCH_DTYPE, GraphFunction
 from fastvar_trt.export.widen import widen_bfloat16
+from fastvar_trt.plugins import DOMAIN, PIVOTAL_TOKENS
+from fastvar_trt.plugins.torch_ops import given_selections
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Buffer
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.errors import ExportError
-from fastvar_trt.runtime.manifest import GraphSpec
-from fastvar_trt.runtime.verify import MAX_TOKENS_CHANGED, TOLERANCE
+from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec
+from fastvar_trt.runtime.verify import MAX_SELECTION_CHANGED, MAX_TOKENS_CHANGED, TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +30,29 @@ class GraphError:
     max_error: float  # absolute
     relative_error: float  # of the tensor's largest magnitude
     tokens_changed: float  # share
+    selection_changed: float = 0.0  # largest share of the pivotal tokens of one sublayer that PyTorch chose otherwise
 
 
-def run_in_onnxruntime(
-    folder: Path, spec: GraphSpec, model: ir.Model, inputs: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class GraphOutputs:
+    """What one run of a graph computed."""
+
+    tensors: dict[str, Tensor]  # by the names of the graph's outputs
+    selections: list[Tensor]  # int64 [B2, K] of every PivotalTokens node, in the order of the chain
+
+
+def run_in_onnxruntime(folder: Path, spec: GraphSpec, model: ir.Model, inputs: Mapping[str, Tensor]) -> GraphOutputs:
     """The graph's outputs by ONNX Runtime on the CPU, on torch tensors bound in place.
 
     bfloat16 graphs run widened to fp32: ONNX Runtime's CPU provider has no bfloat16 kernels. It widens float16 itself.
+    `model` is the graph of `spec`; it is changed.
     """
-    widened = None
-    if widen_bfloat16(model):
-        widened = folder / f"widened_{spec.file}"
-        ir.save(model, widened)
-        spec = dataclasses.replace(spec, file=widened.name)
+    selections = _selections_as_outputs(model)
+    changed = None
+    if widen_bfloat16(model) or selections:
+        changed = folder / f"checked_{spec.file}"
+        ir.save(model, changed)
+        spec = dataclasses.replace(spec, file=changed.name, outputs=(*spec.outputs, *selections))
     backend = OnnxRuntimeBackend(engines="off")
     backend.open(folder, "fp32", check_hashes=False)
     try:
@@ -55,13 +66,64 @@ def run_in_onnxruntime(
         ).enqueue()
     finally:
         backend.close()
-        if widened is not None:
-            widened.unlink()
-    return outputs
+        if changed is not None:
+            changed.unlink()
+    return GraphOutputs(
+        {o.name: outputs[o.name] for o in spec.outputs if o not in selections},
+        [outputs[selection.name] for selection in selections],
+    )
+
+
+def _selections_as_outputs(model: ir.Model) -> list[TensorSpec]:
+    """Make the graph return what its PivotalTokens nodes select; each depends on those before it."""
+    specs = []
+    for node in model.graph:
+        if (node.domain, node.op_type) == (DOMAIN, PIVOTAL_TOKENS):
+            value = node.outputs[0]
+            assert value.name is not None and value.shape is not None
+            model.graph.outputs.append(value)
+            specs.append(TensorSpec(value.name, tuple(value.shape.numpy()), "int64"))
+    return specs
 
 
 def _buffer(tensor: Tensor) -> Buffer:
     return Buffer(tuple(tensor.shape), DTYPE_NAME[tensor.dtype], tensor.data_ptr(), tensor)
+
+
+def compare_with_torch(
+    function: GraphFunction,
+    inputs: Mapping[str, Tensor],
+    got: GraphOutputs,
+    precision: str,
+    expected: Mapping[str, Tensor],
+) -> GraphError:
+    """Compare the outputs of one graph with PyTorch's on the same inputs and, in pruned layers, the same tokens.
+
+    Args:
+        function: what the graph was traced from.
+        inputs: of both.
+        got: the graph's outputs.
+        precision: of the bundle.
+        expected: PyTorch's outputs with its own selections.
+
+    Raises:
+        ExportError: naming graph, tensor and maximum error, or the selection that is not PyTorch's.
+    """
+    if not got.selections:
+        return compare_graph(function, expected, got.tensors, precision)
+    with given_selections(got.selections) as given:
+        expected = function.run(inputs, None)
+    changed = [1.0 - agreement for agreement in given.agreements]
+    for share, selection in zip(changed, got.selections, strict=True):
+        allowed = max(MAX_SELECTION_CHANGED[precision], 1.5 / selection.numel())  # one token may always fall otherwise
+        if share > allowed:
+            raise ExportError(
+                f"{function.spec.file}: {share:.1%} of the pivotal tokens of one sublayer are not those of PyTorch, "
+                f"expected at most {allowed:.1%}"
+            )
+    return dataclasses.replace(
+        compare_graph(function, expected, got.tensors, precision), selection_changed=max(changed)
+    )
 
 
 def compare_graph(

@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
 from fastvar_trt.plugins import DOMAIN, GATHER_TOKENS, PIVOTAL_TOKENS, RESTORE_TOKENS, VERSION
 from fastvar_trt.plugins.oracle import area_weights
+
+
+class GivenSelections:
+    """Selections made elsewhere, and how far `pivotal_tokens` would have chosen the same."""
+
+    def __init__(self, selections: Sequence[Tensor]) -> None:
+        self._left = list(selections)
+        self.agreements: list[float] = []  # per selection, the share of the given tokens that it chose too
+
+    def take(self, chosen: Tensor) -> Tensor:
+        """The next given selection int64 [B, K] in place of `chosen` int64 [B, K]."""
+        given = self._left.pop(0)
+        common = (given.unsqueeze(2) == chosen.unsqueeze(1)).any(2)
+        self.agreements.append(float(common.float().mean()))
+        return given
+
+
+_given: ContextVar[GivenSelections | None] = ContextVar("given_selections", default=None)
+
+
+@contextlib.contextmanager
+def given_selections(selections: Sequence[Tensor]) -> Iterator[GivenSelections]:
+    """Within the block, `pivotal_tokens` returns these, call by call.
+
+    Rounding lets near-ties fall differently in two implementations, and what follows differs altogether: outputs can
+    be compared only where both have computed the same tokens.
+    """
+    given = GivenSelections(selections)
+    token = _given.set(given)
+    try:
+        yield given
+    finally:
+        _given.reset(token)
 
 
 def pivotal_tokens(x: Tensor, keep: int) -> Tensor:
@@ -29,7 +66,9 @@ def pivotal_tokens(x: Tensor, keep: int) -> Tensor:
     x = x.float()
     score = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1)
     order = torch.argsort(score, dim=1, descending=True, stable=True)
-    return order[:, :keep].sort(dim=1).values
+    chosen = order[:, :keep].sort(dim=1).values
+    given = _given.get()
+    return chosen if given is None else given.take(chosen)
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:

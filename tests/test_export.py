@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from polygraphy.backend.onnx import OnnxFromPath
@@ -19,11 +20,13 @@ from safetensors.torch import save_file
 
 from conftest import TINY_PLAN, tiny_states
 from fastvar_trt.export import exporter, validation
-from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource, export_var
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource, export_var, load_bundle_model
 from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.random_init import random_checkpoint
 from fastvar_trt.export.models.resize import area_matrix, bicubic_matrix
 from fastvar_trt.export.models.var import VAR
+from fastvar_trt.export.tracing import GraphFunction
+from fastvar_trt.export.validation import run_in_onnxruntime
 from fastvar_trt.runtime import ExportError, Pipeline, PlanError, PruningPlan, read_manifest
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, file_sha256
 from fastvar_trt.runtime.verify import TOLERANCE, verify_bundle
@@ -255,16 +258,71 @@ def test_a_graph_that_differs_from_pytorch_fails_the_export(
 ) -> None:
     original = validation.run_in_onnxruntime
 
-    def wrong(folder: Path, spec: Any, model: Any, inputs: Any) -> dict[str, torch.Tensor]:
+    def wrong(folder: Path, spec: Any, model: Any, inputs: Any) -> validation.GraphOutputs:
         outputs = original(folder, spec, model, inputs)
         if spec.file == "step_01.onnx":
-            outputs["new_v_1"][2, 1, 0, 3] += 0.5
+            outputs.tensors["new_v_1"][2, 1, 0, 3] += 0.5
         return outputs
 
     monkeypatch.setattr(exporter, "run_in_onnxruntime", wrong)
     with pytest.raises(ExportError, match=r"step_01.onnx: new_v_1: maximum error 0\.5"):
         export_var(tiny_source, tmp_path / "b", ExportOptions())
     assert list(tmp_path.iterdir()) == []
+
+
+def _last_step(bundle: Path) -> tuple[GraphFunction, dict[str, torch.Tensor], Path, ir.Model]:
+    """The pruned last step of the tiny bundle, with inputs for it."""
+    model, manifest = load_bundle_model(bundle)
+    function = exporter.chain_functions(model, manifest.resolved_plan, 1)[-2]
+    generator = torch.Generator().manual_seed(0)
+    request = vars(exporter._request(model, 1, greedy=True))
+    inputs = {
+        i.name: request[i.name] if i.name in request else torch.randn(i.shape, generator=generator)
+        for i in function.spec.inputs
+    }
+    return function, inputs, bundle, ir.load(bundle / function.spec.file)
+
+
+def test_a_selection_that_is_not_pytorchs_fails_the_export(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    shutil.copytree(tiny_bundle, bundle)
+    function, inputs, folder, graph = _last_step(bundle)
+    got = run_in_onnxruntime(folder, function.spec, graph, inputs)
+    assert len(got.selections) == 2 * 1  # attn and ffn of the one pruned layer
+    expected = function.run(inputs, None)
+    assert validation.compare_with_torch(function, inputs, got, "fp32", expected).selection_changed == 0
+    others = [i for i in range(function.layers[-1].num_tokens) if i not in got.selections[0][0].tolist()]
+    got.selections[0][0, :3] = torch.tensor(others[:3])
+    with pytest.raises(ExportError, match="of the pivotal tokens of one sublayer are not those of PyTorch"):
+        validation.compare_with_torch(function, inputs, got, "fp32", expected)
+
+
+def test_one_token_at_the_edge_of_a_selection_is_no_mismatch(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a near-tie falls the other way, the outputs differ altogether; on the same tokens they agree."""
+    bundle = tmp_path / "b"
+    shutil.copytree(tiny_bundle, bundle)
+    function, inputs, folder, graph = _last_step(bundle)
+    got = run_in_onnxruntime(folder, function.spec, graph, inputs)
+    original, calls = torch.argsort, []
+
+    def swapped(score: torch.Tensor, **options: Any) -> torch.Tensor:
+        order = original(score, **options)
+        if not calls:
+            keep = got.selections[0].shape[1]
+            order[0, [keep - 1, keep]] = order[0, [keep, keep - 1]]
+        calls.append(score)
+        return order
+
+    monkeypatch.setattr("fastvar_trt.plugins.torch_ops.torch.argsort", swapped)
+    expected = function.run(inputs, None)
+    with pytest.raises(ExportError, match="maximum error"):
+        validation.compare_graph(function, expected, got.tensors, "fp32")
+    calls.clear()
+    error = validation.compare_with_torch(function, inputs, got, "fp32", expected)
+    assert error.selection_changed == pytest.approx(1 / got.selections[0].numel())
+    assert error.relative_error < TOLERANCE["fp32"]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -201,11 +201,14 @@ def verify(
             show(s.token_agreement, ".2%"),
             show(s.logits_error, ".2g"),
             show(s.relative_error, ".2g"),
+            show(s.positions_off, ".1%"),
         ]
         for s in outcome.steps
     ]
     click.echo(
-        format_table(["batch", "scale", "images compared", "tokens equal", "max logits error", "relative"], rows)
+        format_table(
+            ["batch", "scale", "images compared", "tokens equal", "max logits error", "relative", "positions off"], rows
+        )
     )
     click.echo(
         f"{num_files} files match the manifest; {outcome.num_images_equal} of {outcome.num_images} images have "
