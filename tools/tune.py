@@ -33,6 +33,7 @@ from fastvar_trt.tools.work import relative_work
 # Fractions of the last scales in order; the last of them is the last scale's.
 DEFAULT_FRACTIONS = ((0.25,), (0.5,), (0.75,), (0.4, 0.5), (0.5, 0.75), (0.75, 0.9))
 _BATCH = 8
+_LABEL_DISTANCE = 0.03  # of the plotted share of work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,20 +292,24 @@ def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
     axes.scatter([c.work for c in others], [c.metrics.ssim for c in others], color="0.7", label="other plans")
     axes.plot([c.work for c in front], [c.metrics.ssim for c in front], "o-", color="tab:blue", label="front")
     axes.plot([1.0], [1.0], "s", color="black", label="dense")
-    for candidate in front:
-        if candidate.measured is not None:
+    last_labelled = -1.0
+    for candidate in sorted(front, key=lambda c: c.work):
+        # Labels of near points would cover each other.
+        if candidate.measured is not None and candidate.work - last_labelled > _LABEL_DISTANCE:
             axes.annotate(
                 f"{candidate.measured.speedup:.2f}x",
                 (candidate.work, candidate.metrics.ssim),
                 textcoords="offset points",
-                xytext=(4, -12),
+                xytext=(-8, 7),
+                horizontalalignment="center",
                 fontsize=8,
             )
+            last_labelled = candidate.work
     if chosen is not None:
         axes.plot([chosen.work], [chosen.metrics.ssim], "*", markersize=16, color="tab:red", label="chosen")
     axes.set_xlabel("multiply-adds of the transformer, share of dense")
     axes.set_ylabel("SSIM against the dense pictures")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
