@@ -25,7 +25,7 @@ from typing import Any
 import click
 
 from fastvar_trt.runtime import Pipeline, load_plan
-from fastvar_trt.runtime.manifest import WEIGHTS_FILE
+from fastvar_trt.runtime.manifest import LABELS, WEIGHTS_FILE
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.tools.tables import format_table
 
@@ -48,8 +48,8 @@ class PyTorchVariant:
         import torch
 
         from fastvar_trt.export.exporter import load_bundle_model
+        from fastvar_trt.export.models.base import Request
         from fastvar_trt.export.models.reference import generate
-        from fastvar_trt.export.models.var import Request
 
         model, manifest = load_bundle_model(bundle)
         plan = manifest.resolved_plan
@@ -64,7 +64,7 @@ class PyTorchVariant:
 
         def run() -> dict[str, float]:
             begin = time.perf_counter()
-            result = generate(model, plan, torch.tensor([1]), noise, request)
+            result = generate(model, plan, {LABELS: torch.tensor([1])}, noise, request)
             total = (time.perf_counter() - begin) * 1e3
             return {"total": total, **{f"step_{k:02d}": ms for k, ms in result.step_ms.items()}}
 
@@ -150,8 +150,9 @@ def measure_memory(kind: str, bundle: Path) -> dict[str, float]:
 def prepare(folder: Path, depth: int, width: int, schedule: str, prune: str) -> tuple[Path, Path]:
     """A random checkpoint and its dense and pruned bundles, with prepacked engines; reused where they exist."""
     from fastvar_trt.export.build_cpu import build_cpu
-    from fastvar_trt.export.exporter import ExportOptions, VARSource, export_var
+    from fastvar_trt.export.exporter import ExportOptions, export_model
     from fastvar_trt.export.models.random_init import PATCH_NUMS_256, PATCH_NUMS_512, random_checkpoint
+    from fastvar_trt.export.sources import VARSource
     from fastvar_trt.runtime import read_manifest
 
     patch_nums = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512}[schedule]
@@ -168,7 +169,7 @@ def prepare(folder: Path, depth: int, width: int, schedule: str, prune: str) -> 
                 source = VARSource.from_state(*states)
                 bundle.parent.mkdir(parents=True, exist_ok=True)
             begin = time.perf_counter()
-            export_var(source, bundle, ExportOptions(load_plan(name)))
+            export_model(source, bundle, ExportOptions(load_plan(name)))
             click.echo(f"exported {name} at {schedule} in {time.perf_counter() - begin:.0f} s", err=True)
         report = build_cpu(bundle)
         if report.built:

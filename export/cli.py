@@ -109,6 +109,8 @@ def main(
     try:
         from fastvar_trt.export import exporter
         from fastvar_trt.export.demo import demo_source
+        from fastvar_trt.export.models.var import DEFAULT_TOP_K
+        from fastvar_trt.export.sources import Source, VARSource
         from fastvar_trt.export.targets import build_targets, parse_targets
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
@@ -122,12 +124,12 @@ def main(
             report = exporter.export_again(bundle, out, plan, batches=batches, force=force, progress=progress)
         else:
             if checkpoint is not None and vae is not None:
-                source = exporter.VARSource.from_files(checkpoint, vae, overrides)
+                source: Source = VARSource.from_files(checkpoint, vae, overrides)
             else:
                 source = demo_source()
-            top_k = exporter.DEFAULT_TOP_K if max_top_k is None else max_top_k
+            top_k = DEFAULT_TOP_K if max_top_k is None else max_top_k
             options = exporter.ExportOptions(plan, precision or "fp32", batches or (1,), top_k)
-            report = exporter.export_var(source, out, options, force=force, progress=progress)
+            report = exporter.export_model(source, out, options, force=force, progress=progress)
     finally:
         progress.close()
     built = build_targets(out, targets) if targets is not None else []

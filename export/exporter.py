@@ -16,20 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastvar_trt.export.folders import replace_folder, temporary_folder
-from fastvar_trt.export.models.checkpoint import check_checkpoints, deployment_tensors, load_state_dict
-from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
+from fastvar_trt.export.models.base import NextScaleModel, Request
 from fastvar_trt.export.models.reference import ChainState
-from fastvar_trt.export.models.var import VAR, Request
+from fastvar_trt.export.models.var import DEFAULT_TOP_K, VAR
+from fastvar_trt.export.sources import Source
 from fastvar_trt.export.tracing import GraphFunction, build_graph, chain_functions, save_graph
 from fastvar_trt.export.validation import GraphError, compare_with_torch, run_in_onnxruntime
 from fastvar_trt.export.weights_file import TensorPlace, layout, map_weights, read_layout, write_weights
 from fastvar_trt.plugins import DOMAIN, VERSION
 from fastvar_trt.runtime import manifest as names
-from fastvar_trt.runtime.errors import BundleError, CheckpointError, ExportError
+from fastvar_trt.runtime.errors import BundleError, ExportError
 from fastvar_trt.runtime.manifest import (
     MANIFEST_FILE,
     REFERENCE_FILE,
@@ -37,8 +36,6 @@ from fastvar_trt.runtime.manifest import (
     FileSpec,
     GraphSpec,
     Manifest,
-    ModelSpec,
-    SamplingSpec,
     check_files,
     read_manifest,
 )
@@ -46,57 +43,10 @@ from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.plan import PRESETS, PruningPlan, ResolvedPlan
 
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DEFAULT_TOP_K = 900  # VAR's sampling settings: demo_sample.ipynb
-DEFAULT_TOP_P = 0.96
-DEFAULT_CFG = 1.5
 PHASES = ("trace", "check", "compare")
+_MODELS: Mapping[str, type[VAR]] = {"var": VAR}
 _REFERENCE_POSITIONS = 64  # of the logits that the reference keeps per step
 _FREE_SPACE_MARGIN = 64 << 20  # graphs, reference and manifest
-
-
-@dataclasses.dataclass(frozen=True)
-class VARSource:
-    """A VAR to export: configurations and the official state dicts."""
-
-    config: VARConfig
-    vae_config: VQVAEConfig
-    state: Mapping[str, Tensor]
-    vae_state: Mapping[str, Tensor]
-
-    @classmethod
-    def from_files(cls, checkpoint: Path, vae: Path, overrides: Mapping[str, Any] | None = None) -> VARSource:
-        """The official files, memory-mapped and checked.
-
-        Raises:
-            CheckpointError: a file that is missing, damaged, or not of this model.
-        """
-        return cls.from_state(load_state_dict(checkpoint, "var"), load_state_dict(vae, "vae"), overrides)
-
-    @classmethod
-    def from_state(
-        cls, state: Mapping[str, Tensor], vae_state: Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None
-    ) -> VARSource:
-        """State dicts in the official keys, checked.
-
-        Args:
-            state: the transformer's.
-            vae_state: the VQVAE's.
-            overrides: what state dicts do not tell: `num_heads`, `patch_nums`, `quant_resi`.
-
-        Raises:
-            CheckpointError: keys, shapes or sizes that do not belong together.
-        """
-        known = {"num_heads", "patch_nums", "quant_resi"}
-        unknown = sorted(set(overrides or {}) - known)
-        if unknown:
-            raise CheckpointError(
-                f"--config: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}, everything else is "
-                "read from the state dict"
-            )
-        config = VARConfig.from_state_dict(state, overrides)
-        vae_config = VQVAEConfig.from_state_dict(vae_state, (overrides or {}).get("quant_resi", 0.5))
-        check_checkpoints(config, vae_config, state, vae_state)
-        return cls(config, vae_config, state, vae_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +56,7 @@ class ExportOptions:
     plan: PruningPlan = PRESETS["none"]
     precision: str = "fp32"
     batches: tuple[int, ...] = (1,)
-    max_top_k: int = DEFAULT_TOP_K  # 0: the whole vocabulary
-
-    def resolved_top_k(self, vocab_size: int) -> int:
-        """The static bound of top-k in the graphs."""
-        return min(self.max_top_k or vocab_size, vocab_size)
+    max_top_k: int = DEFAULT_TOP_K  # static bound of top-k in the graphs; 0: the whole vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +67,15 @@ class ExportReport:
     errors: Mapping[str, GraphError]  # graph file -> how far it is from PyTorch
 
 
-def export_var(
-    source: VARSource,
+def export_model(
+    source: Source,
     out: Path,
     options: ExportOptions,
     *,
     force: bool = False,
     progress: Callable[[str, str], None] = lambda graph, phase: None,
 ) -> ExportReport:
-    """Write the bundle of a VAR.
+    """Write the bundle of a model.
 
     The bundle is made in a temporary folder beside `out` and renamed into place when every graph has passed
     the ONNX checker and matches PyTorch; until then `out` is not touched.
@@ -146,13 +92,15 @@ def export_var(
         PlanError: the plan does not fit the model.
     """
     _check_options(options)
-    options.plan.resolve(source.config.schedule, source.config.depth)  # an error before anything is written
+    model = source.new_model(PRECISIONS[options.precision])
+    options.plan.resolve(model.schedule, model.depth)  # an error before anything is written
     with _new_bundle(out, force) as folder:
-        model, places = _write_model(source, folder, options)
+        places = _write_weights(source, folder, options)
+        model.load_tensors(map_weights(folder))
         return _write_graphs(model, places, folder, options, progress)
 
 
-def load_bundle_model(bundle: Path) -> tuple[VAR, Manifest]:
+def load_bundle_model(bundle: Path) -> tuple[NextScaleModel, Manifest]:
     """The PyTorch model over a bundle's own weights, memory-mapped.
 
     Raises:
@@ -161,12 +109,9 @@ def load_bundle_model(bundle: Path) -> tuple[VAR, Manifest]:
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=True)
     try:
-        var, vae = ({**manifest.configs[name]} for name in ("var", "vae"))
-        config = VARConfig(**{**var, "patch_nums": tuple(var["patch_nums"])})
-        vae_config = VQVAEConfig(**{**vae, "level_channels": tuple(vae["level_channels"])})
+        model = _MODELS[manifest.model.family].from_configs(manifest.configs, PRECISIONS[manifest.precision])
     except (KeyError, TypeError) as error:
         raise BundleError(f"bundle {bundle}: its configs cannot be read ({error}); export it again") from error
-    model = VAR(config, vae_config, PRECISIONS[manifest.precision])
     return model.load_tensors(map_weights(bundle)), manifest
 
 
@@ -189,7 +134,7 @@ def export_again(
         plan: its plan.
         batches: batch sizes; default: those of `bundle`.
         force: replace the bundle that is there.
-        progress: as for `export_var`.
+        progress: as for `export_model`.
 
     Raises:
         BundleError: a bundle that is incomplete or damaged.
@@ -219,7 +164,7 @@ def _check_options(options: ExportOptions) -> None:
 
 
 def _write_graphs(
-    model: VAR,
+    model: NextScaleModel,
     places: Mapping[str, TensorPlace],
     folder: Path,
     options: ExportOptions,
@@ -227,7 +172,7 @@ def _write_graphs(
     there: Mapping[str, tuple[GraphFunction, Path]] = MappingProxyType({}),
 ) -> ExportReport:
     """All that a bundle holds besides its weights: graphs, reference, manifest."""
-    plan = options.plan.resolve(model.config.schedule, model.config.depth)
+    plan = options.plan.resolve(model.schedule, model.depth)
     batches = tuple(sorted(set(options.batches)))
     specs: list[GraphSpec] = []
     errors: dict[str, GraphError] = {}
@@ -242,17 +187,10 @@ def _write_graphs(
     return ExportReport(manifest, errors)
 
 
-def _write_model(source: VARSource, folder: Path, options: ExportOptions) -> tuple[VAR, dict[str, TensorPlace]]:
-    """The weights file, and the model over it: memory-mapped, so no second copy is held."""
+def _write_weights(source: Source, folder: Path, options: ExportOptions) -> dict[str, TensorPlace]:
+    """The weights file: from memory-mapped checkpoints, so no second copy is held."""
     dtype = PRECISIONS[options.precision]
-    max_top_k = options.resolved_top_k(source.config.vocab_size)
-
-    def tensors(state: Mapping[str, Tensor], vae_state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        return deployment_tensors(source.config, source.vae_config, state, vae_state, dtype, max_top_k)
-
-    with torch.device("meta"):  # shapes and dtypes only
-        meta = [{key: value.to("meta") for key, value in state.items()} for state in (source.state, source.vae_state)]
-        shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors(*meta)}
+    shapes = source.shapes(dtype, options.max_top_k)
     _, planned = layout(shapes)
     needed = max(place.offset + place.num_bytes for place in planned.values()) + _FREE_SPACE_MARGIN
     free = shutil.disk_usage(folder).free
@@ -261,14 +199,12 @@ def _write_model(source: VARSource, folder: Path, options: ExportOptions) -> tup
             f"{folder.parent}: {free / 2**20:.0f} MiB free, the bundle needs about {needed / 2**20:.0f} MiB; free some "
             "space or give another --out"
         )
-    places = write_weights(folder, shapes, tensors(source.state, source.vae_state))
-    model = VAR(source.config, source.vae_config, dtype)
-    return model.load_tensors(map_weights(folder)), places
+    return write_weights(folder, shapes, source.tensors(dtype, options.max_top_k))
 
 
 @torch.inference_mode()
 def _export_chain(
-    model: VAR,
+    model: NextScaleModel,
     plan: ResolvedPlan,
     batch: int,
     precision: str,
@@ -286,16 +222,16 @@ def _export_chain(
     PyTorch runs the chain greedily and hands its state to each graph. The graph itself is run with sampling, so that
     the comparison covers the draw; the greedy images are left in the bundle as its known-answer test.
     """
-    labels = torch.arange(batch) % model.config.num_classes
+    condition = model.example_condition(batch)
     greedy = _request(model, batch, greedy=True)
-    reference: dict[str, NDArray[Any]] = {"labels": labels.numpy(), "cfg": np.array(DEFAULT_CFG, dtype=np.float32)}
+    reference = {name: tensor.numpy() for name, tensor in condition.items()}
     state: ChainState | None = None
     errors = {}
     functions = chain_functions(model, plan, batch)
     for function in functions:
         spec = function.spec
         progress(spec.file, PHASES[0])
-        inputs = _graph_inputs(model, function, labels, state)
+        inputs = _graph_inputs(model, function, condition, state)
         expected = function.run(inputs, None)
         known = there.get(spec.file)
         if known is not None and function.same_graph(known[0]):
@@ -308,10 +244,10 @@ def _export_chain(
             got = run_in_onnxruntime(folder, spec, graph, inputs)
             errors[spec.file] = compare_with_torch(function, inputs, got, precision, expected)
         if spec.kind == "condition":
-            state = ChainState.begin(model, labels)
+            state = ChainState.begin(model, condition)
         elif spec.scale is not None:
             assert state is not None
-            uniform = torch.zeros(batch, plan.num_tokens(spec.scale))
+            uniform = torch.zeros(batch, *model.token_spec(spec.scale)[0])
             outputs = state.step(model, plan, spec.scale, uniform, greedy)
             reference[f"step_{spec.scale:02d}"] = outputs.tokens.numpy()
             reference[f"logits_{spec.scale:02d}"] = outputs.logits[:, :_REFERENCE_POSITIONS].numpy()
@@ -323,73 +259,60 @@ def _export_chain(
     return [function.spec for function in functions], errors
 
 
-def _build(function: GraphFunction, model: VAR, places: Mapping[str, TensorPlace], folder: Path) -> Any:
+def _build(function: GraphFunction, model: NextScaleModel, places: Mapping[str, TensorPlace], folder: Path) -> Any:
     with torch.inference_mode(False):  # tracing needs autograd's view tracking
         return build_graph(function, model, places, folder)
 
 
-def _request(model: VAR, batch: int, *, greedy: bool) -> Request:
-    limit = len(model.weight("sampling.rank"))
+def _request(model: NextScaleModel, batch: int, *, greedy: bool) -> Request:
+    defaults = model.sampling_spec()
     return Request(
-        cfg=torch.full((batch,), DEFAULT_CFG),
-        temperature=torch.ones(batch),
-        top_k=torch.full((batch,), min(DEFAULT_TOP_K, limit)),
-        top_p=torch.full((batch,), DEFAULT_TOP_P),
+        cfg=torch.full((batch,), defaults.cfg),
+        temperature=torch.full((batch,), defaults.temperature),
+        top_k=torch.full((batch,), defaults.top_k),
+        top_p=torch.full((batch,), defaults.top_p),
         greedy=torch.full((batch,), greedy),
     )
 
 
-def _graph_inputs(model: VAR, function: GraphFunction, labels: Tensor, state: ChainState | None) -> dict[str, Tensor]:
+def _graph_inputs(
+    model: NextScaleModel, function: GraphFunction, condition: Mapping[str, Tensor], state: ChainState | None
+) -> dict[str, Tensor]:
     """The inputs of one graph out of the state that PyTorch has reached."""
     spec = function.spec
     if state is None:
-        return {names.LABELS: labels}
+        return dict(condition)
     request = _request(model, spec.batch, greedy=False)
-    available = {names.START: state.start, names.HEAD_MODULATION: state.head_modulation}
+    available = dict(state.condition)
     if state.f_hat is not None:
         available[names.F_HAT] = state.f_hat
-    available |= {names.modulation(i): value for i, value in enumerate(state.modulations)}
     for i, (k, v) in enumerate(state.past):
         available |= {names.past_k(i): k, names.past_v(i): v}
-    for i, (attn, ffn) in state.caches.items():
-        available |= {names.cache(i, "attn"): attn, names.cache(i, "ffn"): ffn}
+    for i, outputs in state.caches.items():
+        available |= {names.cache(i, sub): y for sub, y in zip(model.sublayers, outputs, strict=True)}
     available |= {name: getattr(request, name) for name in names.REQUEST_INPUTS}
     if spec.scale is not None:
-        length = next(i.shape[1] for i in spec.inputs if i.name == names.UNIFORM)
-        rows = [uniform_noise(image, spec.scale, length) for image in range(spec.batch)]
+        shape = next(i.shape[1:] for i in spec.inputs if i.name == names.UNIFORM)
+        rows = [uniform_noise(image, spec.scale, shape) for image in range(spec.batch)]
         available[names.UNIFORM] = torch.from_numpy(np.stack(rows))
     return {i.name: available[i.name] for i in spec.inputs}
 
 
 def _manifest(
-    model: VAR, options: ExportOptions, batches: tuple[int, ...], specs: Sequence[GraphSpec], folder: Path
+    model: NextScaleModel, options: ExportOptions, batches: tuple[int, ...], specs: Sequence[GraphSpec], folder: Path
 ) -> Manifest:
-    config, vae = model.config, model.vae_config
-    side = config.patch_nums[-1] * vae.pixels_per_token
-    max_top_k = options.resolved_top_k(config.vocab_size)
     return Manifest(
-        model=ModelSpec(
-            family="var",
-            depth=config.depth,
-            width=config.width,
-            num_heads=config.num_heads,
-            mlp_width=config.mlp_width,
-            num_classes=config.num_classes,
-            vocab_size=config.vocab_size,
-            code_channels=config.code_channels,
-            image_height=side,
-            image_width=side,
-        ),
-        schedule=config.schedule,
+        model=model.model_spec(),
+        schedule=model.schedule,
         plan=options.plan,
         precision=options.precision,
         batches=batches,
-        sampling=SamplingSpec(max_top_k, DEFAULT_CFG, min(DEFAULT_TOP_K, max_top_k), DEFAULT_TOP_P),
+        sampling=model.sampling_spec(),
         graphs=tuple(specs),
         files={path.name: FileSpec.of(path) for path in sorted(folder.iterdir()) if path.is_file()},
         operators={DOMAIN: VERSION},
         tools=_tool_versions(),
-        configs={"var": dataclasses.asdict(config), "vae": dataclasses.asdict(vae)},
+        configs=model.configs(),
     )
 
 

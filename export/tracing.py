@@ -21,7 +21,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.var import BLOCK_DOMAIN, VAR, BlockSpec, Request, run_block
+from fastvar_trt.export.models.base import BLOCK_DOMAIN, BlockSpec, NextScaleModel, Request
 from fastvar_trt.export.weights_file import TensorPlace
 from fastvar_trt.plugins import onnx_functions
 from fastvar_trt.runtime import manifest as names
@@ -84,22 +84,14 @@ class GraphFunction:
         return self.spec == other.spec and self.layers == other.layers
 
 
-def chain_functions(model: VAR, plan: ResolvedPlan, batch: int) -> list[GraphFunction]:
+def chain_functions(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> list[GraphFunction]:
     """Condition, steps, decoder for one batch size."""
-    config = model.config
-    rows, last = 2 * batch, config.patch_nums[-1]
-    side = last * model.vae_config.pixels_per_token
-    f_hat_shape = (batch, config.code_channels, last, last)
-    modulations = tuple(
-        TensorSpec(names.modulation(i), (rows, 6, config.width), "float32") for i in range(config.depth)
-    )
-    start = TensorSpec(names.START, (rows, config.width), "float32")
-    head_modulation = TensorSpec(names.HEAD_MODULATION, (rows, 2, config.width), "float32")
+    f_hat = TensorSpec(names.F_HAT, (batch, *model.f_hat_shape()), "float32")
+    sizes = model.model_spec()
 
     def run_condition(tensors: Mapping[str, Tensor], _: Any) -> dict[str, Tensor]:
-        first, per_layer, head = model.condition(tensors[names.LABELS])
-        by_layer = {names.modulation(i): value for i, value in enumerate(per_layer)}
-        return {names.START: first, **by_layer, names.HEAD_MODULATION: head}
+        by_name = model.condition(tensors)
+        return {spec.name: by_name[spec.name] for spec in condition.outputs}
 
     def run_decoder(tensors: Mapping[str, Tensor], _: Any) -> dict[str, Tensor]:
         image, pixels = model.decode(tensors[names.F_HAT])
@@ -110,47 +102,74 @@ def chain_functions(model: VAR, plan: ResolvedPlan, batch: int) -> list[GraphFun
         "condition",
         batch,
         None,
-        (TensorSpec(names.LABELS, (batch,), "int64"),),
-        (start, *modulations, head_modulation),
+        model.condition_inputs(batch),
+        model.condition_outputs(batch),
     )
     decoder = GraphSpec(
         names.graph_file("decoder", batch),
         "decoder",
         batch,
         None,
-        (TensorSpec(names.F_HAT, f_hat_shape, "float32"),),
+        (f_hat,),
         (
-            TensorSpec(names.PIXELS, (batch, side, side, 3), "uint8"),
-            TensorSpec(names.IMAGE, (batch, 3, side, side), "float32"),
+            TensorSpec(names.PIXELS, (batch, sizes.image_height, sizes.image_width, 3), "uint8"),
+            TensorSpec(names.IMAGE, (batch, 3, sizes.image_height, sizes.image_width), "float32"),
         ),
     )
-    steps = [
-        _step_function(model, plan, scale, batch, start, modulations, head_modulation, f_hat_shape)
-        for scale in plan.steps
-    ]
+    steps = [_step_function(model, plan, scale, batch) for scale in plan.steps]
     return [GraphFunction(condition, run_condition, ()), *steps, GraphFunction(decoder, run_decoder, ())]
 
 
-def _step_function(
-    model: VAR,
-    plan: ResolvedPlan,
-    scale: int,
-    batch: int,
-    start: TensorSpec,
-    modulations: tuple[TensorSpec, ...],
-    head_modulation: TensorSpec,
-    f_hat_shape: tuple[int, ...],
-) -> GraphFunction:
-    config = model.config
+def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int) -> GraphFunction:
+    specs = [model.block_spec(plan, scale, layer, 2 * batch) for layer in range(model.depth)]
+    graph = _step_spec(model, plan, scale, batch, specs)
+
+    def run(tensors: Mapping[str, Tensor], block_names: Mapping[BlockSpec, str] | None) -> dict[str, Tensor]:
+        def request(name: str) -> Tensor:
+            return tensors[name] if name in tensors else torch.zeros(batch)  # one that this step does not take
+
+        result = model.step(
+            plan,
+            scale,
+            condition=tensors,
+            f_hat=tensors.get(names.F_HAT),
+            past=[
+                (tensors[names.past_k(i)], tensors[names.past_v(i)]) for i, spec in enumerate(specs) if spec.num_past
+            ],
+            caches={
+                i: tuple(tensors[names.cache(i, sublayer)] for sublayer in spec.sublayers)
+                for i, spec in enumerate(specs)
+                if spec.keep is not None
+            },
+            uniform=tensors[names.UNIFORM],
+            request=Request(**{name: request(name) for name in names.REQUEST_INPUTS}),
+            block_names=block_names,
+        )
+        by_name = {names.TOKENS: result.tokens, names.F_HAT_OUT: result.f_hat, names.LOGITS: result.logits}
+        for i, (k, v) in enumerate(result.new_kv):
+            by_name |= {names.new_k(i): k, names.new_v(i): v}
+        for i, outputs in result.caches.items():
+            by_name |= {names.cache(i, sublayer): y for sublayer, y in zip(model.sublayers, outputs, strict=True)}
+        return {spec.name: by_name[spec.name] for spec in graph.outputs}
+
+    return GraphFunction(graph, run, tuple(specs))
+
+
+def _step_spec(
+    model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int, specs: Sequence[BlockSpec]
+) -> GraphSpec:
     first = scale == plan.steps[0]
     length = plan.num_tokens(scale)
-    specs = [model.block_spec(plan, scale, layer, 2 * batch) for layer in range(config.depth)]
     kv_dtype = DTYPE_NAME[model.dtype]
-    inputs = [start if first else TensorSpec(names.F_HAT, f_hat_shape, "float32"), *modulations, head_modulation]
+    f_hat_shape = (batch, *model.f_hat_shape())
+    token_shape, token_dtype = model.token_spec(scale)
+    inputs = [spec for spec in model.condition_outputs(batch) if first or spec.name != names.START]
+    if not first:
+        inputs.insert(0, TensorSpec(names.F_HAT, f_hat_shape, "float32"))
     outputs = [
-        TensorSpec(names.TOKENS, (batch, length), "int32"),
+        TensorSpec(names.TOKENS, (batch, *token_shape), DTYPE_NAME[token_dtype]),
         TensorSpec(names.F_HAT_OUT, f_hat_shape, "float32"),
-        TensorSpec(names.LOGITS, (batch, length, config.vocab_size), "float32"),
+        TensorSpec(names.LOGITS, (batch, *model.logits_shape(scale)), "float32"),
     ]
     for layer, spec in enumerate(specs):
         new = spec.kv_shape
@@ -158,63 +177,21 @@ def _step_function(
             past = (spec.num_past, *new[1:])
             inputs += [TensorSpec(name(layer), past, kv_dtype) for name in (names.past_k, names.past_v)]
         if spec.keep is not None:
-            cached = (new[1], spec.cached_height * spec.cached_width, config.width)
-            inputs += [TensorSpec(names.cache(layer, sub), cached, kv_dtype) for sub in names.SUBLAYERS]
+            cached = (new[1], spec.cached_height * spec.cached_width, spec.channels)
+            inputs += [TensorSpec(names.cache(layer, sublayer), cached, kv_dtype) for sublayer in spec.sublayers]
         if spec.emits_kv:
             outputs += [TensorSpec(name(layer), new, kv_dtype) for name in (names.new_k, names.new_v)]
         if spec.writes_cache:
-            full = (new[1], length, config.width)
-            outputs += [TensorSpec(names.cache(layer, sub), full, kv_dtype) for sub in names.SUBLAYERS]
-    inputs.append(TensorSpec(names.UNIFORM, (batch, length), "float32"))
-    request = {
-        names.CFG: "float32",
-        names.TEMPERATURE: "float32",
-        names.TOP_K: "int64",
-        names.TOP_P: "float32",
-        names.GREEDY: "bool",
-    }
-    if scale == 0:
-        del request[names.CFG]  # the guidance ramp starts at 0
-    inputs += [TensorSpec(name, (batch,), dtype) for name, dtype in request.items()]
-
-    def run(tensors: Mapping[str, Tensor], block_names: Mapping[BlockSpec, str] | None) -> dict[str, Tensor]:
-        result = model.step(
-            plan,
-            scale,
-            start=tensors.get(names.START),
-            f_hat=tensors.get(names.F_HAT),
-            modulations=[tensors[spec.name] for spec in modulations],
-            head_modulation=tensors[names.HEAD_MODULATION],
-            past=[
-                (tensors[names.past_k(i)], tensors[names.past_v(i)]) for i, spec in enumerate(specs) if spec.num_past
-            ],
-            caches={
-                i: (tensors[names.cache(i, "attn")], tensors[names.cache(i, "ffn")])
-                for i, spec in enumerate(specs)
-                if spec.keep is not None
-            },
-            uniform=tensors[names.UNIFORM],
-            request=Request(
-                cfg=tensors.get(names.CFG, torch.zeros(batch)),
-                temperature=tensors[names.TEMPERATURE],
-                top_k=tensors[names.TOP_K],
-                top_p=tensors[names.TOP_P],
-                greedy=tensors[names.GREEDY],
-            ),
-            block_names=block_names,
-        )
-        by_name = {names.TOKENS: result.tokens, names.F_HAT_OUT: result.f_hat, names.LOGITS: result.logits}
-        for i, (k, v) in enumerate(result.new_kv):
-            by_name |= {names.new_k(i): k, names.new_v(i): v}
-        for i, (attn, ffn) in result.caches.items():
-            by_name |= {names.cache(i, "attn"): attn, names.cache(i, "ffn"): ffn}
-        return {spec.name: by_name[spec.name] for spec in outputs}
-
-    graph = GraphSpec(names.graph_file("step", batch, scale), "step", batch, scale, tuple(inputs), tuple(outputs))
-    return GraphFunction(graph, run, tuple(specs))
+            full = (new[1], length, spec.channels)
+            outputs += [TensorSpec(names.cache(layer, sublayer), full, kv_dtype) for sublayer in spec.sublayers]
+    inputs.append(TensorSpec(names.UNIFORM, (batch, *token_shape), "float32"))
+    inputs += [TensorSpec(name, (batch,), names.REQUEST_DTYPES[name]) for name in model.request_inputs(scale)]
+    return GraphSpec(names.graph_file("step", batch, scale), "step", batch, scale, tuple(inputs), tuple(outputs))
 
 
-def build_graph(function: GraphFunction, model: VAR, places: Mapping[str, TensorPlace], folder: Path) -> ir.Model:
+def build_graph(
+    function: GraphFunction, model: NextScaleModel, places: Mapping[str, TensorPlace], folder: Path
+) -> ir.Model:
     """The ONNX model of one graph: traced, assembled, its weights pointing into the weights file in `folder`."""
     block_names = {spec: f"Block{i}" for i, spec in enumerate(function.blocks)}
     spec = function.spec
@@ -246,28 +223,14 @@ def build_graph(function: GraphFunction, model: VAR, places: Mapping[str, Tensor
     return skeleton
 
 
-def _block_function(spec: BlockSpec, name: str, model: VAR) -> ir.Function:
+def _block_function(spec: BlockSpec, name: str, model: NextScaleModel) -> ir.Function:
     """A traced block as an ONNX function of its inputs, weights among them."""
-    rows, channels, dtype = spec.rows, spec.channels, spec.dtype
-    past = (spec.num_past, *spec.kv_shape[1:])
-    cached = (rows, spec.cached_height * spec.cached_width, channels)
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "x": ((rows, spec.num_tokens, channels), torch.float32),
-        "modulation": ((rows, 6, channels), torch.float32),
-        "past_k": (past, dtype),
-        "past_v": (past, dtype),
-        "cached_attn": (cached, dtype),
-        "cached_ffn": (cached, dtype),
-    }
-    examples = [
-        torch.zeros(shapes[i][0], dtype=shapes[i][1])
-        if i in shapes
-        else model.weight(i if i == "norm.weight" else f"blocks.0.{i}")
-        for i in spec.input_names
-    ]
+    activations = [torch.zeros(shape, dtype=dtype) for shape, dtype in spec.activations.values()]
+    weights = [*spec.shared_weights, *(f"blocks.0.{weight}" for weight in spec.weight_names)]
+    examples = [*activations, *(model.weight(weight) for weight in weights)]
 
     def run(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {o[0]: value for o, value in zip(spec.outputs, run_block(spec, tensors), strict=True)}
+        return {o[0]: value for o, value in zip(spec.outputs, spec.run(tensors), strict=True)}
 
     onnx_names = [i.replace(".", "_") for i in spec.input_names]
     block = _trace(_Graph(run, spec.input_names, None), examples, onnx_names, [o[0] for o in spec.outputs])

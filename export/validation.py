@@ -143,7 +143,7 @@ def compare_graph(
     if names.TOKENS in expected:
         equal = expected[names.TOKENS] == got[names.TOKENS]
         changed = 1.0 - float(equal.float().mean())
-        same_image = equal.all(dim=1)
+        same_image = equal.flatten(1).all(dim=1)
         if changed > MAX_TOKENS_CHANGED[precision]:
             raise ExportError(
                 f"{function.spec.file}: {names.TOKENS}: {changed:.1%} of the tokens are not those of PyTorch, "

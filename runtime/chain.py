@@ -24,10 +24,10 @@ from fastvar_trt.runtime.plan import ResolvedPlan
 class ChainOutputs:
     """What one run of the chain computed, on the host."""
 
-    tokens: list[NDArray[Any]]  # per step: int32 [B, L]
+    tokens: list[NDArray[Any]]  # per step: int32 [B, L] or uint8 [B, L, bits]
     f_hat: NDArray[Any]  # fp32 [B, C_vae, h_K, w_K]
     pixels: NDArray[Any]  # uint8 [B, H, W, 3]
-    logits: list[NDArray[Any]] | None  # per step: fp32 [B, L, V]
+    logits: list[NDArray[Any]] | None  # per step: fp32 [B, L, V] or [B, L, bits, 2]
     image: NDArray[Any] | None  # fp32 [B, 3, H, W]
     timings: dict[str, float]  # graph name -> ms
 
@@ -60,7 +60,7 @@ class Chain:
 
     def run(
         self,
-        labels: NDArray[Any],
+        condition: Mapping[str, NDArray[Any]],
         noise: Mapping[int, NDArray[Any]],
         request: Mapping[str, NDArray[Any]],
         optional: Collection[str] = (),
@@ -68,9 +68,9 @@ class Chain:
         """One batch of images.
 
         Args:
-            labels: int64 [B].
-            noise: scale -> fp32 [B, L], U[0, 1).
-            request: the `REQUEST_INPUTS`, each [B].
+            condition: inputs of the condition graph, each [B or B2, ...].
+            noise: scale -> fp32 [B, L] or [B, L, bits], U[0, 1).
+            request: the `REQUEST_INPUTS`: those of `PER_SCALE_REQUEST` [B, number of scales], the others [B].
             optional: those of `OPTIONAL_OUTPUTS` that shall be returned.
         """
         backend = self._backend
@@ -78,11 +78,16 @@ class Chain:
         wanted = frozenset(optional)
         if wanted not in self._bound:
             self._bind(wanted)
-        backend.upload(self._buffers[names.LABELS], labels)
+        for name, array in condition.items():
+            backend.upload(self._buffers[name], array)
         for name in names.REQUEST_INPUTS:
-            backend.upload(self._buffers[name], request[name])
+            if name in self._buffers:
+                backend.upload(self._buffers[name], request[name])
         for scale, uniform in noise.items():
             backend.upload(self._buffers[_at(names.UNIFORM, scale)], uniform)
+            for name in names.PER_SCALE_REQUEST:
+                if _at(name, scale) in self._buffers:
+                    backend.upload(self._buffers[_at(name, scale)], np.ascontiguousarray(request[name][:, scale]))
 
         captured = self._captured.get(wanted)
         if captured is not None:
@@ -119,7 +124,8 @@ class Chain:
         self._captured[wanted] = captured
 
     def _compare_captured(self, captured: CapturedChain, wanted: frozenset[str], expected: ChainOutputs) -> None:
-        results = [names.PIXELS, *(_f_hat_after(k) for k in (0, 1)), *(_at(names.TOKENS, k) for k in self._plan.steps)]
+        steps = self._plan.steps
+        results = [names.PIXELS, *(_f_hat_after(steps, k) for k in steps[:2]), *(_at(names.TOKENS, k) for k in steps)]
         for key in results:
             if key in self._buffers:
                 self._backend.upload(self._buffers[key], np.zeros_like(self._backend.download(self._buffers[key])))
@@ -140,7 +146,7 @@ class Chain:
 
         return ChainOutputs(
             tokens=per_step(names.TOKENS),
-            f_hat=backend.download(self._buffers[_f_hat_after(steps[-1])]),
+            f_hat=backend.download(self._buffers[_f_hat_after(steps, steps[-1])]),
             pixels=backend.download(self._buffers[names.PIXELS]),
             logits=per_step(names.LOGITS) if names.LOGITS in wanted else None,
             image=backend.download(self._buffers[names.IMAGE]) if names.IMAGE in wanted else None,
@@ -199,21 +205,22 @@ def _at(name: str, scale: int) -> str:
     return f"{name}@{scale}"
 
 
-def _f_hat_after(scale: int) -> str:
+def _f_hat_after(steps: Sequence[int], scale: int) -> str:
     # Two buffers in turn: a step reads the one and writes the other.
-    return f"{names.F_HAT}@{scale % 2}"
+    return f"{names.F_HAT}@{steps.index(scale) % 2}"
 
 
 def _buffer_key(graph: GraphSpec, tensor: str, plan: ResolvedPlan) -> str:
     """The buffer behind a tensor: shared by name, except what every step has its own of."""
     if tensor == names.F_HAT:
         # The decoder reads what the last step wrote, a step what the step before it wrote.
-        return _f_hat_after(plan.steps[-1] if graph.scale is None else graph.scale - 1)
+        before = plan.steps[-1] if graph.scale is None else plan.steps[plan.steps.index(graph.scale) - 1]
+        return _f_hat_after(plan.steps, before)
     if graph.scale is None:
         return tensor
     if tensor == names.F_HAT_OUT:
-        return _f_hat_after(graph.scale)
-    if tensor in (names.UNIFORM, names.TOKENS, names.LOGITS):
+        return _f_hat_after(plan.steps, graph.scale)
+    if tensor in (names.UNIFORM, names.TOKENS, names.LOGITS, *names.PER_SCALE_REQUEST):
         return _at(tensor, graph.scale)
     return tensor
 
@@ -227,9 +234,3 @@ def plan_batches(count: int, sizes: Collection[int]) -> list[int]:
         chunks.append(size)
         count -= size
     return chunks
-
-
-def pad_rows(array: NDArray[Any], rows: int) -> NDArray[Any]:
-    """The array with its last row repeated up to `rows` rows."""
-    missing = rows - len(array)
-    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array

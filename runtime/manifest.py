@@ -27,24 +27,38 @@ ENGINES_FILE = "engines.json"
 
 # Graph inputs and outputs.
 LABELS = "labels"  # int64 [B], class indices
+TEXT_FEATURES = "text_features"  # fp32 [B2, T, C_text], the text encoder's last hidden state; padding is not read
+TEXT_LENGTHS = "text_lengths"  # int64 [B2], how many of the T are tokens
+NEGATIVE = "negative"  # bool [B], whether the unconditional row has text of its own, or the model's learnt one
+TEXT_MASK = "text_mask"  # [B2, 1, 1, T], added to the attention scores: 0, or very low at padding
 START = "start"  # [B2, C], condition embedding: the first token map before positions
 HEAD_MODULATION = "head_modulation"  # [B2, 2, C]
 F_HAT = "f_hat"  # fp32 [B, C_vae, h_K, w_K], accumulated token features
 F_HAT_OUT = "f_hat_out"  # the same after this step (a graph's input and output cannot share one name)
-UNIFORM = "uniform"  # fp32 [B, L], U(0, 1), one per draw
+UNIFORM = "uniform"  # fp32 [B, L] or [B, L, bits], U(0, 1), one per draw
 CFG = "cfg"  # fp32 [B]
 TEMPERATURE = "temperature"  # fp32 [B]
 TOP_K = "top_k"  # int64 [B], 1..max_top_k
 TOP_P = "top_p"  # fp32 [B]; at least 1 keeps everything
 GREEDY = "greedy"  # bool [B]
-TOKENS = "tokens"  # int32 [B, L]
-LOGITS = "logits"  # fp32 [B, L, V], after guidance, before temperature; bound on request only
+TOKENS = "tokens"  # int32 [B, L], or bits uint8 [B, L, bits]
+LOGITS = "logits"  # fp32 [B, L, V] or [B, L, bits, 2], after guidance, before temperature; bound on request only
 IMAGE = "image"  # fp32 [B, 3, H, W] in [0, 1], RGB; bound on request only
 PIXELS = "pixels"  # uint8 [B, H, W, 3], RGB
 
-SUBLAYERS = ("attn", "ffn")
-REQUEST_INPUTS = (CFG, TEMPERATURE, TOP_K, TOP_P, GREEDY)
+REQUEST_DTYPES: Mapping[str, str] = {
+    CFG: "float32",
+    TEMPERATURE: "float32",
+    TOP_K: "int64",
+    TOP_P: "float32",
+    GREEDY: "bool",
+}
+REQUEST_INPUTS = tuple(REQUEST_DTYPES)
+PER_SCALE_REQUEST = (CFG, TEMPERATURE)  # each step has its own
 OPTIONAL_OUTPUTS = (LOGITS, IMAGE)
+
+FAMILIES = ("var", "infinity")
+_OF_FAMILY = {"num_classes": "var", "text_width": "infinity", "text_length": "infinity"}
 
 DTYPE_BYTES: Mapping[str, int] = {
     "bool": 1,
@@ -80,6 +94,16 @@ def new_k(layer: int) -> str:
 def new_v(layer: int) -> str:
     """Values of this step's kept tokens: [K, B2, H, D]."""
     return f"new_v_{layer}"
+
+
+def text_k(layer: int) -> str:
+    """Cross-attention keys of a layer: [B2, H, T, D]."""
+    return f"text_k_{layer}"
+
+
+def text_v(layer: int) -> str:
+    """Cross-attention values of a layer: [B2, H, T, D]."""
+    return f"text_v_{layer}"
 
 
 def cache(layer: int, sublayer: str) -> str:
@@ -128,16 +152,18 @@ class GraphSpec:
 class ModelSpec:
     """Sizes of the exported model."""
 
-    family: str  # var
+    family: str  # var or infinity
     depth: int
     width: int
     num_heads: int
     mlp_width: int
-    num_classes: int
-    vocab_size: int
-    code_channels: int
+    vocab_size: int  # outputs of the head per token: V, or 2 per bit
+    code_channels: int  # inputs of the embedding per token
     image_height: int
     image_width: int
+    num_classes: int = 0  # var
+    text_width: int = 0  # infinity: C_text
+    text_length: int = 0  # infinity: T, the longest prompt in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +174,7 @@ class SamplingSpec:
     cfg: float
     top_k: int
     top_p: float
+    temperature: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +226,13 @@ class Manifest:
             ValueError: what does not.
             PlanError: the plan does not fit the schedule.
         """
+        if self.model.family not in FAMILIES:
+            raise ValueError(f"model.family: got {self.model.family!r}, expected one of {', '.join(FAMILIES)}")
         for field in dataclasses.fields(self.model):
             value = getattr(self.model, field.name)
-            if field.name != "family" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if field.name == "family" or (field.name in _OF_FAMILY and self.model.family != _OF_FAMILY[field.name]):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"model.{field.name}: got {value!r}, expected a positive whole number")
         sampling = self.sampling
         if not isinstance(sampling.max_top_k, int) or not 1 <= sampling.max_top_k <= self.model.vocab_size:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Backend, create_backend
-from fastvar_trt.runtime.chain import Chain, ChainOutputs, pad_rows, plan_batches
+from fastvar_trt.runtime.chain import Chain, ChainOutputs, plan_batches
+from fastvar_trt.runtime.conditions import ClassCondition, Condition, TextCondition, numbers, pad_rows
 from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.manifest import Manifest, check_files, read_manifest
 from fastvar_trt.runtime.noise import MAX_SEED, uniform_noise
@@ -26,10 +27,10 @@ class GenerationResult:
 
     Attributes:
         images: uint8 [N, H, W, 3], RGB.
-        tokens: per step, int32 [N, L].
+        tokens: per step, int32 [N, L], or bits uint8 [N, L, bits].
         f_hat: fp32 [N, C_vae, h_K, w_K], what the decoder ran on.
         timings: graph name -> ms, summed over the batches that the images were split into.
-        logits: per step, fp32 [N, L, V], after guidance; None unless asked for.
+        logits: per step, fp32 [N, L, V] or [N, L, bits, 2], after guidance; None unless asked for.
         float_images: fp32 [N, 3, H, W] in [0, 1], RGB; None unless asked for.
     """
 
@@ -56,6 +57,12 @@ class Pipeline:
         self._lock = threading.Lock()
         self._chains: dict[int, Chain] = {}
         self._closed = False
+        self._noise_shapes = {
+            graph.scale: spec.shape[1:]
+            for graph in manifest.chain(manifest.batches[0])
+            for spec in graph.inputs
+            if graph.scale is not None and spec.name == names.UNIFORM
+        }
 
     @classmethod
     def load(
@@ -129,27 +136,33 @@ class Pipeline:
 
     def generate(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | None = None,
         *,
+        text_features: Sequence[NDArray[Any]] | None = None,
+        negative_text_features: Sequence[NDArray[Any] | None] | None = None,
         seeds: int | Sequence[int] = 0,
-        cfg: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] = 1.0,
+        cfg: float | Sequence[float] | NDArray[Any] | None = None,
+        temperature: float | Sequence[float] | NDArray[Any] | None = None,
         top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
         greedy: bool = False,
         return_logits: bool = False,
         return_float_images: bool = False,
     ) -> GenerationResult:
-        """Draw one image per label.
+        """Draw one image per label or text.
 
-        An image depends on its own label, seed and sampling values only, not on its neighbours or on the
+        An image depends on its own condition, seed and sampling values only, not on its neighbours or on the
         batch sizes of the bundle, up to the rounding of the backend's kernels.
 
         Args:
-            labels: N class indices.
+            labels: N class indices, for a model of classes.
+            text_features: N arrays [tokens, width], the text encoder's last hidden state without padding, for a model
+                of text.
+            negative_text_features: the same of N negative prompts; None, for all or for one: the model's own.
             seeds: one per image, or one for all: then image i gets seed + i.
-            cfg: guidance scale, ramped linearly over the scales as VAR does; default: the manifest's.
-            temperature: divides the logits; above 0.
+            cfg: guidance scale; default: the manifest's. VAR ramps it linearly over the scales; for Infinity it may
+                be an array [N, scales].
+            temperature: divides the logits (Infinity's tau); above 0; may be an array [N, scales].
             top_k: how many of the likeliest tokens may be drawn, at most the manifest's `max_top_k`; 0 for all
                 of them, where the bundle allows it.
             top_p: the smallest set of likeliest tokens with this total probability may be drawn; 0 or 1: all.
@@ -162,65 +175,87 @@ class Pipeline:
             RequestError: a value out of range; the message gives the range.
             BackendError: the backend failed, or the model's logits were not finite.
         """
-        label_array = _numbers("labels", labels, "int64")
-        if label_array.ndim != 1 or len(label_array) == 0:
-            raise RequestError(f"labels: got {labels!r}, expected a list of at least one class index")
-        request = self._request(label_array, cfg, temperature, top_k, top_p, greedy)
-        seed_list = self._seeds(seeds, len(label_array))
+        condition = self._condition(labels, text_features, negative_text_features)
+        count = len(condition)
+        request = self._request(count, cfg, temperature, top_k, top_p, greedy)
+        seed_list = self._seeds(seeds, count)
         optional = [
             name for name, wanted in ((names.LOGITS, return_logits), (names.IMAGE, return_float_images)) if wanted
         ]
-        plan = self.manifest.resolved_plan
-
         outputs: list[ChainOutputs] = []
         start = 0
-        for batch in plan_batches(len(label_array), self.manifest.batches):
+        for batch in plan_batches(count, self.manifest.batches):
             part = slice(start, start + batch)
             noise = {
-                k: np.stack([uniform_noise(seed, k, plan.num_tokens(k)) for seed in seed_list[part]])
-                for k in plan.steps
+                k: np.stack([uniform_noise(seed, k, shape) for seed in seed_list[part]])
+                for k, shape in self._noise_shapes.items()
             }
             with self._lock:
                 if self._closed:
                     raise RequestError("the pipeline is closed; load the bundle again")
                 outputs.append(
                     self._chains[batch].run(
-                        pad_rows(label_array[part], batch),
+                        condition.inputs(part, batch),
                         {k: pad_rows(rows, batch) for k, rows in noise.items()},
                         {name: pad_rows(values[part], batch) for name, values in request.items()},
                         optional,
                     )
                 )
             start += batch
-        for i, f_hat in enumerate(np.concatenate([o.f_hat for o in outputs])[: len(label_array)]):
+        for i, f_hat in enumerate(np.concatenate([o.f_hat for o in outputs])[:count]):
             if not np.isfinite(f_hat).all():
                 raise BackendError(
-                    f"image {i}: the model's logits are not finite: cfg {request[names.CFG][i]:g} is too large for it, "
+                    f"image {i}: the model's logits are not finite: cfg {request[names.CFG][i].max():g} is too large, "
                     f"or its activations exceed {self.manifest.precision}"
                 )
-        return _merge(outputs, len(label_array))
+        return _merge(outputs, count)
+
+    def _condition(
+        self,
+        labels: Sequence[int] | None,
+        text_features: Sequence[NDArray[Any]] | None,
+        negative_text_features: Sequence[NDArray[Any] | None] | None,
+    ) -> Condition:
+        model = self.manifest.model
+        if model.family == "var":
+            if labels is None or text_features is not None or negative_text_features is not None:
+                raise RequestError("this bundle draws classes: give labels, and no text")
+            return ClassCondition.of(model, labels)
+        if text_features is None or labels is not None:
+            raise RequestError("this bundle draws from text: give text_features, and no labels")
+        return TextCondition.of(model, text_features, negative_text_features)
 
     def _request(
-        self, labels: NDArray[Any], cfg: Any, temperature: Any, top_k: Any, top_p: Any, greedy: bool
+        self, count: int, cfg: Any, temperature: Any, top_k: Any, top_p: Any, greedy: bool
     ) -> dict[str, NDArray[Any]]:
         model, sampling = self.manifest.model, self.manifest.sampling
-        count = len(labels)
-        for label in labels.tolist():
-            if not 0 <= label < model.num_classes:
-                raise RequestError(
-                    f"class {label}: this model has {model.num_classes} classes, 0 to {model.num_classes - 1}"
-                )
+        num_scales = len(self.manifest.schedule)
 
-        def per_image(name: str, value: Any, dtype: str) -> NDArray[Any]:
-            array = _numbers(name, value, dtype)
-            if array.shape not in ((), (count,)):
-                raise RequestError(f"{name}: got {array.shape}, expected one value or one per image ({count})")
+        def finite(name: str, value: Any, dtype: str) -> NDArray[Any]:
+            array = numbers(name, value, dtype)
             if not np.isfinite(array).all():
                 raise RequestError(f"{name}: got {value}, expected finite numbers")
+            return array
+
+        def per_image(name: str, value: Any, dtype: str) -> NDArray[Any]:
+            array = finite(name, value, dtype)
+            if array.shape not in ((), (count,)):
+                raise RequestError(f"{name}: got {array.shape}, expected one value or one per image ({count})")
             return np.broadcast_to(array, (count,))
 
-        cfg_array = per_image("cfg", sampling.cfg if cfg is None else cfg, "float32")
-        temperatures = per_image("temperature", temperature, "float32")
+        def per_scale(name: str, value: Any) -> NDArray[Any]:
+            array = finite(name, value, "float32")
+            if array.shape in ((), (count,)):
+                array = array[..., None]
+            elif array.ndim != 2 or array.shape[0] not in (1, count) or array.shape[1] != num_scales:
+                raise RequestError(
+                    f"{name}: got {array.shape}, expected one value, one per image ({count}), or per image and scale "
+                    f"({count}, {num_scales})"
+                )
+            return np.broadcast_to(array, (count, num_scales))
+
+        cfg_array = per_scale("cfg", sampling.cfg if cfg is None else cfg)
+        temperatures = per_scale("temperature", sampling.temperature if temperature is None else temperature)
         if (temperatures < _MIN_TEMPERATURE).any():
             raise RequestError(
                 f"temperature: got {temperature}, expected {_MIN_TEMPERATURE} or more (for the likeliest token, use "
@@ -229,6 +264,8 @@ class Pipeline:
         top_ps = per_image("top_p", sampling.top_p if top_p is None else top_p, "float32")
         if ((top_ps < 0) | (top_ps > 1)).any():
             raise RequestError(f"top_p: got {top_p}, expected 0 to 1")
+        if top_k is not None and model.family != "var":
+            raise RequestError("top_k: this model draws bits, which have two values; use top_p or greedy")
         top_ks = per_image("top_k", sampling.top_k if top_k is None else top_k, "int64")
         limit = sampling.max_top_k
         too_large = (top_ks < 0) | (top_ks > limit) | ((top_ks == 0) & (limit < model.vocab_size))
@@ -260,24 +297,6 @@ class Pipeline:
             if not 0 <= seed <= MAX_SEED:
                 raise RequestError(f"seed: got {seed}, expected 0 to 2**64 - 1")
         return listed
-
-
-def _numbers(name: str, value: Any, dtype: str) -> NDArray[Any]:
-    """The value as an array of that dtype.
-
-    Raises:
-        RequestError: not numbers, or not whole where whole ones are asked for.
-    """
-    try:
-        array = np.asarray(value)
-        exact = array.astype(dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RequestError(f"{name}: got {value!r}, expected numbers") from error
-    if array.dtype.kind not in "iuf" and array.size:
-        raise RequestError(f"{name}: got {value!r}, expected numbers")
-    if dtype == "int64" and not (exact == array).all():
-        raise RequestError(f"{name}: got {value!r}, expected whole numbers")
-    return exact
 
 
 def _merge(outputs: list[ChainOutputs], count: int) -> GenerationResult:

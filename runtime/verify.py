@@ -24,6 +24,8 @@ MAX_SELECTION_CHANGED: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.03, "bf16
 # Share of the positions of a pruned step whose logits may be off: those that a selection has swapped at some layer.
 MAX_POSITIONS_SWAPPED: Mapping[str, float] = {"fp32": 0.02, "fp16": 0.1, "bf16": 0.3}
 
+_CONDITION = (names.LABELS, names.TEXT_FEATURES, names.TEXT_LENGTHS, names.NEGATIVE)
+
 
 @dataclasses.dataclass(frozen=True)
 class StepCheck:
@@ -105,11 +107,10 @@ def _verify_batch(pipeline: Pipeline, batch: int, images: Mapping[str, NDArray[A
     precision = pipeline.manifest.precision
     tolerance = TOLERANCE[precision]
     # The images of the reference, again and again until the batch is full.
-    rows = np.arange(batch) % len(images["labels"])
-    reference = {name: value if name == "cfg" else value[rows] for name, value in images.items()}
+    rows = np.arange(batch) % len(images["f_hat"])
+    reference = {name: value[rows] for name, value in images.items() if name not in _CONDITION}
     result = pipeline.generate(
-        reference["labels"].tolist(),
-        cfg=float(reference["cfg"]),
+        **_condition(images, rows),
         greedy=True,
         return_logits=True,
         return_float_images=True,
@@ -133,7 +134,7 @@ def _verify_batch(pipeline: Pipeline, batch: int, images: Mapping[str, NDArray[A
             )
         if 1 - step.token_agreement > MAX_TOKENS_CHANGED[precision]:
             failures.append(f"batch {batch}, step {k}: only {step.token_agreement:.1%} of the tokens agree")
-        same &= (tokens == reference[f"step_{k:02d}"]).all(axis=1)
+        same &= (tokens == reference[f"step_{k:02d}"]).reshape(batch, -1).all(axis=1)
     f_hat_error = image_error = None
     if same.any():
         f_hat = reference["f_hat"][same]
@@ -143,6 +144,18 @@ def _verify_batch(pipeline: Pipeline, batch: int, images: Mapping[str, NDArray[A
             if not error <= tolerance:
                 failures.append(f"batch {batch}, {what}: differs by {error:.3g}; {precision} allows {tolerance:g}")
     return Verification(tuple(steps), f_hat_error, image_error, batch, int(same.sum()), tuple(failures))
+
+
+def _condition(images: Mapping[str, NDArray[Any]], rows: NDArray[Any]) -> dict[str, Any]:
+    """What the reference was drawn of, as arguments of `Pipeline.generate`."""
+    if names.LABELS in images:
+        return {"labels": images[names.LABELS][rows].tolist()}
+    features, lengths, negative = (images[name] for name in (names.TEXT_FEATURES, names.TEXT_LENGTHS, names.NEGATIVE))
+    count = len(negative)
+    return {
+        "text_features": [features[i, : lengths[i]] for i in rows],
+        "negative_text_features": [features[count + i, : lengths[count + i]] if negative[i] else None for i in rows],
+    }
 
 
 def _check_step(
@@ -157,7 +170,8 @@ def _check_step(
     if not same.any():
         return StepCheck(batch, scale, 0, None, None, None, None)
     expected, probe = reference[f"step_{scale:02d}"], reference[f"logits_{scale:02d}"]
-    errors = np.abs(logits[:, : probe.shape[1]] - probe)[same].max(axis=-1)  # per position
+    errors = np.abs(logits[:, : probe.shape[1]] - probe)[same]
+    errors = errors.reshape(*errors.shape[:2], -1).max(axis=-1)  # per position
     error, largest = float(errors.max()), max(float(np.abs(probe[same]).max()), 1e-6)
     return StepCheck(
         batch=batch,

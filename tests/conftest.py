@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource, export_var
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model
 from fastvar_trt.export.models.random_init import random_checkpoint
+from fastvar_trt.export.sources import VARSource
 from fastvar_trt.runtime.plan import PruningPlan
 
 GOLDEN_FOLDER = Path(__file__).parents[2] / "shared" / "golden"
@@ -64,7 +65,7 @@ def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
         with (folder / f"{key}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not report_file.exists():
-                report_file.write_bytes(pickle.dumps(export_var(source, path, options)))
+                report_file.write_bytes(pickle.dumps(export_model(source, path, options)))
             report: ExportReport = pickle.loads(report_file.read_bytes())
         return path, report
 

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from conftest import TINY_PLAN
 from fastvar_trt.export import build_cpu as module
 from fastvar_trt.export.build_cpu import PACKED_FILE, build_cpu
-from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource
+from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.sources import VARSource
 from fastvar_trt.runtime import BackendError, ExportError, Pipeline, read_manifest
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileSpec

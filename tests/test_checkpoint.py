@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from conftest import tiny_states
-from fastvar_trt.export.exporter import VARSource
 from fastvar_trt.export.models.checkpoint import load_state_dict
 from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
+from fastvar_trt.export.sources import VARSource
 from fastvar_trt.runtime.errors import CheckpointError
 
 

@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 
 from conftest import TINY_PLAN, tiny_states
 from fastvar_trt.export import exporter, validation
-from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource, export_var, load_bundle_model
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model, load_bundle_model
 from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.random_init import random_checkpoint
 from fastvar_trt.export.models.resize import area_matrix, bicubic_matrix
 from fastvar_trt.export.models.var import VAR
+from fastvar_trt.export.sources import VARSource
 from fastvar_trt.export.tracing import GraphFunction
 from fastvar_trt.export.validation import run_in_onnxruntime
 from fastvar_trt.runtime import ExportError, Pipeline, PlanError, PruningPlan, read_manifest
@@ -147,7 +148,7 @@ def test_memory_mapped_and_safetensors_checkpoints_give_the_same_bundle(
     save_file({k: v.contiguous() for k, v in tiny_source.vae_state.items()}, tmp_path / "vae.safetensors")
     source = VARSource.from_files(tmp_path / "var.safetensors", tmp_path / "vae.safetensors")
     options = ExportOptions(plan=TINY_PLAN)
-    exporter._write_model(source, tmp_path, options)
+    exporter._write_weights(source, tmp_path, options)
     assert file_sha256(tmp_path / WEIGHTS_FILE) == read_manifest(tiny_bundle).files[WEIGHTS_FILE].sha256
 
 
@@ -164,9 +165,9 @@ def test_an_existing_folder_is_refused_and_kept(tiny_source: VARSource, tmp_path
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ExportError, match="exists already"):
-        export_var(tiny_source, out, ExportOptions())
+        export_model(tiny_source, out, ExportOptions())
     with pytest.raises(ExportError, match="not a bundle, so --force does not replace it"):
-        export_var(tiny_source, out, ExportOptions(), force=True)
+        export_model(tiny_source, out, ExportOptions(), force=True)
     assert (out / "notes.txt").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
@@ -181,7 +182,7 @@ def test_an_interrupted_export_keeps_the_old_bundle(tiny_source: VARSource, tiny
             raise _Stop
 
     with pytest.raises(_Stop):
-        export_var(tiny_source, out, ExportOptions(), force=True, progress=stop)
+        export_model(tiny_source, out, ExportOptions(), force=True, progress=stop)
     assert _contents(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
@@ -196,7 +197,7 @@ def test_what_appears_during_an_export_is_kept(tiny_source: VARSource, tmp_path:
 
     source = VARSource.from_state(*tiny_states(patch_nums=(1, 2), depth=1))
     with pytest.raises(ExportError, match="exists already"):
-        export_var(source, out, ExportOptions(), progress=appear)
+        export_model(source, out, ExportOptions(), progress=appear)
     assert (out / "notes.txt").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
@@ -206,7 +207,7 @@ def test_a_manifest_of_another_kind_makes_no_bundle(tiny_source: VARSource, tmp_
     out.mkdir()
     (out / "manifest.json").write_text('{"name": "a web page"}')
     with pytest.raises(ExportError, match="not a bundle, so --force does not replace it"):
-        export_var(tiny_source, out, ExportOptions(), force=True)
+        export_model(tiny_source, out, ExportOptions(), force=True)
     assert [p.name for p in out.iterdir()] == ["manifest.json"]
 
 
@@ -247,7 +248,7 @@ def test_force_replaces_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "b"
     shutil.copytree(tiny_bundle, out)
     source = VARSource.from_state(*tiny_states(patch_nums=(1, 2), depth=1))
-    export_var(source, out, ExportOptions(), force=True)
+    export_model(source, out, ExportOptions(), force=True)
     assert read_manifest(out).schedule == ((1, 1), (2, 2))
     assert not (out / "step_02.onnx").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
@@ -266,7 +267,7 @@ def test_a_graph_that_differs_from_pytorch_fails_the_export(
 
     monkeypatch.setattr(exporter, "run_in_onnxruntime", wrong)
     with pytest.raises(ExportError, match=r"step_01.onnx: new_v_1: maximum error 0\.5"):
-        export_var(tiny_source, tmp_path / "b", ExportOptions())
+        export_model(tiny_source, tmp_path / "b", ExportOptions())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -339,7 +340,7 @@ def test_no_disk_space_is_seen_before_writing(
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr(exporter.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ExportError, match="1 MiB free, the bundle needs about"):
-        export_var(tiny_source, tmp_path / "b", ExportOptions())
+        export_model(tiny_source, tmp_path / "b", ExportOptions())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -355,14 +356,14 @@ def test_a_disk_that_fills_up_while_writing(
 
     monkeypatch.setattr(exporter, "save_graph", full)
     with pytest.raises(ExportError, match="the disk is full"):
-        export_var(tiny_source, out, ExportOptions(), force=True)
+        export_model(tiny_source, out, ExportOptions(), force=True)
     assert _contents(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_writing(tiny_source: VARSource, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="scale 7 does not exist"):
-        export_var(tiny_source, tmp_path / "b", ExportOptions(plan=PruningPlan("p", ((7, 0.5),), 1)))
+        export_model(tiny_source, tmp_path / "b", ExportOptions(plan=PruningPlan("p", ((7, 0.5),), 1)))
     assert list(tmp_path.iterdir()) == []
 
 

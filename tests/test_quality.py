@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from conftest import TINY_PLAN
-from fastvar_trt.export.exporter import ExportOptions, VARSource, export_again
+from fastvar_trt.export.exporter import ExportOptions, export_again
+from fastvar_trt.export.sources import VARSource
 from fastvar_trt.runtime import Pipeline, read_manifest
 from fastvar_trt.runtime.errors import CheckpointError, RequestError
 from fastvar_trt.runtime.plan import PRESETS, PruningPlan

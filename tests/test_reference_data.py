@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource
+from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.random_init import random_checkpoint
+from fastvar_trt.export.sources import VARSource
 from fastvar_trt.runtime import Pipeline, PruningPlan
 
 DATA = Path(__file__).parent / "data"
@@ -55,9 +56,10 @@ def test_the_public_code_is_reproduced(
 
 def test_pruning_matters_in_that_case() -> None:
     """The dense model gives other logits, so that the comparison above could not pass without pruning."""
+    from fastvar_trt.export.models.base import Request
     from fastvar_trt.export.models.checkpoint import deployment_tensors
     from fastvar_trt.export.models.reference import generate
-    from fastvar_trt.export.models.var import VAR, Request
+    from fastvar_trt.export.models.var import VAR
 
     source, expected = load_case("var_fastvar")
     tensors = deployment_tensors(
@@ -69,5 +71,5 @@ def test_pruning_matters_in_that_case() -> None:
     for plan, is_equal in ((FASTVAR_PLAN, True), (PruningPlan(), False)):
         resolved = plan.resolve(source.config.schedule, source.config.depth)
         noise = {k: torch.zeros(2, resolved.num_tokens(k)) for k in resolved.steps}
-        logits = generate(model, resolved, torch.tensor([1, 3]), noise, request).logits
+        logits = generate(model, resolved, {"labels": torch.tensor([1, 3])}, noise, request).logits
         assert torch.allclose(logits[4], expected["logits_4"], atol=2e-4) == is_equal

@@ -17,7 +17,8 @@ from conftest import TINY_PATCH_NUMS
 from fastvar_trt.runtime import BackendError, BundleError, Pipeline, RequestError, read_manifest
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, View
-from fastvar_trt.runtime.chain import pad_rows, plan_batches
+from fastvar_trt.runtime.chain import plan_batches
+from fastvar_trt.runtime.conditions import pad_rows
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, GraphSpec
 from fastvar_trt.runtime.noise import uniform_noise
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from scipy import stats
 
-from fastvar_trt.export.models.var import Request, sample
+from fastvar_trt.export.models.base import Request
+from fastvar_trt.export.models.var import sample
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.noise import uniform_noise
 

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import TINY_PLAN
-from fastvar_trt.export.exporter import ExportOptions, ExportReport, VARSource
+from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.sources import VARSource
 from fastvar_trt.export.tensorrt import build
 from fastvar_trt.export.tensorrt.build import build_tensorrt
 from fastvar_trt.export.tensorrt.flavour import RTX_TARGETS, flavour_of

@@ -10,8 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastvar_trt.export.exporter import VARSource
 from fastvar_trt.export.models.checkpoint import load_state_dict
+from fastvar_trt.export.sources import VARSource
 from fastvar_trt.tools.train_demo import training
 from fastvar_trt.tools.train_demo.cli import main
 from fastvar_trt.tools.train_demo.photographs import load_photographs, random_crop
@@ -86,12 +86,12 @@ def test_a_state_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_teacher_forcing_sees_what_the_exported_chain_sees(tmp_path: Path) -> None:
     """The logits of the training pass equal those of the step functions on the same tokens."""
-    from fastvar_trt.export.exporter import ExportOptions, export_var
+    from fastvar_trt.export.exporter import ExportOptions, export_model
     from fastvar_trt.runtime import Pipeline
 
     assert run(tmp_path / "work", tmp_path / "out", *TINY[:1], "1,2,3", *TINY[2:])[0] == 0
     paths = [tmp_path / "out" / name for name in ("var.safetensors", "vae.safetensors")]
-    export_var(VARSource.from_files(*paths), tmp_path / "bundle", ExportOptions())
+    export_model(VARSource.from_files(*paths), tmp_path / "bundle", ExportOptions())
     with Pipeline.load(tmp_path / "bundle") as pipe:
         result = pipe.generate([3], cfg=0.0, greedy=True, return_logits=True)
     config = TrainingConfig(patch_nums=(1, 2, 3), depth=1, width=64)

@@ -22,7 +22,7 @@ import click
 import numpy as np
 
 from fastvar_trt.export.demo import demo_source
-from fastvar_trt.export.exporter import ExportOptions, export_again, export_var, load_bundle_model
+from fastvar_trt.export.exporter import ExportOptions, export_again, export_model, load_bundle_model
 from fastvar_trt.export.targets import build_targets
 from fastvar_trt.export.tensorrt.flavour import RTX_TARGETS
 from fastvar_trt.plugins import oracle
@@ -223,8 +223,8 @@ def _pytorch(bundle: Path) -> Callable[[], None]:
     """One image by eager PyTorch on the GPU, decoder and copy to the host included."""
     import torch
 
+    from fastvar_trt.export.models.base import Request
     from fastvar_trt.export.models.reference import generate
-    from fastvar_trt.export.models.var import Request
 
     if not torch.cuda.is_available():
         raise UnavailableError("PyTorch sees no GPU; install a CUDA build of torch")
@@ -239,7 +239,7 @@ def _pytorch(bundle: Path) -> Callable[[], None]:
         top_p=torch.full((1,), sampling.top_p, device="cuda"),
         greedy=torch.zeros(1, dtype=torch.bool, device="cuda"),
     )
-    labels = torch.zeros(1, dtype=torch.int64, device="cuda")
+    inputs = {name: tensor.to("cuda") for name, tensor in model.example_condition(1).items()}
     kernel = (
         torch.nn.attention.SDPBackend.MATH
         if manifest.precision == "fp32"
@@ -248,7 +248,7 @@ def _pytorch(bundle: Path) -> Callable[[], None]:
 
     def run() -> None:
         with torch.inference_mode(), torch.nn.attention.sdpa_kernel(kernel):
-            model.decode(generate(model, plan, labels, noise, request).f_hat)[1].cpu()
+            model.decode(generate(model, plan, inputs, noise, request).f_hat)[1].cpu()
 
     return run
 
@@ -286,7 +286,7 @@ def main(bundle: Path | None, out: Path, runs: int) -> None:
             if not gpu:
                 raise UnavailableError("no GPU")
             if bundle is None:
-                export_var(demo_source(), bundles["pruned"], ExportOptions(PRESETS[_DEFAULT_PLAN], "fp16"))
+                export_model(demo_source(), bundles["pruned"], ExportOptions(PRESETS[_DEFAULT_PLAN], "fp16"))
             else:
                 export_again(bundle, bundles["pruned"], read_manifest(bundle).plan, batches=(1,))
             export_again(bundles["pruned"], bundles["dense"], PRESETS["none"])

@@ -18,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastvar_trt.export.exporter import DEFAULT_TOP_K, DEFAULT_TOP_P, export_again, load_bundle_model
+from fastvar_trt.export.exporter import export_again, load_bundle_model
+from fastvar_trt.export.models.base import NextScaleModel, Request
 from fastvar_trt.export.models.reference import ChainState
-from fastvar_trt.export.models.var import VAR, Request
+from fastvar_trt.export.models.var import DEFAULT_TOP_K, DEFAULT_TOP_P
+from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import PlanError
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.noise import uniform_noise
@@ -99,7 +101,7 @@ def candidate_plans(
 class _Drawer:
     """A batch of images by eager PyTorch; what plans share is computed once."""
 
-    def __init__(self, model: VAR, labels: Sequence[int], seeds: Sequence[int], cfg: float) -> None:
+    def __init__(self, model: NextScaleModel, labels: Sequence[int], seeds: Sequence[int], cfg: float) -> None:
         self._model, self._labels, self._seeds, self._cfg = model, labels, seeds, cfg
         self._prefixes: dict[tuple[int, int], ChainState] = {}
 
@@ -124,7 +126,7 @@ class _Drawer:
         return dataclasses.replace(state, past=list(state.past), caches=dict(state.caches))
 
     def _run_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
-        state = ChainState.begin(self._model, torch.tensor(self._labels))
+        state = ChainState.begin(self._model, {names.LABELS: torch.tensor(self._labels)})
         full = dataclasses.replace(plan, first_layer=0, last_layer=plan.depth - 1)
         for scale in range(end):
             self._step(state, full, scale)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastvar_trt.export.models.var import VAR, Request, StepOutputs
+from fastvar_trt.export.models.base import NextScaleModel, Request, StepOutputs
 from fastvar_trt.runtime.plan import ResolvedPlan
 
 
@@ -17,29 +17,26 @@ from fastvar_trt.runtime.plan import ResolvedPlan
 class ChainState:
     """What passes from step to step."""
 
-    start: Tensor  # [B2, C]
-    modulations: list[Tensor]  # per layer [B2, 6, C]
-    head_modulation: Tensor  # [B2, 2, C]
+    condition: dict[str, Tensor]  # the outputs of the condition graph
     f_hat: Tensor | None  # fp32 [B, C_vae, h_K, w_K]
     past: list[tuple[Tensor, Tensor]]  # per layer [S, B2, H, D]
-    caches: dict[int, tuple[Tensor, Tensor]]  # per layer [B2, T, C]
+    caches: dict[int, tuple[Tensor, ...]]  # per layer and sublayer [B2, T, C]
 
     @classmethod
-    def begin(cls, model: VAR, labels: Tensor) -> ChainState:
-        """The state before the first step, for class indices int64 [B]."""
-        start, modulations, head_modulation = model.condition(labels)
-        return cls(start, modulations, head_modulation, None, [], {})
+    def begin(cls, model: NextScaleModel, inputs: Mapping[str, Tensor]) -> ChainState:
+        """The state before the first step, for inputs of the condition graph."""
+        return cls(model.condition(inputs), None, [], {})
 
-    def step(self, model: VAR, plan: ResolvedPlan, scale: int, uniform: Tensor, request: Request) -> StepOutputs:
+    def step(
+        self, model: NextScaleModel, plan: ResolvedPlan, scale: int, uniform: Tensor, request: Request
+    ) -> StepOutputs:
         """Run one step and advance the state."""
         first = scale == plan.steps[0]
         outputs = model.step(
             plan,
             scale,
-            start=self.start if first else None,
+            condition=self.condition,
             f_hat=self.f_hat,
-            modulations=self.modulations,
-            head_modulation=self.head_modulation,
             past=self.past,
             caches=self.caches,
             uniform=uniform,
@@ -59,23 +56,30 @@ class ChainState:
 class ReferenceResult:
     """One batch of images by eager PyTorch."""
 
-    tokens: dict[int, Tensor]  # scale -> int32 [B, L]
-    logits: dict[int, Tensor]  # scale -> fp32 [B, L, V]
+    tokens: dict[int, Tensor]  # scale -> int32 [B, L] or uint8 [B, L, bits]
+    logits: dict[int, Tensor]  # scale -> fp32 [B, L, V] or [B, L, bits, 2]
     f_hat: Tensor  # fp32 [B, C_vae, h_K, w_K]
     step_ms: dict[int, float]  # scale -> ms
 
 
 @torch.inference_mode()
 def generate(
-    model: VAR, plan: ResolvedPlan, labels: Tensor, noise: Mapping[int, Tensor], request: Request
+    model: NextScaleModel,
+    plan: ResolvedPlan,
+    inputs: Mapping[str, Tensor],
+    noise: Mapping[int, Tensor],
+    request: Request,
 ) -> ReferenceResult:
     """One batch with KV cache and SDPA, without the decoder.
 
     Args:
-        labels: int64 [B].
-        noise: scale -> fp32 [B, L], U[0, 1).
+        model: the model.
+        plan: its pruning plan.
+        inputs: of the condition graph.
+        noise: scale -> fp32, `UNIFORM` of each step.
+        request: guidance and sampling.
     """
-    state = ChainState.begin(model, labels)
+    state = ChainState.begin(model, inputs)
     tokens, logits, step_ms = {}, {}, {}
     for scale in plan.steps:
         begin = time.perf_counter()

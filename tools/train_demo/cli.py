@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvar_trt.export.exporter import VARSource
 from fastvar_trt.export.folders import replace_folder, temporary_folder
+from fastvar_trt.export.sources import VARSource
 from fastvar_trt.runtime.command import ErrorCommand, integers
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs

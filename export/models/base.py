@@ -1,0 +1,415 @@
+"""What all next-scale models share: a step, its transformer blocks, and what passes from step to step.
+
+A model is a set of stateless functions: condition, one step per scale, decoder. What the official codes keep between
+steps (KV cache, token map, f_hat) is passed in and out here, so that each function is one graph.
+
+In half precision the matrix products, the attention, keys, values and token caches are in half; fp32 stay the residual
+stream (real checkpoints exceed 65504 in it), normalisation, q/k normalisation, token selection, guidance,
+sampling and f_hat.
+
+Dimension letters: B images, B2 = 2B rows (conditional first), L tokens, K kept tokens, S past keys, T cached
+tokens, H heads, D head dim, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvar_trt.plugins.torch_ops import gather_tokens, pivotal_tokens, restore_tokens
+from fastvar_trt.runtime import manifest as names
+from fastvar_trt.runtime.manifest import ModelSpec, SamplingSpec, TensorSpec
+from fastvar_trt.runtime.plan import ResolvedPlan
+
+BLOCK_DOMAIN = "fastvar.block"  # only inside the exporter: block functions are inlined before a graph is written
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec(abc.ABC):
+    """Everything static about one layer of one step; equal specs share one trace."""
+
+    rows: int  # B2
+    height: int
+    width: int
+    num_past: int  # S
+    keep: int | None  # K, or None where all tokens are computed
+    cached_height: int  # of the cache scale; 0 unless `keep` is set
+    cached_width: int
+    writes_cache: bool
+    emits_kv: bool
+    channels: int
+    num_heads: int
+    attn_scale: float
+    norm_eps: float
+    dtype: torch.dtype
+
+    sublayers: ClassVar[tuple[str, ...]]
+
+    @property
+    def num_tokens(self) -> int:
+        """L."""
+        return self.height * self.width
+
+    @property
+    def num_computed(self) -> int:
+        """K, or L where all tokens are computed."""
+        return self.num_tokens if self.keep is None else self.keep
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int, int]:
+        """[K, B2, H, D]."""
+        return self.num_computed, self.rows, self.num_heads, self.channels // self.num_heads
+
+    @property
+    def activations(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what the block takes besides weights."""
+        inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "x": ((self.rows, self.num_tokens, self.channels), torch.float32),
+            "modulation": ((self.rows, 6, self.channels), torch.float32),
+        }
+        past = (self.num_past, *self.kv_shape[1:])
+        if self.num_past:
+            inputs |= {"past_k": (past, self.dtype), "past_v": (past, self.dtype)}
+        if self.keep is not None:
+            cached = (self.rows, self.cached_height * self.cached_width, self.channels)
+            inputs |= {f"cached_{sublayer}": (cached, self.dtype) for sublayer in self.sublayers}
+        return inputs
+
+    @property
+    def shared_weights(self) -> tuple[str, ...]:
+        """Names of the weights that are not the layer's own."""
+        return ("norm.weight",)
+
+    @property
+    @abc.abstractmethod
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of the layer's weights, below `blocks.<layer>.`."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of `run`, in order."""
+        return (*self.activations, *self.shared_weights, *self.weight_names)
+
+    @property
+    def outputs(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+        """Name, shape and dtype of the outputs of `run`, in order."""
+        full = (self.rows, self.num_tokens, self.channels)
+        outputs: list[tuple[str, tuple[int, ...], torch.dtype]] = [("y", full, torch.float32)]
+        if self.emits_kv:
+            outputs += [("new_k", self.kv_shape, self.dtype), ("new_v", self.kv_shape, self.dtype)]
+        if self.writes_cache:
+            outputs += [(f"cache_{sublayer}", full, self.dtype) for sublayer in self.sublayers]
+        return tuple(outputs)
+
+    @abc.abstractmethod
+    def run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """One transformer layer, pruned where `keep` says so.
+
+        Args:
+            tensors: `input_names`: x fp32 [B2, L, C]; modulation fp32 [B2, 6, C] (gamma1, gamma2, 1 + scale1,
+                1 + scale2, shift1, shift2); past_k, past_v [S, B2, H, D]; cached_* [B2, T, C]; norm.weight, fp32
+                ones [C]; weights in torch's [out, in] layout.
+
+        Returns:
+            `outputs`.
+        """
+
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows that a sublayer computes [B2, K, C], and their positions; all of x where nothing is pruned."""
+        if self.keep is None:
+            return x, None
+        indices = pivotal_tokens(x, self.keep)
+        return gather_tokens(x, indices), indices
+
+    def modulated(self, x: Tensor, ones: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Adaptive layer norm of [B2, K, C] by scale and shift [B2, 1, C]: [B2*K, C] in the compute dtype."""
+        normed = F.layer_norm(x, (self.channels,), ones, eps=self.norm_eps) * scale + shift
+        return normed.flatten(0, 1).to(self.dtype)
+
+    def restored(self, y: Tensor, indices: Tensor | None, cached: Tensor | None) -> Tensor:
+        """A sublayer's output over all tokens [B2, L, C] from that of the computed ones [B2, K, C]."""
+        if indices is None or cached is None:
+            return y
+        return restore_tokens(
+            y,
+            indices,
+            cached,
+            h=self.height,
+            w=self.width,
+            cached_h=self.cached_height,
+            cached_w=self.cached_width,
+        )
+
+    def attend(self, tensors: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Self-attention of q, k, v [B2, K, H, D] over past and new keys.
+
+        Returns:
+            the result [B2*K, C], new keys and values [K, B2, H, D].
+        """
+        new_k, new_v = k.transpose(0, 1), v.transpose(0, 1)  # [K, B2, H, D]
+        keys, values = new_k, new_v
+        if self.num_past:
+            keys = torch.cat([tensors["past_k"], keys])  # [S + K, B2, H, D]
+            values = torch.cat([tensors["past_v"], values])
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), scale=self.attn_scale
+        )  # [B2, H, K, D]
+        return attended.transpose(1, 2).reshape(self.rows * self.num_computed, self.channels), new_k, new_v
+
+    def collect(self, x: Tensor, new_k: Tensor, new_v: Tensor, by_sublayer: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """`outputs` of those that the step needs."""
+        outputs: tuple[Tensor, ...] = (x,)
+        if self.emits_kv:
+            outputs += (new_k, new_v)
+        if self.writes_cache:
+            outputs += tuple(by_sublayer)
+        return outputs
+
+
+def block_geometry(plan: ResolvedPlan, scale: int, layer: int) -> dict[str, Any]:
+    """The fields of `BlockSpec` that follow from the plan."""
+    height, width = plan.schedule[scale]
+    pruned = plan.prunes(scale, layer)
+    cached = plan.schedule[plan.cache_scale] if pruned and plan.cache_scale is not None else (0, 0)
+    return {
+        "height": height,
+        "width": width,
+        "num_past": plan.num_past(scale, layer),
+        "keep": plan.kept(scale, layer) if pruned else None,
+        "cached_height": cached[0],
+        "cached_width": cached[1],
+        "writes_cache": plan.writes_cache(scale, layer),
+        "emits_kv": scale != plan.steps[-1],
+    }
+
+
+def l2_normalised(x: Tensor) -> Tensor:
+    """x / ||x|| over the last axis in fp32, the norm clamped as in `F.normalize` (which exports an Expand)."""
+    x = x.float()
+    return x / (x * x).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def linear(tensors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """`F.linear` with the weight and bias of that name."""
+    return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Run-time values of one batch: per image, so that one batch can serve different requests."""
+
+    cfg: Tensor  # fp32 [B]
+    temperature: Tensor  # fp32 [B]
+    top_k: Tensor  # int64 [B], 1..max_top_k; for models that draw from a vocabulary
+    top_p: Tensor  # fp32 [B]
+    greedy: Tensor  # bool [B]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutputs:
+    """What one step computes. Lists are per layer; keys are absent (empty) where the step emits none."""
+
+    tokens: Tensor  # `token_shape`
+    f_hat: Tensor  # fp32 [B, C_vae, h_K, w_K]
+    logits: Tensor  # fp32, `logits_shape`
+    new_kv: list[tuple[Tensor, Tensor]]  # [K, B2, H, D]
+    caches: dict[int, tuple[Tensor, ...]]  # layer -> per sublayer [B2, T, C]
+
+
+class NextScaleModel(nn.Module, abc.ABC):
+    """A next-scale model with its decoder, over the deployment tensors of a bundle.
+
+    Parameters carry the tensors' names; they are created by `load_tensors`, without a copy.
+    """
+
+    sublayers: ClassVar[tuple[str, ...]]
+
+    def __init__(self, schedule: tuple[tuple[int, int], ...], depth: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.schedule = schedule  # (height, width) of the token map per scale
+        self.depth = depth
+        self.dtype = dtype
+        self.image_decoder: nn.Module
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> NextScaleModel:
+        """Take the tensors as parameters, by name; nothing is copied."""
+        with torch.device("meta"):
+            self.image_decoder = self.new_decoder()
+        expected = self.image_decoder.state_dict()
+        self.image_decoder.load_state_dict({key: tensors[key] for key in expected}, assign=True)
+        for key, tensor in tensors.items():
+            if key in expected:
+                continue
+            *path, leaf = key.split(".")
+            module: nn.Module = self
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        return self.requires_grad_(False).eval()
+
+    def weight(self, name: str) -> Tensor:
+        """The parameter of that name."""
+        return self.get_parameter(name)
+
+    # What the graphs take and give, apart from keys, values and caches.
+
+    @abc.abstractmethod
+    def model_spec(self) -> ModelSpec:
+        """Sizes for the manifest."""
+
+    @abc.abstractmethod
+    def sampling_spec(self) -> SamplingSpec:
+        """Sampling limits and defaults for the manifest."""
+
+    @abc.abstractmethod
+    def configs(self) -> dict[str, Any]:
+        """What the exporter needs to make this model again, as JSON."""
+
+    @abc.abstractmethod
+    def condition_inputs(self, batch: int) -> tuple[TensorSpec, ...]:
+        """Inputs of the condition graph."""
+
+    @abc.abstractmethod
+    def condition_outputs(self, batch: int) -> tuple[TensorSpec, ...]:
+        """Outputs of the condition graph, all of which the steps take; `START` only the first."""
+
+    @abc.abstractmethod
+    def example_condition(self, batch: int) -> dict[str, Tensor]:
+        """Inputs of the condition graph to compare graphs with, the same in every run."""
+
+    @abc.abstractmethod
+    def f_hat_shape(self) -> tuple[int, int, int]:
+        """[C_vae, h_K, w_K]."""
+
+    @abc.abstractmethod
+    def token_spec(self, scale: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape per image, and dtype, of what a step draws."""
+
+    @abc.abstractmethod
+    def logits_shape(self, scale: int) -> tuple[int, ...]:
+        """Shape per image."""
+
+    @abc.abstractmethod
+    def request_inputs(self, scale: int) -> tuple[str, ...]:
+        """Those of `REQUEST_INPUTS` that a step takes."""
+
+    # What is computed.
+
+    @abc.abstractmethod
+    def new_decoder(self) -> nn.Module:
+        """The decoder, its parameters in the names of the deployment tensors."""
+
+    @abc.abstractmethod
+    def condition(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Everything that depends on the condition only: `condition_inputs` -> `condition_outputs`."""
+
+    @abc.abstractmethod
+    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> BlockSpec:
+        """The static part of one layer of one step."""
+
+    def block_condition(self, condition: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+        """What a block takes of the condition."""
+        return {"modulation": condition[names.modulation(layer)]}
+
+    @abc.abstractmethod
+    def embed(self, condition: Mapping[str, Tensor], f_hat: Tensor | None, scale: int) -> Tensor:
+        """The token map that a step starts from, fp32 [B2, L, C]."""
+
+    @abc.abstractmethod
+    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor) -> Tensor:
+        """Guided logits fp32 [B, *logits_shape] of [B2, L, C]."""
+
+    @abc.abstractmethod
+    def draw(self, logits: Tensor, uniform: Tensor, request: Request) -> Tensor:
+        """One draw per position, in any dtype."""
+
+    @abc.abstractmethod
+    def accumulate(self, drawn: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
+        """f_hat with this scale's codes added."""
+
+    def step(
+        self,
+        plan: ResolvedPlan,
+        scale: int,
+        *,
+        condition: Mapping[str, Tensor],
+        f_hat: Tensor | None,
+        past: Sequence[tuple[Tensor, Tensor]],
+        caches: Mapping[int, tuple[Tensor, ...]],
+        uniform: Tensor,
+        request: Request,
+        block_names: Mapping[BlockSpec, str] | None = None,
+    ) -> StepOutputs:
+        """One scale.
+
+        Args:
+            plan: the pruning plan, resolved for this model.
+            scale: which one.
+            condition: the outputs of the condition graph.
+            f_hat: fp32 [B, C_vae, h_K, w_K]; None at the first scale.
+            past: per layer keys and values [S, B2, H, D]; empty at the first scale.
+            caches: per pruned layer the sublayers' outputs at the cache scale [B2, T, C]; pruned scales only.
+            uniform: fp32 [B, *token shape].
+            request: guidance and sampling.
+            block_names: while tracing, the name of the custom node that stands for each block.
+        """
+        x = self.embed(condition, f_hat, scale)
+        new_kv: list[tuple[Tensor, Tensor]] = []
+        new_caches: dict[int, tuple[Tensor, ...]] = {}
+        for layer in range(self.depth):
+            spec = self.block_spec(plan, scale, layer, 2 * uniform.shape[0])
+            tensors = {"x": x, **self.block_condition(condition, layer)}
+            tensors |= {name: self.weight(name) for name in spec.shared_weights}
+            tensors |= {name: self.weight(f"blocks.{layer}.{name}") for name in spec.weight_names}
+            if spec.num_past:
+                tensors["past_k"], tensors["past_v"] = past[layer]
+            if spec.keep is not None:
+                tensors |= {f"cached_{name}": t for name, t in zip(spec.sublayers, caches[layer], strict=True)}
+            outputs = _call_block(spec, tensors, block_names)
+            x = outputs[0]
+            if spec.emits_kv:
+                new_kv.append((outputs[1], outputs[2]))
+            if spec.writes_cache:
+                new_caches[layer] = outputs[-len(spec.sublayers) :]
+
+        logits = self.logits(x, condition, scale, request.cfg)
+        drawn = self.draw(logits, uniform, request)
+        f_hat = self.accumulate(drawn, f_hat, scale)
+        # A token looks sound whatever it was drawn from: what is not finite is carried on in f_hat.
+        f_hat = f_hat + logits.flatten(1).sum(dim=1)[:, None, None, None] * 0.0
+        return StepOutputs(drawn.to(self.token_spec(scale)[1]), f_hat, logits, new_kv, new_caches)
+
+    def decode(self, f_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 [B, C_vae, h_K, w_K] -> image fp32 [B, 3, H, W] in [0, 1], pixels uint8 [B, H, W, 3]."""
+        if self.dtype != torch.float32 and f_hat.device.type == "cpu" and not torch.onnx.is_in_onnx_export():
+            # PyTorch's half-precision convolutions on the CPU are a hundred times slower than its fp32 ones.
+            weights = {name: parameter.float() for name, parameter in self.image_decoder.named_parameters()}
+            image, pixels = torch.func.functional_call(self.image_decoder, weights, (f_hat,))
+        else:
+            image, pixels = self.image_decoder(f_hat)
+        return image, pixels
+
+
+def _call_block(
+    spec: BlockSpec, tensors: Mapping[str, Tensor], block_names: Mapping[BlockSpec, str] | None
+) -> tuple[Tensor, ...]:
+    """The block's outputs; while tracing a step, one custom node in its place."""
+    if block_names is None:
+        return spec.run(tensors)
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{BLOCK_DOMAIN}::{block_names[spec]}",
+            [tensors[name] for name in spec.input_names],
+            dtypes=[dtype for _, _, dtype in spec.outputs],
+            shapes=[shape for _, shape, _ in spec.outputs],
+            version=1,
+        )
+    )
