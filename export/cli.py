@@ -11,7 +11,7 @@ import click
 
 from fastvar_trt.runtime.command import ErrorCommand, integers
 from fastvar_trt.runtime.errors import CheckpointError, ExportError
-from fastvar_trt.runtime.plan import PRESETS, load_plan
+from fastvar_trt.runtime.plan import INFINITY_SIZES, PRESETS, infinity_preset, load_plan
 
 _DEFAULT_PLANS = {"demo": "fastvar-demo", "var": "fastvar-var"}
 _EXAMPLES = """
@@ -22,7 +22,25 @@ Examples:
   fastvar-export var --checkpoint var_d16.pth --vae vae_ch160v4096z32.pth --out out/d16
   fastvar-export var --checkpoint var_d36.pth --vae vae_ch160v4096z32.pth \\
       --prune my_plan.json --precision fp16 --batch 1,4 --out out/d36 --target sm86,sm89
+  fastvar-export infinity --checkpoint infinity_2b_reg.pth --vae infinity_vae_d32reg.pth --pn 1M --h-div-w 1.333 \\
+      --precision fp16 --out out/infinity_1m
 """
+
+
+class _Aspect(click.ParamType):
+    """`W:H` as height over width."""
+
+    name = "W:H"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """`16:9` -> 0.5625."""
+        if isinstance(value, float):
+            return value
+        try:
+            width, height = (float(part) for part in value.split(":"))
+            return height / width
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"got {value!r}, expected two numbers as in 4:3", param, ctx)
 
 
 class _Progress:
@@ -58,21 +76,28 @@ class _Progress:
 
 
 @click.command(cls=ErrorCommand, epilog=_EXAMPLES)
-@click.argument("model", type=click.Choice(["demo", "var", "bundle"]))
+@click.argument("model", type=click.Choice(["demo", "var", "infinity", "bundle"]))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="var_d16.pth ... var_d36.pth, or .safetensors.")
-@click.option("--vae", type=click.Path(path_type=Path), help="vae_ch160v4096z32.pth, or .safetensors.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="The official file, or a folder of shards.")
+@click.option("--vae", type=click.Path(path_type=Path), help="The official file of its VAE.")
 @click.option("--from", "bundle", type=click.Path(path_type=Path), help="The bundle whose weights get another plan.")
 @click.option("--config", help="JSON of what state dicts do not tell: num_heads, patch_nums, quant_resi (0.5).")
 @click.option(
     "--prune",
-    help=f"Pruning plan: a preset ({', '.join(PRESETS)}) or a JSON file. Default: fastvar-var; for demo, fastvar-demo.",
+    help=f"Pruning plan: a preset ({', '.join(PRESETS)}) or a JSON file. Default: the model's own preset.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Default: fp32; with --from, its own.")
 @click.option(
     "--batch", "batches", type=integers(), help="Batch sizes: N or N,N,...  Default: 1; with --from, its own."
 )
 @click.option("--max-top-k", type=click.IntRange(0), help="Bound of top-k; 0: no bound. Default: 900.")
+@click.option("--pn", type=click.Choice(INFINITY_SIZES), help="Infinity: pixels of the image. Default: 1M.")
+@click.option("--h-div-w", type=float, help="Infinity: height over width. Default: 1.")
+@click.option("--aspect", type=_Aspect(), help="Infinity: width to height as W:H, the same said otherwise.")
+@click.option("--text-length", type=click.IntRange(1), help="Infinity: longest prompt in tokens. Default: the model's.")
+@click.option(
+    "--text-encoder", type=click.Path(path_type=Path), help="Infinity: Hugging Face folder of flan-t5, for prompts."
+)
 @click.option("--target", "targets", metavar="T,T,...", help="Also build for these targets, as `fastvar build` does.")
 @click.option("--force", is_flag=True, help="Replace the bundle that is there.")
 def main(
@@ -86,31 +111,45 @@ def main(
     precision: str | None,
     batches: tuple[int, ...] | None,
     max_top_k: int | None,
+    pn: str | None,
+    h_div_w: float | None,
+    aspect: float | None,
+    text_length: int | None,
+    text_encoder: Path | None,
     targets: str | None,
     force: bool,
 ) -> None:
     """Export a next-scale model to a bundle: one ONNX graph per scale step.
 
-    MODEL is `var` for an official VAR checkpoint, `demo` for the small model that comes with the package, or `bundle`
-    for the weights of a bundle with another pruning plan: only the graphs that it changes are traced.
+    MODEL is `var` or `infinity` for an official checkpoint, `demo` for the small model that comes with the package, or
+    `bundle` for the weights of a bundle with another pruning plan: only the graphs that it changes are traced.
     """
-    if model == "var" and (checkpoint is None or vae is None):
-        raise click.UsageError("MODEL var needs --checkpoint and --vae")
-    if model != "var" and (checkpoint is not None or vae is not None or config is not None):
-        raise click.UsageError(f"MODEL {model} takes no --checkpoint, --vae or --config")
+    if model in ("var", "infinity") and (checkpoint is None or vae is None):
+        raise click.UsageError(f"MODEL {model} needs --checkpoint and --vae")
+    if model in ("demo", "bundle") and (checkpoint is not None or vae is not None):
+        raise click.UsageError(f"MODEL {model} takes no --checkpoint or --vae")
+    if model != "var" and config is not None:
+        raise click.UsageError(f"MODEL {model} takes no --config")
+    if model != "infinity" and any(option is not None for option in (pn, h_div_w, aspect, text_length, text_encoder)):
+        raise click.UsageError(f"MODEL {model} takes no --pn, --h-div-w, --aspect, --text-length or --text-encoder")
+    if h_div_w is not None and aspect is not None:
+        raise click.UsageError("--h-div-w and --aspect say the same; give one of them")
+    if model == "infinity" and max_top_k is not None:
+        raise click.UsageError("MODEL infinity draws bits, which have two values: it takes no --max-top-k")
     if (model == "bundle") != (bundle is not None):
         raise click.UsageError("MODEL bundle needs --from, and no other takes it")
     if model == "bundle" and (precision is not None or max_top_k is not None):
         raise click.UsageError("MODEL bundle keeps the precision and the top-k of its graphs")
     if model == "bundle" and prune is None:
         raise click.UsageError("MODEL bundle needs --prune")
-    plan = load_plan(prune or _DEFAULT_PLANS[model])
+    default_plan = infinity_preset(pn or "1M") if model == "infinity" else _DEFAULT_PLANS.get(model)
+    plan = load_plan(prune or str(default_plan))
     overrides = _read_config(config)
     try:
         from fastvar_trt.export import exporter
         from fastvar_trt.export.demo import demo_source
         from fastvar_trt.export.models.var import DEFAULT_TOP_K
-        from fastvar_trt.export.sources import Source, VARSource
+        from fastvar_trt.export.sources import InfinitySource, Source, VARSource
         from fastvar_trt.export.targets import build_targets, parse_targets
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
@@ -123,8 +162,13 @@ def main(
         if bundle is not None:
             report = exporter.export_again(bundle, out, plan, batches=batches, force=force, progress=progress)
         else:
-            if checkpoint is not None and vae is not None:
-                source: Source = VARSource.from_files(checkpoint, vae, overrides)
+            if model == "infinity" and checkpoint is not None and vae is not None:
+                ratio = h_div_w or aspect or 1.0
+                source: Source = InfinitySource.from_files(
+                    checkpoint, vae, pn or "1M", ratio, text_length, text_encoder
+                )
+            elif checkpoint is not None and vae is not None:
+                source = VARSource.from_files(checkpoint, vae, overrides)
             else:
                 source = demo_source()
             top_k = DEFAULT_TOP_K if max_top_k is None else max_top_k

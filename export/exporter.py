@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.base import NextScaleModel, Request
+from fastvar_trt.export.models.infinity import Infinity
 from fastvar_trt.export.models.reference import ChainState
 from fastvar_trt.export.models.var import DEFAULT_TOP_K, VAR
 from fastvar_trt.export.sources import Source
-from fastvar_trt.export.tracing import GraphFunction, build_graph, chain_functions, save_graph
+from fastvar_trt.export.tracing import GraphFunction, build_graph, chain_functions, save_graph, text_function
 from fastvar_trt.export.validation import GraphError, compare_with_torch, run_in_onnxruntime
 from fastvar_trt.export.weights_file import TensorPlace, layout, map_weights, read_layout, write_weights
 from fastvar_trt.plugins import DOMAIN, VERSION
@@ -44,7 +45,7 @@ from fastvar_trt.runtime.plan import PRESETS, PruningPlan, ResolvedPlan
 
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PHASES = ("trace", "check", "compare")
-_MODELS: Mapping[str, type[VAR]] = {"var": VAR}
+_MODELS: Mapping[str, type[VAR] | type[Infinity]] = {"var": VAR, "infinity": Infinity}
 _REFERENCE_POSITIONS = 64  # of the logits that the reference keeps per step
 _FREE_SPACE_MARGIN = 64 << 20  # graphs, reference and manifest
 
@@ -96,6 +97,7 @@ def export_model(
     options.plan.resolve(model.schedule, model.depth)  # an error before anything is written
     with _new_bundle(out, force) as folder:
         places = _write_weights(source, folder, options)
+        source.copy_files(folder)
         model.load_tensors(map_weights(folder))
         return _write_graphs(model, places, folder, options, progress)
 
@@ -145,14 +147,17 @@ def export_again(
     plan.resolve(manifest.schedule, manifest.model.depth)
     options = ExportOptions(plan, manifest.precision, batches or manifest.batches, manifest.sampling.max_top_k)
     _check_options(options)
-    there = {
-        function.spec.file: (function, bundle / function.spec.file)
+    functions = [
+        function
         for batch in manifest.batches
-        if manifest.tools == _tool_versions()  # another release traces other graphs
-        for function in chain_functions(model, manifest.resolved_plan, batch)
-    }
+        for function in (text_function(model), *chain_functions(model, manifest.resolved_plan, batch))
+        if function is not None and manifest.tools == _tool_versions()  # another release traces other graphs
+    ]
+    there = {function.spec.file: (function, bundle / function.spec.file) for function in functions}
     with _new_bundle(out, force) as folder:
-        shutil.copyfile(bundle / WEIGHTS_FILE, folder / WEIGHTS_FILE)  # onnx.checker refuses hard links
+        for name in (WEIGHTS_FILE, names.TOKENIZER_FILE):
+            if name in manifest.files:
+                shutil.copyfile(bundle / name, folder / name)  # onnx.checker refuses hard links
         return _write_graphs(model, read_layout(folder), folder, options, progress, there)
 
 
@@ -228,6 +233,9 @@ def _export_chain(
     state: ChainState | None = None
     errors = {}
     functions = chain_functions(model, plan, batch)
+    text = text_function(model) if write_reference else None  # the same for all batch sizes
+    if text is not None:
+        functions.insert(0, text)
     for function in functions:
         spec = function.spec
         progress(spec.file, PHASES[0])
@@ -251,8 +259,9 @@ def _export_chain(
             outputs = state.step(model, plan, spec.scale, uniform, greedy)
             reference[f"step_{spec.scale:02d}"] = outputs.tokens.numpy()
             reference[f"logits_{spec.scale:02d}"] = outputs.logits[:, :_REFERENCE_POSITIONS].numpy()
-        else:
-            reference["f_hat"], reference["image"] = inputs[names.F_HAT].numpy(), expected[names.IMAGE].numpy()
+        elif spec.kind == "decoder":
+            assert state is not None and state.f_hat is not None
+            reference["f_hat"], reference["image"] = state.f_hat.numpy(), model.decode(state.f_hat)[0].numpy()
         progress(spec.file, "done")
     if write_reference:
         np.savez(folder / REFERENCE_FILE, allow_pickle=False, **reference)
@@ -280,8 +289,15 @@ def _graph_inputs(
 ) -> dict[str, Tensor]:
     """The inputs of one graph out of the state that PyTorch has reached."""
     spec = function.spec
+    if spec.kind == "text_encoder":
+        return model.example_text()
     if state is None:
         return dict(condition)
+    if spec.kind == "decoder":
+        # Not what the chain has drawn: of an untrained model that is nearly constant, and the decoder's normalisation
+        # then magnifies rounding until nothing can be compared.
+        shape = spec.inputs[0].shape
+        return {names.F_HAT: torch.randn(shape, generator=torch.Generator().manual_seed(0))}
     request = _request(model, spec.batch, greedy=False)
     available = dict(state.condition)
     if state.f_hat is not None:

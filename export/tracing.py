@@ -120,6 +120,15 @@ def chain_functions(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> li
     return [GraphFunction(condition, run_condition, ()), *steps, GraphFunction(decoder, run_decoder, ())]
 
 
+def text_function(model: NextScaleModel) -> GraphFunction | None:
+    """The text encoder, of models that have one; the same for all batch sizes."""
+    specs = model.text_specs()
+    if specs is None:
+        return None
+    graph = GraphSpec(names.graph_file("text_encoder", 1), "text_encoder", 1, None, *specs)
+    return GraphFunction(graph, lambda tensors, _: model.encode_text(tensors), ())
+
+
 def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int) -> GraphFunction:
     specs = [model.block_spec(plan, scale, layer, 2 * batch) for layer in range(model.depth)]
     graph = _step_spec(model, plan, scale, batch, specs)

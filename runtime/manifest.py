@@ -22,6 +22,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 REFERENCE_FILE = "reference.npz"  # what PyTorch computed at export; `fastvar verify` compares with it
+TOKENIZER_FILE = "tokenizer.json"  # of the text encoder
 ENGINES_FOLDER = "engines"
 ENGINES_FILE = "engines.json"
 
@@ -35,6 +36,9 @@ START = "start"  # [B2, C], condition embedding: the first token map before posi
 HEAD_MODULATION = "head_modulation"  # [B2, 2, C]
 F_HAT = "f_hat"  # fp32 [B, C_vae, h_K, w_K], accumulated token features
 F_HAT_OUT = "f_hat_out"  # the same after this step (a graph's input and output cannot share one name)
+TOKEN_IDS = "token_ids"  # int64 [1, T], of one prompt, padded
+TOKEN_COUNT = "token_count"  # int64 [1], how many of them are tokens
+ENCODED = "encoded"  # fp32 [1, T, C_text], what the text encoder makes of them
 UNIFORM = "uniform"  # fp32 [B, L] or [B, L, bits], U(0, 1), one per draw
 CFG = "cfg"  # fp32 [B]
 TEMPERATURE = "temperature"  # fp32 [B]
@@ -133,7 +137,7 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class GraphSpec:
-    """One ONNX graph of the bundle: `kind` is condition, step or decoder; `scale` is set for steps."""
+    """One ONNX graph of the bundle: `kind` is text_encoder, condition, step or decoder; `scale` is set for steps."""
 
     file: str
     kind: str
@@ -211,6 +215,11 @@ class Manifest:
         """The pruning plan in absolute terms."""
         return self.plan.resolve(self.schedule, self.model.depth)
 
+    @property
+    def text_encoder(self) -> GraphSpec | None:
+        """The graph that encodes one prompt, of text models that were exported with their encoder."""
+        return next((g for g in self.graphs if g.kind == "text_encoder"), None)
+
     def chain(self, batch: int) -> tuple[GraphSpec, ...]:
         """Condition, steps in order, decoder, for one batch size."""
         graphs = [g for g in self.graphs if g.batch == batch]
@@ -244,11 +253,14 @@ class Manifest:
         steps = self.resolved_plan.steps
         of_one_batch = [("condition", None), *(("step", k) for k in steps), ("decoder", None)]
         expected = [(batch, kind, scale) for batch in self.batches for kind, scale in of_one_batch]
+        if self.text_encoder is not None:
+            expected.append((1, "text_encoder", None))
         found = [(g.batch, g.kind, g.scale) for g in self.graphs]
         for graph in [*expected, *found]:
             if found.count(graph) != expected.count(graph):
                 raise ValueError(f"graphs: got {found.count(graph)} of {graph}, expected {expected.count(graph)}")
-        for name in (WEIGHTS_FILE, REFERENCE_FILE, *(g.file for g in self.graphs)):
+        tokenizer = () if self.text_encoder is None else (TOKENIZER_FILE,)
+        for name in (WEIGHTS_FILE, REFERENCE_FILE, *tokenizer, *(g.file for g in self.graphs)):
             if name not in self.files:
                 raise ValueError(f"files: {name} is missing")
 

@@ -19,6 +19,7 @@ from fastvar_trt.runtime.conditions import ClassCondition, Condition, TextCondit
 from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.manifest import Manifest, check_files, read_manifest
 from fastvar_trt.runtime.noise import MAX_SEED, uniform_noise
+from fastvar_trt.runtime.text import TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Pipeline:
         self.backend = backend
         self._lock = threading.Lock()
         self._chains: dict[int, Chain] = {}
+        self._text_encoder: TextEncoder | None = None
         self._closed = False
         self._noise_shapes = {
             graph.scale: spec.shape[1:]
@@ -105,6 +107,8 @@ class Pipeline:
             backend.open(path, manifest.precision, check_hashes=check == "full")
             for batch in manifest.batches:
                 pipeline._chains[batch] = Chain(backend, manifest, batch)
+            if manifest.text_encoder is not None:
+                pipeline._text_encoder = TextEncoder(backend, path, manifest)
         except BaseException:
             backend.close()
             raise
@@ -138,6 +142,8 @@ class Pipeline:
         self,
         labels: Sequence[int] | None = None,
         *,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str | None] | None = None,
         text_features: Sequence[NDArray[Any]] | None = None,
         negative_text_features: Sequence[NDArray[Any] | None] | None = None,
         seeds: int | Sequence[int] = 0,
@@ -156,8 +162,10 @@ class Pipeline:
 
         Args:
             labels: N class indices, for a model of classes.
-            text_features: N arrays [tokens, width], the text encoder's last hidden state without padding, for a model
-                of text.
+            prompts: N texts, for a model of text whose bundle has its text encoder.
+            negative_prompts: N texts to keep away from; None or empty, for all or for one: the model's own.
+            text_features: in place of prompts: N arrays [tokens, width], the text encoder's last hidden state without
+                padding.
             negative_text_features: the same of N negative prompts; None, for all or for one: the model's own.
             seeds: one per image, or one for all: then image i gets seed + i.
             cfg: guidance scale; default: the manifest's. VAR ramps it linearly over the scales; for Infinity it may
@@ -175,6 +183,10 @@ class Pipeline:
             RequestError: a value out of range; the message gives the range.
             BackendError: the backend failed, or the model's logits were not finite.
         """
+        if prompts is not None or negative_prompts is not None:
+            if text_features is not None or negative_text_features is not None:
+                raise RequestError("give prompts or text_features, not both")
+            text_features, negative_text_features = self.encode(prompts, negative_prompts)
         condition = self._condition(labels, text_features, negative_text_features)
         count = len(condition)
         request = self._request(count, cfg, temperature, top_k, top_p, greedy)
@@ -210,6 +222,40 @@ class Pipeline:
                 )
         return _merge(outputs, count)
 
+    def encode(
+        self, prompts: Sequence[str] | None, negative_prompts: Sequence[str | None] | None = None
+    ) -> tuple[list[NDArray[Any]], list[NDArray[Any] | None] | None]:
+        """The text encoder's features of prompts, as `generate` takes them; to draw of one prompt many times.
+
+        Raises:
+            RequestError: a bundle without text encoder, or a prompt that is empty or too long.
+        """
+        if self._text_encoder is None:
+            what = (
+                "draws classes: give labels"
+                if self.manifest.model.family == "var"
+                else "has no text encoder: give text_features, or export with --text-encoder"
+            )
+            raise RequestError(f"this bundle {what}")
+        if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
+            raise RequestError(f"prompts: got {prompts!r}, expected a list of at least one text")
+        if negative_prompts is not None and (
+            isinstance(negative_prompts, str) or len(negative_prompts) != len(prompts)
+        ):
+            raise RequestError(f"negative_prompts: expected a list of one per prompt ({len(prompts)})")
+        encoder = self._text_encoder
+        ids = [encoder.token_ids(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        negative_ids = [
+            encoder.token_ids(prompt, f"negative prompt {i}") if prompt else None
+            for i, prompt in enumerate(negative_prompts or ())
+        ]
+        with self._lock:
+            if self._closed:
+                raise RequestError("the pipeline is closed; load the bundle again")
+            features = [encoder.encode(item) for item in ids]
+            negatives = [None if item is None else encoder.encode(item) for item in negative_ids]
+        return features, negatives if negative_prompts is not None else None
+
     def _condition(
         self,
         labels: Sequence[int] | None,
@@ -222,7 +268,7 @@ class Pipeline:
                 raise RequestError("this bundle draws classes: give labels, and no text")
             return ClassCondition.of(model, labels)
         if text_features is None or labels is not None:
-            raise RequestError("this bundle draws from text: give text_features, and no labels")
+            raise RequestError("this bundle draws from text: give prompts or text_features, and no labels")
         return TextCondition.of(model, text_features, negative_text_features)
 
     def _request(

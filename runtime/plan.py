@@ -37,7 +37,7 @@ class ResolvedPlan:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The scales that run, in order; skipped scales are always the last ones."""
+        """The scales that run, in order."""
         return tuple(k for k in range(len(self.schedule)) if self.num_kept[k] > 0)
 
     def is_pruned(self, scale: int) -> bool:
@@ -72,7 +72,7 @@ class PruningPlan:
         cache_scale: the scale whose outputs restore the pruned tokens; must run unpruned, before the first
             pruned one. None where nothing is pruned.
         first_layer: first pruned layer (negative: from the end).
-        last_layer: last pruned layer, inclusive (negative: from the end).
+        last_layer: last pruned layer, inclusive (negative: from the end; beyond the model's depth: its last).
         score: the selection score; `mse_to_mean` is FastVAR's.
     """
 
@@ -108,7 +108,7 @@ class PruningPlan:
         if self.score not in SCORES:
             raise PlanError(f"plan {self.name!r}: score: got {self.score!r}, expected one of {', '.join(SCORES)}")
         first_layer = self._place("first_layer", self.first_layer, depth)
-        last_layer = self._place("last_layer", self.last_layer, depth)
+        last_layer = self._place("last_layer", min(self.last_layer, depth - 1), depth)
         if first_layer > last_layer:
             raise PlanError(
                 f"plan {self.name!r}: first_layer {self.first_layer} comes after last_layer {self.last_layer} "
@@ -118,12 +118,8 @@ class PruningPlan:
         running = [k for k in range(num_scales) if num_kept[k] > 0]
         if not running:
             raise PlanError(f"plan {self.name!r}: every scale is skipped; keep at least the first")
-        if running != list(range(len(running))):
-            skipped = next(k for k in range(num_scales) if num_kept[k] == 0)
-            raise PlanError(
-                f"plan {self.name!r}: scale {skipped} is skipped but scale {running[-1]} is not; only the last "
-                "scales can be skipped"
-            )
+        if running[0] != 0:
+            raise PlanError(f"plan {self.name!r}: scale 0 is skipped; it is what the condition enters by")
         pruned = [k for k in running if num_kept[k] < lengths[k]]
         cache_scale = None
         if pruned:
@@ -215,20 +211,47 @@ class PruningPlan:
         )
 
 
+def _infinity(name: str, fractions: tuple[tuple[int, float], ...], cache_scale: int) -> PruningPlan:
+    return PruningPlan(name, fractions, cache_scale, first_layer=3, last_layer=27)
+
+
 # `fastvar-var`: FastVAR's fractions for Infinity's last two computed scales, on VAR's last two; the first layers stay
 # dense, as there. Chosen for speed on models of official size (benchmarks/results); what it costs in quality was
 # measured on the demo model only, where it is too much (benchmarks/results/tune_demo.md).
 # `fastvar-demo`: what `fastvar tune` chose on the demo model.
+# `fastvar-infinity`: as published for 1024x1024 (`fastvar_utils.py`: 0.4 of 32x32 and 0.5 of 40x40, cache of 24x24,
+# 48x48 and 64x64 skipped, layers 3 to 27), by place, so for every aspect ratio. The smaller sizes are what the
+# published code does there. For `-2K` and `-4M` nothing was published: what is skipped and pruned below them stays, and
+# of the last scale a quarter is computed.
 PRESETS: Mapping[str, PruningPlan] = {
-    "none": PruningPlan(),
-    "fastvar-var": PruningPlan(
-        name="fastvar-var",
-        fractions=((-2, 0.4), (-1, 0.5)),
-        cache_scale=-3,
-        first_layer=2,
-    ),
-    "fastvar-demo": PruningPlan(name="fastvar-demo", fractions=((-1, 0.5),), cache_scale=-2, first_layer=4),
+    plan.name: plan
+    for plan in (
+        PruningPlan(),
+        PruningPlan("fastvar-var", ((-2, 0.4), (-1, 0.5)), cache_scale=-3, first_layer=2),
+        PruningPlan("fastvar-demo", ((-1, 0.5),), cache_scale=-2, first_layer=4),
+        _infinity("fastvar-infinity", ((9, 0.4), (10, 0.5), (11, 1.0), (12, 1.0)), 8),
+        _infinity("fastvar-infinity-0.25M", ((9, 0.4),), 8),
+        _infinity("fastvar-infinity-0.60M", ((9, 0.4), (10, 0.5), (11, 1.0)), 8),
+        _infinity("fastvar-infinity-2K", ((9, 0.4), (10, 0.5), (11, 1.0), (12, 1.0), (13, 0.75)), 8),
+        _infinity("fastvar-infinity-4M", ((9, 0.4), (10, 0.5), (11, 1.0), (12, 1.0), (13, 1.0), (14, 0.75)), 8),
+    )
 }
+_OF_SIZE: Mapping[str, str] = {
+    "0.06M": "none",
+    "0.25M": "fastvar-infinity-0.25M",
+    "0.60M": "fastvar-infinity-0.60M",
+    "1M": "fastvar-infinity",
+    "2K": "fastvar-infinity-2K",
+    "4M": "fastvar-infinity-4M",
+}
+
+
+INFINITY_SIZES = tuple(_OF_SIZE)  # Infinity's `pn`, and two sizes beyond
+
+
+def infinity_preset(size: str) -> str:
+    """The preset for a size (`pn`) of Infinity."""
+    return _OF_SIZE[size]
 
 
 def load_plan(preset_or_file: str) -> PruningPlan:

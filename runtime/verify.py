@@ -24,6 +24,7 @@ MAX_SELECTION_CHANGED: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.03, "bf16
 # Share of the positions of a pruned step whose logits may be off: those that a selection has swapped at some layer.
 MAX_POSITIONS_SWAPPED: Mapping[str, float] = {"fp32": 0.02, "fp16": 0.1, "bf16": 0.3}
 
+_GREY_LEVEL = 1 / 255  # in pictures that are nearly constant the decoder's normalisation magnifies rounding
 _CONDITION = (names.LABELS, names.TEXT_FEATURES, names.TEXT_LENGTHS, names.NEGATIVE)
 
 
@@ -140,9 +141,10 @@ def _verify_batch(pipeline: Pipeline, batch: int, images: Mapping[str, NDArray[A
         f_hat = reference["f_hat"][same]
         f_hat_error = float(np.abs(result.f_hat[same] - f_hat).max() / np.abs(f_hat).max())
         image_error = float(np.abs(result.float_images - reference["image"])[same].max())
-        for what, error in (("f_hat", f_hat_error), ("image", image_error)):
-            if not error <= tolerance:
-                failures.append(f"batch {batch}, {what}: differs by {error:.3g}; {precision} allows {tolerance:g}")
+        allowed = max(tolerance, _GREY_LEVEL)
+        for what, error, limit in (("f_hat", f_hat_error, tolerance), ("image", image_error, allowed)):
+            if not error <= limit:
+                failures.append(f"batch {batch}, {what}: differs by {error:.3g}; {precision} allows {limit:.3g}")
     return Verification(tuple(steps), f_hat_error, image_error, batch, int(same.sum()), tuple(failures))
 
 

@@ -229,7 +229,10 @@ def test_pipelines_of_one_process_do_not_disturb_each_other(tiny_bundle: Path, p
         ({"labels": [1], "seeds": -1}, "seed: got -1, expected 0 to"),
         ({"labels": [1], "seeds": 2**64}, "seed: got 18446744073709551616"),
         ({"labels": [1], "cfg": float("nan")}, "cfg: got nan, expected finite numbers"),
-        ({"labels": [1, 2], "cfg": [1.0, 2.0, 3.0]}, r"cfg: got \(3,\), expected one value or one per image \(2\)"),
+        (
+            {"labels": [1, 2], "cfg": [1.0, 2.0, 3.0]},
+            r"cfg: got \(3,\), expected one value, one per image \(2\), or per image and scale \(2, 4\)",
+        ),
         ({"labels": [1], "temperature": 0.0}, "temperature: got 0.0, expected 0.001 or more"),
         ({"labels": [1], "top_p": 1.5}, "top_p: got 1.5, expected 0 to 1"),
         ({"labels": [1], "top_k": 97}, "top_k: got 97, this bundle takes 0 to 96"),

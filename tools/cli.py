@@ -7,15 +7,16 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import click
 import numpy as np
 from PIL import Image
 
 from fastvar_trt.runtime.backends import BACKENDS
-from fastvar_trt.runtime.command import ErrorCommand
+from fastvar_trt.runtime.command import ErrorCommand, numbers
 from fastvar_trt.runtime.engines import EngineRecord, read_engines
-from fastvar_trt.runtime.errors import BackendError, BundleError
+from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, TensorSpec, check_files, read_manifest
 from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
 from fastvar_trt.runtime.verify import verify_bundle
@@ -67,13 +68,21 @@ Examples:
   fastvar generate out/b --class 207 --class 88 --seed 1 -o out/dogs.png
   fastvar generate out/b --class 3 --cfg 4 --top-k 900 --top-p 0.96 -o out/3.png
   fastvar generate out/b --class 3 --greedy --save-tokens out/t.npz -o out/3.png
+  fastvar generate out/infinity --prompt "a fox in the snow" --cfg 4 --temperature 0.5 -o out/fox.png
 """
 )
 @_BUNDLE
-@click.option("--class", "labels", type=int, multiple=True, required=True, help="Class index; repeat for more images.")
+@click.option("--class", "labels", type=int, multiple=True, help="Class index; repeat for more images.")
+@click.option("--prompt", "prompts", multiple=True, help="Text; repeat for more images.")
+@click.option("--negative-prompt", "negative_prompts", multiple=True, help="One for all images, or one each.")
+@click.option(
+    "--text-features",
+    type=click.Path(path_type=Path),
+    help="In place of prompts: NPZ with the text encoder's features, arrays 0, 1, ... [tokens, width].",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i is drawn with seed + i.")
-@click.option("--cfg", type=float, help="Guidance scale; default: the bundle's.")
-@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--cfg", type=numbers(), help="Guidance scale, or one per scale: N,N,...; default: the bundle's.")
+@click.option("--temperature", type=numbers(), help="Divides the logits (tau), or one per scale.")
 @click.option("--top-k", type=int, help="Draw from the K likeliest tokens; default: the bundle's.")
 @click.option(
     "--top-p", type=float, help="Draw from the likeliest tokens of this total probability; default: the bundle's."
@@ -85,9 +94,12 @@ Examples:
 def generate(
     bundle: Path,
     labels: tuple[int, ...],
+    prompts: tuple[str, ...],
+    negative_prompts: tuple[str, ...],
+    text_features: Path | None,
     seed: int,
-    cfg: float | None,
-    temperature: float,
+    cfg: tuple[float, ...] | None,
+    temperature: tuple[float, ...] | None,
     top_k: int | None,
     top_p: float | None,
     greedy: bool,
@@ -99,7 +111,11 @@ def generate(
     threads: int | None,
     engines: str,
 ) -> None:
-    """Draw images of the given classes."""
+    """Draw images of the given classes or texts."""
+    if sum((bool(labels), bool(prompts), text_features is not None)) != 1:
+        raise click.UsageError("give --class, --prompt or --text-features")
+    if negative_prompts and not prompts:
+        raise click.UsageError("--negative-prompt needs --prompt")
     for path in (out, save_tokens):
         if path is not None:
             check_writable(path)
@@ -107,10 +123,13 @@ def generate(
         bundle, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
     ) as pipe:
         result = pipe.generate(
-            labels,
+            labels or None,
+            prompts=prompts or None,
+            negative_prompts=negative_prompts * (len(prompts) if len(negative_prompts) == 1 else 1) or None,
+            text_features=None if text_features is None else _read_features(text_features),
             seeds=seed,
-            cfg=cfg,
-            temperature=temperature,
+            cfg=_per_scale(cfg),
+            temperature=_per_scale(temperature),
             top_k=top_k,
             top_p=top_p,
             greedy=greedy,
@@ -132,6 +151,26 @@ def generate(
             }
         )
     )
+
+
+def _per_scale(values: tuple[float, ...] | None) -> float | Any:
+    """One value, or an array [1, scales]."""
+    if values is None:
+        return None
+    return values[0] if len(values) == 1 else np.array([values], dtype=np.float32)
+
+
+def _read_features(path: Path) -> list[Any]:
+    """The arrays `0`, `1`, ... of an NPZ."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = dict(data)
+    except (OSError, ValueError, BadZipFile) as error:
+        raise RequestError(f"--text-features {path}: cannot be read: {error}") from error
+    expected = [str(i) for i in range(len(arrays))]
+    if not arrays or set(arrays) != set(expected):
+        raise RequestError(f"--text-features {path}: got the arrays {', '.join(arrays)}, expected 0, 1, ...")
+    return [arrays[name] for name in expected]
 
 
 def save_png(result: GenerationResult, path: Path) -> None:
@@ -240,8 +279,8 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
         return
     model, plan = manifest.model, manifest.resolved_plan
     click.echo(
-        f"{model.family}, {model.depth} layers x {model.width}, {model.num_heads} heads, {model.num_classes} classes, "
-        f"vocabulary {model.vocab_size}, {model.image_width}x{model.image_height} pixels, {manifest.precision}, "
+        f"{model.family}, {model.depth} layers x {model.width}, {model.num_heads} heads, {_conditions(manifest)}, "
+        f"{model.image_width}x{model.image_height} pixels, {manifest.precision}, "
         f"batch {', '.join(map(str, manifest.batches))}"
     )
     click.echo(
@@ -276,6 +315,14 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
             click.echo(format_table(["", "tensor", "dtype", "shape"], lines))
 
 
+def _conditions(manifest: Manifest) -> str:
+    model = manifest.model
+    if model.family == "var":
+        return f"{model.num_classes} classes, vocabulary {model.vocab_size}"
+    what = "text features" if manifest.text_encoder is None else "prompts"
+    return f"{what} of up to {model.text_length} tokens, {model.vocab_size // 2} bits per token"
+
+
 def _engine_table(flavour: str, records: list[EngineRecord]) -> str:
     rows: list[list[object]] = [
         [
@@ -308,6 +355,7 @@ def _memory_rows(manifest: Manifest) -> list[list[object]]:
         ["keys and values", *[mib(outputs(b, "new_k_", "new_v_")) for b in manifest.batches]],
         ["token cache", *[mib(outputs(b, "cache_")) for b in manifest.batches]],
         ["modulations", *[mib(outputs(b, "modulation_", "head_modulation")) for b in manifest.batches]],
+        ["keys and values of the text", *[mib(outputs(b, "text_k_", "text_v_")) for b in manifest.batches]],
     ]
 
 

@@ -273,6 +273,18 @@ class NextScaleModel(nn.Module, abc.ABC):
     def configs(self) -> dict[str, Any]:
         """What the exporter needs to make this model again, as JSON."""
 
+    def text_specs(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None:
+        """Inputs and outputs of the text encoder, of models that have one."""
+        return None
+
+    def example_text(self) -> dict[str, Tensor]:
+        """Inputs of the text encoder to compare its graph with."""
+        raise NotImplementedError
+
+    def encode_text(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The text encoder: tokens to features."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def condition_inputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Inputs of the condition graph."""

@@ -5,6 +5,7 @@ Every rename and every precomputation between the official state dict and the te
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,28 +25,34 @@ MAX_Q_SCALE = 100.0  # `max_scale_mul` of VAR's SelfAttention
 _UNUSED_VAR = ("attn_bias_for_masking", "lvl_1L", ".attn.zero_k_bias")
 _UNUSED_VAE = ("encoder.", "quant_conv.", "quantize.ema_vocab_hit_SV")
 _MAX_NAMED = 100  # keys of a kind in one error
-# Where VAR's trainer keeps the two models in a training checkpoint.
-_NESTED = {"var": ("trainer", "var_wo_ddp"), "vae": ("trainer", "vae_local")}
+# Where the trainers keep the models in a training checkpoint; VAEs of Infinity are always nested.
+_NESTED = {
+    "var": ("trainer", "var_wo_ddp"),
+    "vae": ("trainer", "vae_local"),
+    "infinity": ("trainer", "gpt_fsdp"),
+    "infinity_vae": ("vae",),
+    "t5": ("state_dict",),
+}
+_INDEX = "*.safetensors.index.json"
 
 
 def load_state_dict(path: Path, part: str) -> dict[str, Tensor]:
-    """A flat state dict from a `.pth` or `.safetensors` file, memory-mapped: nothing is read until used.
+    """A flat state dict from a `.pth` or `.safetensors` file or shards, memory-mapped: nothing is read until used.
 
     Args:
-        path: the file. Pickles load with `weights_only=True`, so they cannot run code.
-        part: `var` or `vae`, to find the model inside a training checkpoint of VAR.
+        path: the file, or a folder of safetensors shards with their index. Pickles load with `weights_only=True`, so
+            they cannot run code.
+        part: `var`, `vae`, `infinity`, `infinity_vae` or `t5`, to find the model inside a training checkpoint.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds no state dict.
     """
+    if path.is_dir():
+        return _load_shards(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"checkpoint {path}: not a readable safetensors file: {error}") from error
+        return _load_safetensors(path)
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -54,14 +61,50 @@ def load_state_dict(path: Path, part: str) -> dict[str, Tensor]:
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path}: not a readable PyTorch file: {_first_line(error)}") from error
-    outer, inner = _NESTED[part]
+    outer, *inner = _NESTED[part]
     if isinstance(state, Mapping) and outer in state and isinstance(state[outer], Mapping):
-        state = state[outer].get(inner)
+        state = state[outer]
+        for key in inner:
+            state = state.get(key)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
-            f"checkpoint {path}: got no flat state dict, expected tensors by name (or VAR's training checkpoint)"
+            f"checkpoint {path}: got no flat state dict, expected tensors by name (or the official training checkpoint)"
         )
     return dict(state)
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path}: not a readable safetensors file: {error}") from error
+
+
+def _load_shards(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder of safetensors files, by its index where there is one."""
+    indices = sorted(folder.glob(_INDEX))
+    if len(indices) > 1:
+        raise CheckpointError(f"checkpoint {folder}: got {len(indices)} files {_INDEX}, expected one")
+    if indices:
+        try:
+            weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {indices[0]}: not a readable index of shards: {error}") from error
+    else:
+        weight_map, files = None, sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"checkpoint {folder}: no safetensors files in it")
+    state: dict[str, Tensor] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"checkpoint {folder}: the shard {name} of its index is missing; copy it again")
+        state |= _load_safetensors(folder / name)
+    missing = [key for key in weight_map or () if key not in state]
+    if missing:
+        raise CheckpointError(f"checkpoint {folder}: {missing[0]} of its index is in no shard; copy it again")
+    return state
 
 
 def _first_line(error: BaseException) -> str:

@@ -41,18 +41,18 @@ class VQVAEConfig:
             CheckpointError: keys that name no VQVAE of VAR.
         """
         kind = "a VAR VQVAE"
-        embedding = _tensor(state, "quantize.embedding.weight", kind, num_axes=2)
+        embedding = tensor_of(state, "quantize.embedding.weight", kind, num_axes=2)
         if "quantize.quant_resi.qresi.weight" in state:
             phi, num_phi = "shared", 1
         elif any(key.startswith("quantize.quant_resi.qresi_ls.") for key in state):
-            phi, num_phi = "partially_shared", _count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
+            phi, num_phi = "partially_shared", count_indices(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
         else:
-            phi, num_phi = "non_shared", _count(state, r"quantize\.quant_resi\.(\d+)\.")
+            phi, num_phi = "non_shared", count_indices(state, r"quantize\.quant_resi\.(\d+)\.")
             if num_phi == 0:
                 raise CheckpointError(f"not {kind}: key quantize.quant_resi.* is missing")
         level_channels = []
-        for level in range(_count(state, r"decoder\.up\.(\d+)\.")):
-            channels = _tensor(state, f"decoder.up.{level}.block.0.norm2.weight", kind, num_axes=1).shape[0]
+        for level in range(count_indices(state, r"decoder\.up\.(\d+)\.")):
+            channels = tensor_of(state, f"decoder.up.{level}.block.0.norm2.weight", kind, num_axes=1).shape[0]
             if channels == 0 or channels % NORM_GROUPS:
                 raise CheckpointError(
                     f"decoder.up.{level}.block.0.norm2.weight: got {channels} channels, expected a multiple of "
@@ -67,7 +67,7 @@ class VQVAEConfig:
             vocab_size=embedding.shape[0],
             code_channels=embedding.shape[1],
             level_channels=tuple(level_channels),
-            num_blocks=_count(state, r"decoder\.up\.0\.block\.(\d+)\."),
+            num_blocks=count_indices(state, r"decoder\.up\.0\.block\.(\d+)\."),
             phi=phi,
             num_phi=num_phi,
             phi_ratio=float(phi_ratio),
@@ -134,11 +134,11 @@ class VARConfig:
         """
         kind = "a VAR transformer"
         overrides = dict(overrides or {})
-        word_embed = _tensor(state, "word_embed.weight", kind, num_axes=2)
+        word_embed = tensor_of(state, "word_embed.weight", kind, num_axes=2)
         width = word_embed.shape[0]
         # Any block tells, so that a key that is missing in one of them is named as missing.
         scale_mul = next((key for key in state if key.endswith(".attn.scale_mul_1H11")), None)
-        official = width // HEAD_DIM if scale_mul is None else _tensor(state, scale_mul, kind, num_axes=4).shape[1]
+        official = width // HEAD_DIM if scale_mul is None else tensor_of(state, scale_mul, kind, num_axes=4).shape[1]
         num_heads = overrides.get("num_heads", official)
         if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:
             raise CheckpointError(f"num_heads: got {num_heads!r}, expected a divisor of the width {width} (--config)")
@@ -152,16 +152,16 @@ class VARConfig:
             patch_nums = _patch_nums(state["lvl_1L"])
         if not isinstance(patch_nums, list | tuple) or not all(isinstance(n, int) and n > 0 for n in patch_nums):
             raise CheckpointError(f"patch_nums: got {patch_nums!r}, expected a list of positive whole numbers")
-        length, expected = _tensor(state, "pos_1LC", kind, num_axes=3).shape[1], sum(n * n for n in patch_nums)
+        length, expected = tensor_of(state, "pos_1LC", kind, num_axes=3).shape[1], sum(n * n for n in patch_nums)
         if length != expected:
             raise CheckpointError(f"pos_1LC: got {length} positions, but patch_nums {list(patch_nums)} need {expected}")
         return cls(
-            depth=_count(state, r"blocks\.(\d+)\."),
+            depth=count_indices(state, r"blocks\.(\d+)\."),
             width=width,
             num_heads=num_heads,
-            mlp_width=_tensor(state, "blocks.0.ffn.fc1.weight", kind, num_axes=2).shape[0],
-            num_classes=_tensor(state, "class_emb.weight", kind, num_axes=2).shape[0] - 1,
-            vocab_size=_tensor(state, "head.weight", kind, num_axes=2).shape[0],
+            mlp_width=tensor_of(state, "blocks.0.ffn.fc1.weight", kind, num_axes=2).shape[0],
+            num_classes=tensor_of(state, "class_emb.weight", kind, num_axes=2).shape[0] - 1,
+            vocab_size=tensor_of(state, "head.weight", kind, num_axes=2).shape[0],
             code_channels=word_embed.shape[1],
             patch_nums=tuple(patch_nums),
             shared_aln=any(key.startswith("shared_ada_lin.") or key.endswith(".ada_gss") for key in state),
@@ -169,7 +169,7 @@ class VARConfig:
         )
 
 
-def _tensor(state: Mapping[str, Tensor], key: str, kind: str, *, num_axes: int) -> Tensor:
+def tensor_of(state: Mapping[str, Tensor], key: str, kind: str, *, num_axes: int) -> Tensor:
     """A tensor that sizes are read from."""
     if key not in state:
         some = ", ".join(list(state)[:3])
@@ -179,7 +179,7 @@ def _tensor(state: Mapping[str, Tensor], key: str, kind: str, *, num_axes: int) 
     return state[key]
 
 
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+def count_indices(state: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest index that the pattern finds at the start of a key; 0 where it finds none."""
     found = (re.match(pattern, key) for key in state)
     return max((int(match[1]) + 1 for match in found if match), default=0)

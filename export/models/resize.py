@@ -15,14 +15,21 @@ def area_matrix(size_out: int, size_in: int) -> Tensor:
 
 
 def bicubic_matrix(size_out: int, size_in: int) -> Tensor:
-    """`F.interpolate(mode="bicubic")` along one axis: fp32 [size_out, size_in].
+    """`F.interpolate(mode="bicubic")` along one axis: fp32 [size_out, size_in]."""
+    return _interpolation_matrix(size_out, size_in, "bicubic")
 
-    Interpolation is linear in its input, so interpolating the unit vectors gives the matrix, with the
-    kernel and the border handling of torch itself.
-    """
+
+def bilinear_matrix(size_out: int, size_in: int) -> Tensor:
+    """`F.interpolate(mode="bilinear")` along one axis: fp32 [size_out, size_in]."""
+    return _interpolation_matrix(size_out, size_in, "bilinear")
+
+
+def _interpolation_matrix(size_out: int, size_in: int, mode: str) -> Tensor:
+    # Interpolation is linear in its input, so interpolating the unit vectors gives the matrix, with the kernel and
+    # the border handling of torch itself.
     unit = torch.eye(size_in).view(size_in, 1, size_in, 1)
-    # The other axis has one cell, which every cubic tap reads: their weights sum to 1.
-    resized = F.interpolate(unit, size=(size_out, 1), mode="bicubic")
+    # The other axis has one cell, which every tap reads: their weights sum to 1.
+    resized = F.interpolate(unit, size=(size_out, 1), mode=mode)
     return resized.view(size_in, size_out).T.contiguous()
 
 

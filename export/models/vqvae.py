@@ -7,21 +7,43 @@ precision: their sums overflow fp16.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvar_trt.export.models.config import NORM_GROUPS, VQVAEConfig
 
+# ONNX Runtime sums a group one by one in fp32: beyond this, the error shows in the picture. Rows are summed first then.
+_MAX_SUMMED_AT_ONCE = 1 << 18
+
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation of `NORM_GROUPS` groups in fp32; the result has the input's dtype."""
+    """Group normalisation in fp32; the result has the input's dtype."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(NORM_GROUPS, channels, eps=1e-6)
+        # Infinity's VAE takes 24 groups where 32 do not divide the channels.
+        super().__init__(NORM_GROUPS if channels % NORM_GROUPS == 0 else 24, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+        batch, channels, height, width = x.shape
+        if channels // self.num_groups * height * width <= _MAX_SUMMED_AT_ONCE:
+            return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+
+        def mean(values: Tensor) -> Tensor:
+            return values.mean(-1, keepdim=True).mean(-2, keepdim=True)  # [B, groups, 1, 1]
+
+        def per_channel(values: Tensor) -> Tensor:
+            values = values.view(batch, self.num_groups, 1)
+            return values.expand(-1, -1, channels // self.num_groups).reshape(batch, channels)
+
+        grouped = x.float().view(batch, self.num_groups, -1, width)
+        centre = mean(grouped)
+        deviation = (mean((grouped - centre).square()) + self.eps).sqrt()
+        scale = self.weight / per_channel(deviation)  # [B, C]
+        shift = self.bias - per_channel(centre) * scale
+        return (x.float() * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
 
 
 class ResnetBlock(nn.Module):
@@ -75,10 +97,10 @@ class Upsample2x(nn.Module):
 class MidBlock(nn.Module):
     """The middle of the decoder."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
+        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,20 +127,20 @@ class UpLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`Decoder`: [B, C_vae, h, w] -> [B, 3, 16h, 16w]."""
+    """`Decoder`: [B, C_vae, h, w] -> [B, 3, s*h, s*w], the side doubled between levels."""
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, code_channels: int, level_channels: Sequence[int], num_blocks: int, *, attention: bool) -> None:
         super().__init__()
-        channels = config.level_channels
+        channels = level_channels
         top = len(channels) - 1
-        self.conv_in = nn.Conv2d(config.code_channels, channels[top], 3, padding=1)
-        self.mid = MidBlock(channels[top])
+        self.conv_in = nn.Conv2d(code_channels, channels[top], 3, padding=1)
+        self.mid = MidBlock(channels[top], attention)
         self.up = nn.ModuleList(
             UpLevel(
                 channels[min(level + 1, top)],
                 channels[level],
-                config.num_blocks,
-                attention=level == top,
+                num_blocks,
+                attention=attention and level == top,
                 upsample=level != 0,
             )
             for level in range(len(channels))
@@ -139,13 +161,17 @@ class ImageDecoder(nn.Module):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.post_quant_conv = nn.Conv2d(config.code_channels, config.code_channels, 3, padding=1)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config.code_channels, config.level_channels, config.num_blocks, attention=True)
 
     def forward(self, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 [B, C_vae, h, w] -> image fp32 [B, 3, 16h, 16w] in [0, 1], pixels uint8 [B, 16h, 16w, 3]."""
-        decoded = self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype)))
-        image = decoded.float().clamp(-1, 1) * 0.5 + 0.5
-        # Rounded to the nearest of 256 levels; the cast alone would truncate. It comes last: TensorRT knows uint8 as
-        # the type of an input or output only.
-        pixels = (image * 255 + 0.5).permute(0, 2, 3, 1).to(torch.uint8)
-        return image, pixels
+        return to_image(self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))))
+
+
+def to_image(decoded: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, 3, H, W] in [-1, 1] -> image fp32 [B, 3, H, W] in [0, 1], pixels uint8 [B, H, W, 3]."""
+    image = decoded.float().clamp(-1, 1) * 0.5 + 0.5
+    # Rounded to the nearest of 256 levels; the cast alone would truncate. It comes last: TensorRT knows uint8 as
+    # the type of an input or output only.
+    pixels = (image * 255 + 0.5).permute(0, 2, 3, 1).to(torch.uint8)
+    return image, pixels

@@ -62,7 +62,7 @@ class Encoder(nn.Module):
             )
             for level in range(len(channels))
         )
-        self.mid = MidBlock(channels[top])
+        self.mid = MidBlock(channels[top], attention=True)
         self.norm_out = GroupNorm(channels[top])
         self.conv_out = nn.Conv2d(channels[top], config.code_channels, 3, padding=1)
 
@@ -151,7 +151,7 @@ class VQVAE(nn.Module):
         self.quant_conv = nn.Conv2d(c, c, 3, padding=1)
         self.quantize = Quantizer(config, patch_nums)
         self.post_quant_conv = nn.Conv2d(c, c, 3, padding=1)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config.code_channels, config.level_channels, config.num_blocks, attention=True)
 
     def encode(self, images: Tensor) -> Tensor:
         """fp32 [B, 3, 16h, 16w] in [-1, 1] -> features fp32 [B, C_vae, h, w]."""

@@ -1,0 +1,175 @@
+"""Sizes of an Infinity model and of its VAE, read from their state dicts. No I/O here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fastvar_trt.export.models.config import count_indices, tensor_of
+from fastvar_trt.runtime.errors import CheckpointError
+
+_KIND = "an Infinity transformer"
+_VAE_KIND = "an Infinity VAE"
+
+
+@dataclasses.dataclass(frozen=True)
+class BSQVAEConfig:
+    """The decoding half of Infinity's VAE (`flux_vqgan.AutoEncoder`)."""
+
+    code_bits: int  # d: bits, and channels, of one position of the feature map
+    level_channels: tuple[int, ...]  # `base_ch * ch_mult`, finest level first
+    num_blocks: int  # residual blocks per decoder level (`num_res_blocks + 1`)
+
+    @property
+    def pixels_per_code(self) -> int:
+        """Side of the image patch behind one position: 16, or 8 where tokens are patches of 2x2."""
+        return int(2 ** (len(self.level_channels) - 1))
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> BSQVAEConfig:
+        """Sizes from `infinity_vae_d16.pth` .. `d64`, `d32reg` or `d56_f8_14_patchify`.
+
+        Raises:
+            CheckpointError: keys that name no such VAE.
+        """
+        key = next((k for k in ("decoder.conv_in.conv.weight", "decoder.conv_in.weight") if k in state), None)
+        if key is None:
+            some = ", ".join(list(state)[:3])
+            raise CheckpointError(
+                f"not {_VAE_KIND}: key decoder.conv_in.conv.weight is missing (the file has {some}, ...)"
+            )
+        if any(k.startswith("decoder.mid.attn_1.") for k in state):
+            raise CheckpointError(f"not {_VAE_KIND}: it has attention in the decoder, which no official one has")
+        levels = []
+        for level in range(count_indices(state, r"decoder\.up\.(\d+)\.")):
+            stem = f"decoder.up.{level}.block.0.norm2"
+            weight = next((state[k] for k in (f"{stem}.norm.weight", f"{stem}.weight") if k in state), None)
+            if weight is None:
+                raise CheckpointError(f"not {_VAE_KIND}: key {stem}.norm.weight is missing")
+            levels.append(int(weight.shape[0]))
+        if not levels:
+            raise CheckpointError(f"not {_VAE_KIND}: key decoder.up.* is missing")
+        return cls(
+            code_bits=int(tensor_of(state, key, _VAE_KIND, num_axes=4).shape[1]),
+            level_channels=tuple(levels),
+            num_blocks=count_indices(state, r"decoder\.up\.0\.block\.(\d+)\."),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InfinityConfig:
+    """An Infinity transformer at one size and aspect ratio."""
+
+    depth: int
+    width: int  # C
+    num_heads: int  # H
+    mlp_width: int
+    bits: int  # per token: d, or 4 d where tokens are patches of 2x2 codes
+    patchify: bool
+    text_width: int  # C_text
+    text_length: int  # T, the longest prompt of the bundle
+    pool_heads: int  # of the attentive pooling of the text
+    pool_head_dim: int
+    schedule: tuple[tuple[int, int], ...]  # (height, width) of the token map per scale
+    rope_span: tuple[int, int]  # the map whose corners the rotary grid spans
+    num_levels: int  # rows of the level embedding
+    block_prefixes: tuple[str, ...]  # of the official keys, per layer
+    norm_eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.width // self.num_heads
+
+    @property
+    def code_schedule(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the feature map per scale: twice the token map where tokens are patches."""
+        factor = 2 if self.patchify else 1
+        return tuple((factor * h, factor * w) for h, w in self.schedule)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        vae: BSQVAEConfig,
+        schedule: tuple[tuple[int, int], ...],
+        rope_span: tuple[int, int],
+        text_length: int | None = None,
+    ) -> InfinityConfig:
+        """Sizes from `infinity_2b_reg.pth`, `infinity_8b_weights` or another checkpoint of the same keys.
+
+        Args:
+            state: the flat state dict.
+            vae: of the VAE that it was trained with.
+            schedule: (height, width) per scale.
+            rope_span: see the field.
+            text_length: longest prompt of the bundle in tokens; default: all that the model was trained with.
+
+        Raises:
+            CheckpointError: keys that name no Infinity, or sizes that contradict each other.
+        """
+        word_embed = tensor_of(state, "word_embed.weight", _KIND, num_axes=2)
+        width, bits = (int(size) for size in word_embed.shape)
+        if bits not in (vae.code_bits, 4 * vae.code_bits):
+            raise CheckpointError(
+                f"--vae: the VAE has {vae.code_bits} bits, the transformer {bits} per token, expected {bits} or "
+                f"{bits / 4:g}; give the VAE that it was trained with"
+            )
+        head = tensor_of(state, "head.weight", _KIND, num_axes=2)
+        if head.shape[0] != 2 * bits:
+            raise CheckpointError(f"head.weight: got {head.shape[0]} outputs, expected two per bit ({2 * bits})")
+        prefixes = _block_prefixes(state)
+        scale = next((key for key in state if key.endswith(".sa.scale_mul_1H11")), None)
+        if scale is None:
+            raise CheckpointError(f"not {_KIND}: key {prefixes[0]}sa.scale_mul_1H11 is missing")
+        num_heads = state[scale].numel()
+        if width % num_heads or (width // num_heads) % 4:
+            raise CheckpointError(f"{scale}: got {num_heads} heads, expected a divisor of {width} / 4")
+        pool = tensor_of(state, "text_proj_for_sos.ca.mat_q", _KIND, num_axes=3)
+        longest, text_width = tensor_of(state, "cfg_uncond", _KIND, num_axes=2).shape
+        if text_length is not None and not 1 <= text_length <= longest:
+            raise CheckpointError(f"--text-length: got {text_length}, this model takes 1 to {longest}")
+        num_levels = tensor_of(state, "lvl_embed.weight", _KIND, num_axes=2).shape[0]
+        if len(schedule) > num_levels:
+            raise CheckpointError(f"lvl_embed.weight: got {num_levels} scales, the schedule has {len(schedule)}")
+        return cls(
+            depth=len(prefixes),
+            width=width,
+            num_heads=num_heads,
+            mlp_width=tensor_of(state, f"{prefixes[0]}ffn.fc1.weight", _KIND, num_axes=2).shape[0],
+            bits=bits,
+            patchify=bits != vae.code_bits,
+            text_width=int(text_width),
+            text_length=int(text_length or longest),
+            pool_heads=int(pool.shape[1]),
+            pool_head_dim=int(pool.shape[2]),
+            schedule=schedule,
+            rope_span=rope_span,
+            num_levels=int(num_levels),
+            block_prefixes=prefixes,
+        )
+
+    @property
+    def attn_scale(self) -> float:
+        """Factor on q·k of the self-attention: q and k are L2-normalised, a learnt factor per head replaces it."""
+        return 1.0
+
+    @property
+    def cross_scale(self) -> float:
+        """Factor on q·k of the cross-attention."""
+        return 1 / math.sqrt(self.head_dim)
+
+
+def _block_prefixes(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The key prefix of every layer: `block_chunks.i.module.j.`, or `blocks.i.` where there is one chunk."""
+    pattern = re.compile(r"(?:block_chunks\.(\d+)\.module|(blocks))\.(\d+)\.")
+    found = {match[0]: (int(match[1] or 0), int(match[3])) for match in map(pattern.match, state) if match}
+    prefixes = sorted(found, key=lambda prefix: found[prefix])
+    # Chunks number their modules through, or each from 0.
+    if not prefixes:
+        raise CheckpointError(f"not {_KIND}: keys block_chunks.*.module.* are missing")
+    return tuple(prefixes)

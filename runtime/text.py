@@ -1,0 +1,76 @@
+"""Prompts to features: the tokenizer and the text encoder of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvar_trt.runtime import manifest as names
+from fastvar_trt.runtime.backends import Backend
+from fastvar_trt.runtime.errors import BundleError, RequestError, UnavailableError
+from fastvar_trt.runtime.manifest import Manifest
+
+
+class TextEncoder:
+    """The text encoder of a bundle on an open backend, one prompt at a time."""
+
+    def __init__(self, backend: Backend, bundle: Path, manifest: Manifest) -> None:
+        graph = manifest.text_encoder
+        assert graph is not None
+        self._backend = backend
+        self._text_length = manifest.model.text_length
+        self._tokenizer = _tokenizer(bundle / names.TOKENIZER_FILE)
+        backend.load(graph)
+        self._buffers = {
+            spec.name: backend.allocate(spec.shape, spec.dtype) for spec in (*graph.inputs, *graph.outputs)
+        }
+        self._bound = backend.bind(
+            graph,
+            {spec.name: self._buffers[spec.name].view() for spec in graph.inputs},
+            {spec.name: self._buffers[spec.name].view() for spec in graph.outputs},
+        )
+
+    def token_ids(self, prompt: str, name: str = "prompt") -> list[int]:
+        """The tokens of a prompt, the end mark included.
+
+        Raises:
+            RequestError: an empty prompt, or one that is too long.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise RequestError(f"{name}: got {prompt!r}, expected some text")
+        ids = list(self._tokenizer.encode(prompt).ids)
+        if len(ids) > self._text_length:
+            raise RequestError(
+                f"{name}: got {len(ids)} tokens, this bundle takes up to {self._text_length}; shorten it, or export "
+                "with a larger --text-length"
+            )
+        return ids
+
+    def encode(self, ids: Sequence[int]) -> NDArray[Any]:
+        """The features of one prompt: fp32 [tokens, C_text]."""
+        padded = np.zeros((1, self._text_length), dtype=np.int64)
+        padded[0, : len(ids)] = ids
+        backend = self._backend
+        backend.activate()
+        backend.upload(self._buffers[names.TOKEN_IDS], padded)
+        backend.upload(self._buffers[names.TOKEN_COUNT], np.array([len(ids)], dtype=np.int64))
+        self._bound.enqueue()
+        return backend.download(self._buffers[names.ENCODED])[0, : len(ids)].copy()
+
+
+def _tokenizer(path: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise UnavailableError("prompts need the package tokenizers; pip install 'fastvar-trt[text]'") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise BundleError(f"{path}: not a readable tokenizer ({error}); export the bundle again") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
