@@ -270,7 +270,7 @@ class Infinity(NextScaleModel):
         config = self.config
         features, lengths = inputs[names.TEXT_FEATURES], inputs[names.TEXT_LENGTHS]
         batch = features.shape[0] // 2
-        learnt = self.weight("text.uncond").expand(batch, -1, -1)
+        learnt = self.weight("text.uncond")  # [T, C_text]
         unconditional = torch.where(inputs[names.NEGATIVE][:, None, None], features[batch:], learnt)
         text = torch.cat([features[:batch], unconditional])  # [B2, T, C_text]
         text = (

@@ -1,0 +1,133 @@
+"""The T5 encoder against `transformers`, and prompts through a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import T5Config, T5EncoderModel
+
+from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.models.random_init import random_infinity_checkpoint
+from fastvar_trt.export.models.schedules import schedule
+from fastvar_trt.export.models.t5 import T5Source
+from fastvar_trt.export.sources import InfinitySource
+from fastvar_trt.runtime import CheckpointError, Pipeline, RequestError
+from fastvar_trt.runtime.verify import verify_bundle
+
+Export = Callable[..., tuple[Path, ExportReport]]
+
+WORDS = ["</s>", "<unk>", "a", "fox", "in", "the", "snow", "red", "dog", "blurry"]
+TEXT_LENGTH = 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small flan-t5 with random weights, as `transformers` and `tokenizers` write it."""
+    path = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64, d_model=128, d_kv=32, d_ff=192, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    T5EncoderModel(config).save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Callable[[str], Any]:
+    """Features of a prompt by `transformers`, padded and masked as `encode_prompt` of Infinity does."""
+    model = T5EncoderModel.from_pretrained(folder).eval()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def features(prompt: str) -> Any:
+        ids = tokenizer.encode(prompt).ids
+        padded = torch.zeros(1, 512, dtype=torch.int64)
+        padded[0, : len(ids)] = torch.tensor(ids)
+        mask = (torch.arange(512) < len(ids))[None].long()
+        with torch.inference_mode():
+            return model(input_ids=padded, attention_mask=mask).last_hidden_state[0, : len(ids)].numpy()
+
+    return features
+
+
+def _source(folder: Path) -> InfinitySource:
+    state, vae = random_infinity_checkpoint(
+        depth=1, width=128, num_heads=2, text_width=128, text_length=64, block_chunks=1
+    )
+    maps, span = schedule("0.06M", 1.0)
+    source = InfinitySource.from_state(state, vae, maps[:4], span, TEXT_LENGTH)
+    text = T5Source.from_folder(folder, source.config.text_length, source.config.text_width)
+    return InfinitySource(source.config, source.vae_config, source.state, source.vae_state, text)
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path, export_once: Export) -> Path:
+    return export_once("infinity_text", _source(folder), ExportOptions(batches=(1, 2)))[0]
+
+
+def test_features_are_those_of_transformers(bundle: Path, reference: Callable[[str], Any]) -> None:
+    prompts = ["a fox", "the red fox in the snow a dog", "unheard of"]
+    with Pipeline.load(bundle) as pipe:
+        ours, negatives = pipe.encode(prompts, [None, "blurry", ""])
+    assert negatives is not None
+    assert [item is None for item in negatives] == [True, False, True]
+    for prompt, features in zip(prompts, ours, strict=True):
+        expected = reference(prompt)
+        assert features.shape == expected.shape
+        np.testing.assert_allclose(features, expected, atol=2e-5)
+
+
+def test_prompts_draw_what_their_features_draw(bundle: Path, reference: Callable[[str], Any]) -> None:
+    with Pipeline.load(bundle) as pipe:
+        assert not verify_bundle(pipe).failures
+        of_text = pipe.generate(prompts=["a fox", "the snow"], negative_prompts=["blurry", "blurry"], seeds=3)
+        of_features = pipe.generate(
+            text_features=[reference("a fox"), reference("the snow")],
+            negative_text_features=[reference("blurry")] * 2,
+            seeds=3,
+        )
+        alone = pipe.generate(prompts=["the snow"], negative_prompts=["blurry"], seeds=[4])
+        other = pipe.generate(prompts=["a dog"], seeds=3)
+    np.testing.assert_array_equal(of_text.images, of_features.images)
+    np.testing.assert_array_equal(of_text.images[1], alone.images[0])
+    assert (other.images[0] != of_text.images[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": ["a " * 10]}, "prompt 0: got 11 tokens, this bundle takes up to 10; shorten it"),
+        ({"prompts": ["a", " "]}, "prompt 1: got ' ', expected some text"),
+        ({"prompts": "a fox"}, "expected a list of at least one text"),
+        ({"prompts": []}, "expected a list of at least one text"),
+        ({"prompts": ["a"], "negative_prompts": ["a", "b"]}, "expected a list of one per prompt"),
+        ({"prompts": ["a"], "text_features": [np.zeros((1, 128))]}, "not both"),
+        ({"negative_prompts": ["a"]}, "prompts: got None"),
+    ],
+)
+def test_prompts_out_of_range(bundle: Path, arguments: dict[str, Any], message: str) -> None:
+    with Pipeline.load(bundle) as pipe, pytest.raises(RequestError, match=message):
+        pipe.generate(**arguments)
+
+
+def test_another_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="its features are 128 wide, the model takes 2048"):
+        T5Source.from_folder(folder, 10, 2048)
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        T5Source.from_folder(tmp_path, 10, 128)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: no such file"):
+        T5Source.from_folder(tmp_path, 10, 128)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="got model_type 'bert'"):
+        T5Source.from_folder(tmp_path, 10, 128)
