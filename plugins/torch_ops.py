@@ -14,20 +14,32 @@ from fastvar_trt.plugins.oracle import area_weights
 
 
 class GivenSelections:
-    """Selections made elsewhere, and how far `pivotal_tokens` would have chosen the same."""
+    """Selections made elsewhere, and how much worse each is than what `pivotal_tokens` would have chosen.
+
+    Attributes:
+        shortfalls: per selection, what the sum of its scores lacks to the largest one possible, as a share of it: 0
+            where tokens were swapped whose scores are the same.
+    """
 
     def __init__(self, selections: Sequence[Tensor]) -> None:
         self._left = list(selections)
-        self.agreements: list[float] = []  # per selection, the share of the given tokens that it chose too
+        self.shortfalls: list[float] = []
 
-    def take(self, chosen: Tensor) -> Tensor:
-        """The next given selection int64 [B, K] in place of `chosen` int64 [B, K]."""
+    def take(self, chosen: Tensor, score: Tensor, noise: Tensor) -> Tensor:
+        """The next given selection int64 [B, K] in place of `chosen` int64 [B, K].
+
+        Args:
+            chosen: what the scores say.
+            score: [B, L].
+            noise: [B, L], what a score may be by rounding alone.
+        """
         given = self._left.pop(0)
-        common = (given.unsqueeze(2) == chosen.unsqueeze(1)).any(2)
-        self.agreements.append(float(common.float().mean()))
+        best, ours = score.gather(1, chosen).sum(1), score.gather(1, given).sum(1)
+        self.shortfalls.append(float(((best - ours) / (best + noise.gather(1, chosen).sum(1))).max()))
         return given
 
 
+_SCORE_NOISE = 1e-6  # relative to the token's own sum of squares
 _given: ContextVar[GivenSelections | None] = ContextVar("given_selections", default=None)
 
 
@@ -68,7 +80,7 @@ def pivotal_tokens(x: Tensor, keep: int) -> Tensor:
     order = torch.argsort(score, dim=1, descending=True, stable=True)
     chosen = order[:, :keep].sort(dim=1).values
     given = _given.get()
-    return chosen if given is None else given.take(chosen)
+    return chosen if given is None else given.take(chosen, score, _SCORE_NOISE * x.square().sum(dim=-1))
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:

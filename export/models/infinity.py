@@ -350,8 +350,8 @@ class Infinity(NextScaleModel):
             codes = F.pixel_unshuffle(codes, 2)  # [B, 4d, h, w]
         batch = f_hat.shape[0]
         tokens = codes.flatten(2).transpose(1, 2).reshape(-1, config.bits)  # [B*L, bits]
-        embedded = F.linear(tokens, self.weight("word_embed.weight"), self.weight(f"word_embed.bias.{scale}"))
-        return embedded.view(batch, -1, config.width).repeat(2, 1, 1)
+        embedded = F.linear(tokens, self.weight("word_embed.weight")).view(batch, -1, config.width)
+        return (embedded + self.weight(f"pos.{scale}")).repeat(2, 1, 1)
 
     def _resized(self, codes: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
         if source == target:

@@ -131,7 +131,8 @@ def deployment_tensors(
     yield "pos.0", state["pos_start"][0].float() + levels[0]
     yield "word_embed.weight", state["word_embed.weight"].float()
     for k in range(1, len(config.schedule)):
-        yield f"word_embed.bias.{k}", state["word_embed.bias"].float() + levels[k]
+        # Not the bias of the product: TensorRT for RTX 1.7 builds no engine where that is an input of the network.
+        yield f"pos.{k}", state["word_embed.bias"].float() + levels[k]
 
     plus_one = torch.zeros(6, c)  # the blocks use 1 + scale: the one is added to the bias here, once
     plus_one[2:4] = 1.0
