@@ -12,7 +12,7 @@ from onnxscript import FLOAT, INT64
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
-from fastvar_trt.plugins import DOMAIN, VERSION
+from fastvar_trt.plugins import DOMAIN, PIVOTAL_TOKENS, VERSION
 
 _fastvar = Opset(DOMAIN, VERSION)
 
@@ -106,13 +106,73 @@ def RestoreTokens(
     return restored
 
 
-def function_protos(opset_version: int) -> list[onnx.FunctionProto]:
-    """The three functions, importing the standard operators at `opset_version` (18 or later)."""
+MAX_TOP_K = 3840  # of TensorRT's TopK
+
+
+def _pivotal_tokens_in_rounds(keep: int) -> onnx.FunctionProto:
+    """`PivotalTokens` for one `keep` above `MAX_TOP_K`: several TopK, each over what the ones before have left.
+
+    The positions are put in order by counting, as a TopK of that many would be needed to sort them.
+    """
+    make = onnx.helper.make_node
+    nodes: list[onnx.NodeProto] = []
+
+    def value(name: str, **attribute: object) -> str:
+        nodes.append(make("Constant", [], [name], **attribute))
+        return name
+
+    def add(operator: str, inputs: list[str], *outputs: str, **attributes: object) -> None:
+        nodes.append(make(operator, inputs, list(outputs), **attributes))
+
+    lowest = onnx.helper.make_tensor("lowest", onnx.TensorProto.FLOAT, [1], [-3e38])
+    none = onnx.helper.make_tensor("none", onnx.TensorProto.INT64, [1], [0])
+    value("axis1", value_ints=[1])
+    value("axis2", value_ints=[2])
+    value("axis", value_int=1)
+    add("Cast", ["x"], "x32", to=onnx.TensorProto.FLOAT)
+    add("ReduceMean", ["x32", "axis1"], "mean", keepdims=1)
+    add("Sub", ["x32", "mean"], "deviation")
+    add("ReduceSumSquare", ["deviation", "axis2"], "left_0", keepdims=0)  # the scores [B, L]
+    rounds = [min(MAX_TOP_K, keep - start) for start in range(0, keep, MAX_TOP_K)]
+    for i, count in enumerate(rounds):
+        add("TopK", [f"left_{i}", value(f"count_{i}", value_ints=[count])], f"best_{i}", f"order_{i}", axis=-1)
+        add("Shape", [f"best_{i}"], f"shape_{i}")
+        add("ConstantOfShape", [f"shape_{i}"], f"taken_{i}", value=lowest)
+        add("ScatterElements", [f"left_{i}", f"order_{i}", f"taken_{i}"], f"left_{i + 1}", axis=1)
+    add("Less", [f"left_{len(rounds)}", value("threshold", value_float=-1e38)], "is_kept")
+    # The n-th kept position goes to place n, all others to one place behind, which is cut off.
+    add("Cast", ["is_kept"], "ones", to=onnx.TensorProto.FLOAT)
+    add("CumSum", ["ones", "axis"], "number")  # exact below 2^24
+    add("Sub", ["number", "ones"], "rank")
+    add("Where", ["is_kept", "rank", value("behind", value_float=float(keep))], "place_float")
+    add("Cast", ["place_float"], "place", to=onnx.TensorProto.INT64)
+    add("Shape", ["left_0"], "score_shape")
+    add("Gather", ["score_shape", "axis"], "length")
+    add("Range", [value("zero", value_int=0), "length", value("one", value_int=1)], "positions_1d")
+    add("Expand", ["positions_1d", "score_shape"], "positions")
+    # One place more than positions: TensorRT scatters into what is at least as long.
+    add("Add", ["score_shape", value("room", value_ints=[0, 1])], "out_shape")
+    add("ConstantOfShape", ["out_shape"], "empty", value=none)
+    add("ScatterElements", ["empty", "place", "positions"], "scattered", axis=1)
+    add("Slice", ["scattered", value("start", value_ints=[0]), value("stop", value_ints=[keep]), "axis1"], "indices")
+    opset = onnx.helper.make_opsetid("", 18)
+    return onnx.helper.make_function(DOMAIN, PIVOTAL_TOKENS, ["x"], ["indices"], nodes, [opset], attributes=["keep"])
+
+
+def function_protos(opset_version: int, keep: int = 1) -> list[onnx.FunctionProto]:
+    """The three functions, importing the standard operators at `opset_version` (18 or later).
+
+    Args:
+        opset_version: of the standard operators.
+        keep: the K of the graph. Above `MAX_TOP_K`, `PivotalTokens` holds for this K only.
+    """
     if opset_version < 18:
         raise ValueError(f"opset_version: got {opset_version}, the bodies need 18 or later")
     protos = []
     for function in (PivotalTokens, GatherTokens, RestoreTokens):
         proto = function.to_function_proto()
+        if proto.name == PIVOTAL_TOKENS and keep > MAX_TOP_K:
+            proto = _pivotal_tokens_in_rounds(keep)
         for entry in proto.opset_import:
             if entry.domain == "":
                 entry.version = opset_version

@@ -31,13 +31,26 @@ def run_body(operator: str, inputs: dict[str, np.ndarray], output: np.ndarray, *
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        functions=onnx_functions.function_protos(OPSET),
+        functions=onnx_functions.function_protos(OPSET, attributes.get("keep", 1)),
         ir_version=10,
     )
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     result: Any = session.run(None, inputs)[0]
     return np.asarray(result)
+
+
+@pytest.mark.parametrize(("length", "keep"), [(5000, 3841), (9000, 8000), (4096, 4096)])
+def test_more_tokens_than_one_top_k_takes(length: int, keep: int) -> None:
+    """TensorRT's TopK ends at 3840: beyond, the body selects in rounds; equal scores go to the lower position."""
+    x = np.random.default_rng(0).normal(size=(2, length, 6)).astype(np.float32)
+    x[1] = np.round(x[1])  # many equal scores
+    score = np.square(x - x.mean(axis=1, keepdims=True)).sum(-1)
+    expected = oracle.pivotal_tokens(x, keep)
+    got = run_body("PivotalTokens", {"x": x}, expected, keep=keep)
+    assert (np.diff(got, axis=1) > 0).all()
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_allclose(np.sort(score[1, got[1]]), np.sort(score[1, expected[1]]), rtol=1e-5)
 
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 24))
