@@ -16,8 +16,8 @@ import torch
 from safetensors.numpy import load_file
 
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model
-from fastvar_trt.export.models.random_init import random_checkpoint
-from fastvar_trt.export.sources import VARSource
+from fastvar_trt.export.models.random_init import random_checkpoint, random_infinity_checkpoint
+from fastvar_trt.export.sources import InfinitySource, VARSource
 from fastvar_trt.runtime.plan import PruningPlan
 
 GOLDEN_FOLDER = Path(__file__).parents[2] / "shared" / "golden"
@@ -46,6 +46,19 @@ def tiny_states(**changes: Any) -> tuple[dict[str, torch.Tensor], dict[str, torc
     """State dicts of the tiny model in the official keys."""
     sizes: dict[str, Any] = {"depth": 2, "width": 128, "num_heads": 2, "patch_nums": TINY_PATCH_NUMS, "vocab_size": 96}
     return random_checkpoint(**(sizes | changes))
+
+
+# Maps that are not square, two of them alike in height.
+INFINITY_MAPS = ((1, 1), (2, 3), (4, 5), (4, 8))
+INFINITY_SPAN = (8, 16)
+INFINITY_PLAN = PruningPlan("half", ((-1, 0.5),), cache_scale=-2, first_layer=1)
+
+
+def tiny_infinity(maps: tuple[tuple[int, int], ...] = INFINITY_MAPS, **changes: Any) -> InfinitySource:
+    """A small Infinity with random weights, its text 128 wide and 12 tokens long."""
+    sizes: dict[str, Any] = {"depth": 2, "width": 128, "num_heads": 2, "block_chunks": 1}
+    sizes |= {"text_width": 128, "text_length": 12}
+    return InfinitySource.from_state(*random_infinity_checkpoint(**(sizes | changes)), maps, INFINITY_SPAN)
 
 
 @pytest.fixture(scope="session")

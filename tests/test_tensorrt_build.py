@@ -13,13 +13,16 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from conftest import TINY_PLAN
+from conftest import INFINITY_PLAN, TINY_PLAN, tiny_infinity
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.sources import VARSource
 from fastvar_trt.export.tensorrt import build
 from fastvar_trt.export.tensorrt.build import build_tensorrt
-from fastvar_trt.export.tensorrt.flavour import RTX_TARGETS, flavour_of
-from fastvar_trt.export.tensorrt.graphs import tensorrt_graph
+from fastvar_trt.export.tensorrt.engine import BuiltEngine, build_engine
+from fastvar_trt.export.tensorrt.flavour import RTX_TARGETS, Flavour, flavour_of
+from fastvar_trt.export.tensorrt.graphs import TensorRTGraph, tensorrt_graph
+from fastvar_trt.plugins import DOMAIN, VERSION
+from fastvar_trt.plugins.onnx_functions import function_protos
 from fastvar_trt.runtime.engines import EngineRecord, read_engines
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import read_manifest
@@ -173,3 +176,38 @@ def test_plugins_take_the_place_of_the_functions(half_bundle: Path) -> None:
             assert attributes == {"keep": 32}
         if node.op_type == "RestoreTokens":
             assert attributes == {"h": 8, "w": 8, "cached_h": 5, "cached_w": 5}
+
+
+def test_infinity_builds(export_once: Callable[..., tuple[Path, ExportReport]], tmp_path: Path) -> None:
+    """Pruned, with text of any length masked: self- and cross-attention are fused."""
+    shared, report = export_once("infinity_fp16", tiny_infinity(), ExportOptions(plan=INFINITY_PLAN, precision="fp16"))
+    bundle = Path(shutil.copytree(shared, tmp_path / "b"))
+    build_tensorrt(bundle, ("sm86",))
+    engines = read_engines(bundle, "tensorrt_rtx")
+    assert set(engines) == {graph.file for graph in report.manifest.graphs}
+    for k in report.manifest.resolved_plan.steps:
+        kernels = engines[f"step_{k:02d}.onnx"].kernels
+        assert kernels["attention"] == 4, "two per layer"
+        assert kernels["gemm_bias_gelu"] == 2, "one per layer"
+
+
+def test_more_pivotal_tokens_than_one_top_k_takes() -> None:
+    keep, value = 4000, onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("PivotalTokens", ["x"], ["indices"], domain=DOMAIN, keep=keep)],
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, (2, 4096, 32))],
+        [value("indices", onnx.TensorProto.INT64, (2, keep))],
+    )
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(DOMAIN, VERSION)]
+    rtx = Flavour.load(flavour_of(("sm86",)))
+
+    def build_with(functions: list[onnx.FunctionProto]) -> BuiltEngine:
+        model = onnx.helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+        return build_engine(
+            rtx, TensorRTGraph(model.SerializeToString(), ()), "x", ("sm86",), lambda phase, share: None
+        )
+
+    assert build_with(function_protos(23, keep)).data
+    with pytest.raises(ExportError, match=r"built no engine|does not accept"):
+        build_with(function_protos(23))

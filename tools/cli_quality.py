@@ -46,6 +46,8 @@ def _request_options(command: Any) -> Any:
 
 def _requests(labels: tuple[int, ...], num_seeds: int, model: ModelSpec) -> tuple[list[int], list[int]]:
     """Class and seed of every image."""
+    if model.family != "var":
+        raise RequestError(f"the bundle is of {model.family}: pictures are compared by class, and it has none")
     if not labels and model.num_classes > _FEW_CLASSES:
         raise click.UsageError(f"the model has {model.num_classes} classes; name some with --class")
     classes = labels or tuple(range(model.num_classes))

@@ -9,9 +9,10 @@ from fastvar_trt.runtime.plan import PRESETS, ResolvedPlan
 def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
     """Multiply-adds of one step for one image with guidance.
 
-    Counts the matrix products of a VAR transformer. Per kept token of the two rows that guidance needs: q, k, v and
-    output projections (4 C^2), the feed-forward layers (2 C * mlp_width) and attention (2 C per query and key). Once
-    per token, as guidance is applied before the head: embedding and head.
+    Counts the matrix products of the transformer. Per kept token of the two rows that guidance needs: q, k, v and
+    output projections (4 C^2), the feed-forward layers (2 C * mlp_width), attention (2 C per query and key) and, where
+    there is text, cross-attention (2 C^2, and 2 C per query and token of the text). Once per token, as guidance is
+    applied before the head: embedding and head.
 
     Args:
         model: sizes.
@@ -26,6 +27,8 @@ def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
         kept = plan.kept(scale, layer)
         keys = plan.num_past(scale, layer) + kept
         total += 2 * kept * (4 * model.width**2 + 2 * model.width * model.mlp_width + 2 * model.width * keys)
+        if model.text_length:
+            total += 2 * kept * (2 * model.width**2 + 2 * model.width * model.text_length)
     return total
 
 
