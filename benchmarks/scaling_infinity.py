@@ -1,0 +1,173 @@
+"""How the time of Infinity's steps grows with the picture, dense and pruned, side by side in one run.
+
+A small random Infinity (the published sizes need hours on a CPU) is exported at every size, dense and with the plan of
+the size, and the two chains take turns. Prints a table per size and scale and the fitted exponents of time over
+pixels, and writes a plot.
+
+    python benchmarks/scaling_infinity.py --sizes 0.06M,0.25M,1M,2K --runs 3 --out out/scaling
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+
+from fastvar_trt.runtime import Pipeline, load_plan
+from fastvar_trt.runtime.manifest import Manifest
+from fastvar_trt.runtime.plan import PruningPlan, infinity_preset
+from fastvar_trt.tools.tables import format_table
+from fastvar_trt.tools.work import chain_multiply_adds
+
+TEXT_LENGTH, TEXT_WIDTH = 16, 128
+
+
+def export(folder: Path, size: str, depth: int, width: int, heads: int) -> tuple[Path, Path]:
+    """Bundles of one size: dense and pruned."""
+    from fastvar_trt.export.exporter import ExportOptions, export_again, export_model
+    from fastvar_trt.export.models.random_init import random_infinity_checkpoint
+    from fastvar_trt.export.models.schedules import schedule
+    from fastvar_trt.export.sources import InfinitySource
+
+    states = random_infinity_checkpoint(
+        depth=depth,
+        width=width,
+        num_heads=heads,
+        text_width=TEXT_WIDTH,
+        text_length=TEXT_LENGTH,
+        vae_channels=32,
+    )
+    source = InfinitySource.from_state(*states, *schedule(size, 1.0))
+    dense, pruned = folder / f"{size}_dense", folder / f"{size}_pruned"
+    if not dense.exists():
+        export_model(source, dense, ExportOptions(PruningPlan()))
+    if not pruned.exists():
+        plan = load_plan(infinity_preset(size))
+        if plan.fractions and depth <= plan.first_layer:
+            raise click.UsageError(f"--depth {depth}: the plans prune from layer {plan.first_layer}")
+        export_again(dense, pruned, plan)
+    return dense, pruned
+
+
+def kv_mib(manifest: Manifest) -> float:
+    """Keys and values of one picture."""
+    outputs = [t for g in manifest.chain(1) for t in g.outputs if t.name.startswith(("new_k_", "new_v_"))]
+    return sum(t.num_bytes for t in outputs) / 2**20
+
+
+def tokens_forwarded(manifest: Manifest) -> int:
+    """Kept tokens over all scales and layers, of one row."""
+    plan = manifest.resolved_plan
+    return sum(plan.kept(k, layer) for k in plan.steps for layer in range(plan.depth))
+
+
+@click.command()
+@click.option("--sizes", default="0.06M,0.25M,1M,2K", show_default=True)
+@click.option("--runs", default=3, show_default=True)
+@click.option("--depth", default=8, show_default=True)
+@click.option("--width", default=256, show_default=True)
+@click.option("--heads", default=2, show_default=True)
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps the bundles for another run.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scaling.png and scaling.json.")
+def main(sizes: str, runs: int, depth: int, width: int, heads: int, work_dir: Path | None, out: Path) -> None:
+    """Measure and plot."""
+    out.mkdir(parents=True, exist_ok=True)
+    features = [np.random.default_rng(0).standard_normal((7, TEXT_WIDTH)).astype(np.float32)]
+    records = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = work_dir or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        for size in sizes.split(","):
+            bundles = export(folder, size, depth, width, heads)
+            times: list[dict[str, list[float]]] = [{}, {}]
+            manifests = []
+            for run in range(runs + 1):  # the first is a warm-up
+                for i, bundle in enumerate(bundles):
+                    # One at a time in memory: dense attention over the largest maps takes gigabytes.
+                    with Pipeline.load(bundle, check="size") as pipe:
+                        if run == 0:
+                            manifests.append(pipe.manifest)
+                        pipe.generate(text_features=features, seeds=0)
+                        result = pipe.generate(text_features=features, seeds=run)
+                    if run > 0:
+                        for name, ms in result.timings.items():
+                            times[i].setdefault(name, []).append(ms)
+            medians = [{name: statistics.median(values) for name, values in t.items()} for t in times]
+            steps = [sum(ms for name, ms in m.items() if name.startswith("step_")) / 1e3 for m in medians]
+            model = manifests[0].model
+            records.append(
+                {
+                    "size": size,
+                    "pixels": model.image_height * model.image_width,
+                    "dense_s": round(steps[0], 3),
+                    "pruned_s": round(steps[1], 3),
+                    "tokens": [tokens_forwarded(m) for m in manifests],
+                    "kv_mib": [round(kv_mib(m), 1) for m in manifests],
+                    "work": [chain_multiply_adds(m.model, m.resolved_plan) for m in manifests],
+                    "steps_ms": [{k: round(v, 1) for k, v in m.items()} for m in medians],
+                }
+            )
+            _print_scales(records[-1], manifests)
+    _report(records, out / "scaling.png")
+    (out / "scaling.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    click.echo(json.dumps([{k: v for k, v in record.items() if k != "steps_ms"} for record in records]))
+
+
+def _print_scales(record: dict[str, object], manifests: list[Manifest]) -> None:
+    dense, pruned = record["steps_ms"]  # type: ignore[misc]  # a list of two
+    plan = manifests[1].resolved_plan
+    rows = [
+        [
+            f"{h}x{w}",
+            f"{plan.num_kept[k]}/{h * w}",
+            f"{dense[f'step_{k:02d}']:.1f}",  # type: ignore[has-type]
+            f"{pruned[f'step_{k:02d}']:.1f}" if k in plan.steps else "skipped",  # type: ignore[has-type]
+        ]
+        for k, (h, w) in enumerate(plan.schedule)
+    ]
+    click.echo(f"\n{record['size']}\n" + format_table(["map", "kept", "dense ms", "pruned ms"], rows))
+
+
+def _exponent(pixels: list[int], seconds: list[float]) -> float:
+    return float(np.polyfit(np.log(pixels), np.log(seconds), 1)[0])
+
+
+def _report(records: list[dict[str, object]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pixels = [int(str(r["pixels"])) for r in records]
+    dense, pruned = ([float(str(r[key])) for r in records] for key in ("dense_s", "pruned_s"))
+    exponents = [_exponent(pixels, seconds) for seconds in (dense, pruned)]
+    rows = []
+    for i, r in enumerate(records):
+        tokens, kv, work = r["tokens"], r["kv_mib"], r["work"]
+        rows.append(
+            [r["size"], f"{dense[i]:.2f}", f"{pruned[i]:.2f}", f"{dense[i] / pruned[i]:.2f}x"]
+            + [f"{pair[0]} -> {pair[1]}" for pair in (tokens, kv)]  # type: ignore[index]
+            + [f"{work[1] / work[0]:.3f}"]  # type: ignore[index]
+        )
+    header = ["size", "dense s", "pruned s", "speed-up", "tokens x layers", "KV MiB", "work"]
+    click.echo("\n" + format_table(header, rows))
+    click.echo(f"time ~ pixels^x: dense x = {exponents[0]:.2f}, pruned x = {exponents[1]:.2f}")
+    figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+    for name, seconds, exponent in (("dense", dense, exponents[0]), ("pruned", pruned, exponents[1])):
+        axes.loglog(pixels, seconds, "o-", label=f"{name}, pixels^{exponent:.2f}")
+    axes.set_xticks(pixels, [str(r["size"]) for r in records])
+    axes.minorticks_off()
+    axes.set_xlabel("picture")
+    axes.set_ylabel("seconds, all steps")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

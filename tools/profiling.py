@@ -1,0 +1,357 @@
+"""Where the time of a bundle goes: per graph and scale, against counted work and the machine's measured ceiling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvar_trt.runtime import Pipeline
+from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend, num_cores
+from fastvar_trt.runtime.errors import BundleError
+from fastvar_trt.runtime.manifest import DTYPE_BYTES, WEIGHTS_FILE, Manifest
+from fastvar_trt.tools.tables import format_table
+from fastvar_trt.tools.work import step_multiply_adds
+
+FORMAT_VERSION = 1
+_PRECISION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_CEILING_SIDE = 2048  # of the matrix product that the ceiling is measured with
+_COPIED_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphProfile:
+    """One graph over all runs.
+
+    Attributes:
+        name: `condition`, `step_00`, ..., `decoder`.
+        mean_ms, p50_ms, p90_ms, p99_ms: of one call.
+        share: of the sum of the means.
+        tokens_kept, tokens: of a step, in its pruned layers and in all.
+        multiply_adds: counted matrix products of a step, one batch.
+        num_bytes: a step's matrices, read once, and its keys and values.
+    """
+
+    name: str
+    mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    share: float
+    tokens_kept: int | None = None
+    tokens: int | None = None
+    multiply_adds: int | None = None
+    num_bytes: int | None = None
+
+    @property
+    def gflop_per_s(self) -> float | None:
+        """Achieved arithmetic, two operations per multiply-add."""
+        return None if self.multiply_adds is None else 2 * self.multiply_adds / self.p50_ms / 1e6
+
+    @property
+    def gbyte_per_s(self) -> float | None:
+        """Achieved traffic, if all that is counted comes from memory once."""
+        return None if self.num_bytes is None else self.num_bytes / self.p50_ms / 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What `fastvar profile` found; `to_json` and `from_json` are inverse."""
+
+    conditions: Mapping[str, Any]
+    graphs: tuple[GraphProfile, ...]
+    overhead_ms: float  # p50 of a call of `Pipeline.generate` beyond the sum of its graphs
+    ceiling: Mapping[str, float]  # of the machine: gflop_per_s, gbyte_per_s; empty where it was not measured
+    memory_mib: Mapping[str, float]
+    operators: Mapping[str, Mapping[str, float]]  # graph -> operator -> ms of one call; empty unless asked for
+
+    @property
+    def total_ms(self) -> float:
+        """Sum of the medians."""
+        return sum(graph.p50_ms for graph in self.graphs)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> Profile:
+        """A profile from its JSON object.
+
+        Raises:
+            BundleError: not a profile of this release.
+        """
+        try:
+            if data["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {data['format_version']!r}, expected {FORMAT_VERSION}")
+            fields = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+            return cls(**{**fields, "graphs": tuple(GraphProfile(**graph) for graph in fields["graphs"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{where}: not a profile of `fastvar profile` ({error}); make it again") from error
+
+
+def statistics_of(samples: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles (linear interpolation) of times in ms."""
+    p50, p90, p99 = np.percentile(samples, [50, 90, 99])
+    return {
+        "mean_ms": round(float(np.mean(samples)), 4),
+        "p50_ms": round(float(p50), 4),
+        "p90_ms": round(float(p90), 4),
+        "p99_ms": round(float(p99), 4),
+    }
+
+
+def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
+    """What a step moves at least: its matrices once, keys and values of the past read, new ones written."""
+    model, plan = manifest.model, manifest.resolved_plan
+    size = _PRECISION_BYTES[manifest.precision]
+    per_layer = 4 * model.width**2 + 2 * model.width * model.mlp_width
+    if model.text_length:
+        per_layer += 2 * model.width**2
+    matrices = model.depth * per_layer + model.width * model.vocab_size
+    rows = 2 * batch
+    keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in range(model.depth))
+    text = model.depth * model.text_length
+    return size * (matrices + 2 * rows * model.width * (keys + text))
+
+
+def measure(
+    pipe: Pipeline,
+    draw: Callable[[int], Any],
+    *,
+    warmup: int,
+    runs: int,
+    batch: int,
+    conditions: Mapping[str, Any],
+    progress: Callable[[int], None] = lambda count: None,
+) -> Profile:
+    """Time a pipeline.
+
+    Args:
+        pipe: the pipeline.
+        draw: called with the number of the run; returns what `pipe.generate` does for one batch.
+        warmup: runs before those that count.
+        runs: runs that count.
+        batch: images per run.
+        conditions: what else the report should say.
+        progress: called with 1 after every run.
+    """
+    times: dict[str, list[float]] = defaultdict(list)
+    overheads = []
+    for run in range(warmup + runs):
+        begin = time.perf_counter()
+        result = draw(run)
+        total = (time.perf_counter() - begin) * 1e3
+        if run >= warmup:
+            for name, ms in result.timings.items():
+                times[name].append(ms)
+            overheads.append(total - sum(result.timings.values()))
+        progress(1)
+    manifest = pipe.manifest
+    plan = manifest.resolved_plan
+    sum_of_means = sum(float(np.mean(samples)) for samples in times.values())
+    graphs = []
+    for graph in manifest.chain(batch):
+        samples = times[graph.name]
+        figures: dict[str, Any] = statistics_of(samples)
+        if graph.scale is not None:
+            figures |= {
+                "tokens_kept": plan.num_kept[graph.scale],
+                "tokens": plan.num_tokens(graph.scale),
+                "multiply_adds": batch * step_multiply_adds(manifest.model, plan, graph.scale),
+                "num_bytes": step_bytes(manifest, graph.scale, batch),
+            }
+        share = round(float(np.mean(samples)) / sum_of_means, 4)
+        graphs.append(GraphProfile(graph.name, share=share, **figures))
+    return Profile(
+        conditions={**machine(), **conditions, "warmup": warmup, "runs": runs, "batch": batch},
+        graphs=tuple(graphs),
+        overhead_ms=round(float(np.median(overheads)), 4),
+        ceiling=ceiling() if pipe.backend.name == OnnxRuntimeBackend.name else {},
+        memory_mib=_memory(pipe, batch),
+        operators={},
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What times depend on."""
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return {"cpu": name, "cores": num_cores(), "system": platform.platform(), "python": platform.python_version()}
+
+
+def ceiling() -> dict[str, float]:
+    """What this processor reaches: fp32 matrix products (numpy's BLAS), and copying. Best of five."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((_CEILING_SIDE, _CEILING_SIDE)).astype(np.float32) for _ in range(2))
+    source = np.ones(_COPIED_BYTES // 4, dtype=np.float32)
+    target = np.empty_like(source)
+
+    def best(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    flop, moved = 2 * _CEILING_SIDE**3, 2 * _COPIED_BYTES  # read and written
+    return {
+        "gflop_per_s": round(flop / best(lambda: a @ b) / 1e9, 1),
+        "gbyte_per_s": round(moved / best(lambda: np.copyto(target, source)) / 1e9, 1),
+    }
+
+
+def _memory(pipe: Pipeline, batch: int) -> dict[str, float]:
+    manifest = pipe.manifest
+
+    def mib(*prefixes: str) -> float:
+        outputs = {t.name: t for g in manifest.chain(batch) for t in g.outputs if t.name.startswith(prefixes)}
+        return round(sum(t.num_bytes for t in outputs.values()) / 2**20, 2)
+
+    plan, model = manifest.resolved_plan, manifest.model
+    keys = sum(plan.num_past(plan.steps[-1], layer) for layer in range(model.depth))
+    half = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.precision]
+    memory = {
+        "weights": round(manifest.files[WEIGHTS_FILE].num_bytes / 2**20, 2),
+        "keys_and_values": round(2 * keys * 2 * batch * model.width * DTYPE_BYTES[half] / 2**20, 2),
+        "token_cache": mib("cache_"),
+        "all_buffers": round(pipe.num_buffer_bytes / 2**20, 2),
+        "peak_rss": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 2),
+    }
+    rollup = Path("/proc/self/smaps_rollup")
+    if rollup.is_file():
+        lines = rollup.read_text(encoding="utf-8").splitlines()
+        memory["pss"] = round(sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024, 2)
+    return memory
+
+
+def operators_of(traces: Mapping[str, Path], runs: int) -> dict[str, dict[str, float]]:
+    """ONNX Runtime's profiles by operator.
+
+    Args:
+        traces: graph name -> the file that ONNX Runtime's profiler wrote.
+        runs: how often each graph ran.
+
+    Returns:
+        graph name -> operator -> ms of one run, the largest first.
+    """
+    result = {}
+    for name, path in traces.items():
+        sums: dict[str, float] = defaultdict(float)
+        for event in json.loads(path.read_text(encoding="utf-8")):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                sums[event["args"]["op_name"]] += event["dur"] / 1e3 / runs
+        ordered = sorted(sums.items(), key=lambda item: -item[1])
+        result[name] = {operator: round(ms, 4) for operator, ms in ordered}
+    return result
+
+
+def to_table(profile: Profile) -> str:
+    """The graphs for people."""
+    rows: list[list[object]] = []
+    for g in profile.graphs:
+        gflops, gbytes = g.gflop_per_s, g.gbyte_per_s
+        top = profile.ceiling
+        row: list[object] = [g.name, "" if g.tokens is None else f"{g.tokens_kept}/{g.tokens}"]
+        row += [f"{value:.2f}" for value in (g.mean_ms, g.p50_ms, g.p90_ms, g.p99_ms)]
+        row += [f"{g.share:.1%}"]
+        row += ["" if gflops is None else f"{gflops:.1f}" + (f" ({gflops / top['gflop_per_s']:.0%})" if top else "")]
+        row += ["" if gbytes is None else f"{gbytes:.1f}" + (f" ({gbytes / top['gbyte_per_s']:.0%})" if top else "")]
+        rows.append(row)
+    rows.append(["all", "", "", f"{profile.total_ms:.2f}", "", "", "", "", ""])
+    return format_table(["graph", "tokens kept", "mean ms", "p50", "p90", "p99", "share", "GFLOP/s", "GB/s"], rows)
+
+
+def to_markdown(profile: Profile, title: str) -> str:
+    """The report."""
+    lines = [f"# {title}", "", ", ".join(f"{key} {value}" for key, value in profile.conditions.items()), ""]
+    if profile.ceiling:
+        lines += [
+            f"Ceiling of this machine: {profile.ceiling['gflop_per_s']} GFLOP/s (fp32 product of {_CEILING_SIDE}^3), "
+            f"{profile.ceiling['gbyte_per_s']} GB/s (copy). Percentages are of it; GB/s counts a step's matrices "
+            "once and its keys and values.",
+            "",
+        ]
+    lines += ["```", to_table(profile), "```", ""]
+    lines += [
+        f"Beyond the graphs, a call takes {profile.overhead_ms:.2f} ms ({profile.overhead_ms / profile.total_ms:.1%}).",
+        "",
+        "Memory, MiB: " + ", ".join(f"{key} {value}" for key, value in profile.memory_mib.items()),
+        "",
+    ]
+    for name, operators in profile.operators.items():
+        total = sum(operators.values())
+        shares = ", ".join(f"{op} {ms:.2f} ms ({ms / total:.0%})" for op, ms in list(operators.items())[:6])
+        lines.append(f"- {name}: {shares}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def to_trace(profile: Profile) -> dict[str, Any]:
+    """One run as Chrome's and Perfetto's trace events, every graph with its median time."""
+    events: list[dict[str, Any]] = []
+    start = 0.0
+    for g in profile.graphs:
+        args = {"tokens_kept": g.tokens_kept, "tokens": g.tokens, "gflop_per_s": g.gflop_per_s}
+        events.append(
+            {"name": g.name, "cat": "graph", "ph": "X", "pid": 1, "tid": 1, "ts": start, "dur": g.p50_ms * 1e3}
+            | {"args": {key: value for key, value in args.items() if value is not None}}
+        )
+        inner = start
+        for operator, ms in profile.operators.get(g.name, {}).items():
+            event = {"name": operator, "cat": "operators, largest first", "ph": "X", "pid": 1, "tid": 2}
+            events.append({**event, "ts": inner, "dur": ms * 1e3})
+            inner += ms * 1e3
+        start += g.p50_ms * 1e3
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def comparison_table(a: Profile, b: Profile) -> str:
+    """Two profiles graph by graph: medians, and how much faster the second is."""
+    theirs = {g.name: g for g in b.graphs}
+    rows: list[list[object]] = []
+    for g in a.graphs:
+        other = theirs.pop(g.name, None)
+        second = ["-", "skipped"] if other is None else [f"{other.p50_ms:.2f}", f"{g.p50_ms / other.p50_ms:.2f}x"]
+        rows.append([g.name, f"{g.p50_ms:.2f}", *second])
+    rows += [[name, "-", f"{g.p50_ms:.2f}", ""] for name, g in theirs.items()]
+    rows.append(["all", f"{a.total_ms:.2f}", f"{b.total_ms:.2f}", f"{a.total_ms / b.total_ms:.2f}x"])
+    return format_table(["graph", "A p50 ms", "B p50 ms", "B is faster"], rows)
+
+
+def plot(profiles: Mapping[str, Profile], path: Path) -> None:
+    """Stacked bars: one per profile, one part per graph."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(g.name for profile in profiles.values() for g in profile.graphs))
+    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.95, max(len(names), 2)))
+    figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.8 * len(profiles)), layout="constrained")
+    labels = list(profiles)
+    left = np.zeros(len(labels))
+    for name, colour in zip(names, colours, strict=False):
+        medians = {label: {g.name: g.p50_ms for g in profile.graphs} for label, profile in profiles.items()}
+        widths = np.array([medians[label].get(name, 0.0) for label in labels])
+        axes.barh(labels, widths, left=left, color=colour, label=name, edgecolor="white", linewidth=0.4)
+        for i, width in enumerate(widths):
+            if width > 0.06 * max(profile.total_ms for profile in profiles.values()):
+                text = name.removeprefix("step_").lstrip("0") or "0"
+                axes.text(left[i] + width / 2, i, text, ha="center", va="center", color="white", fontsize=8)
+        left += widths
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per call, medians; numbers are scales")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
