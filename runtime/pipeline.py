@@ -146,6 +146,7 @@ class Pipeline:
         negative_prompts: Sequence[str | None] | None = None,
         text_features: Sequence[NDArray[Any]] | None = None,
         negative_text_features: Sequence[NDArray[Any] | None] | None = None,
+        h_div_w: float | None = None,
         seeds: int | Sequence[int] = 0,
         cfg: float | Sequence[float] | NDArray[Any] | None = None,
         temperature: float | Sequence[float] | NDArray[Any] | None = None,
@@ -167,6 +168,7 @@ class Pipeline:
             text_features: in place of prompts: N arrays [tokens, width], the text encoder's last hidden state without
                 padding.
             negative_text_features: the same of N negative prompts; None, for all or for one: the model's own.
+            h_div_w: height over width that the pictures shall have; a bundle holds one, and this checks it.
             seeds: one per image, or one for all: then image i gets seed + i.
             cfg: guidance scale; default: the manifest's. VAR ramps it linearly over the scales; for Infinity it may
                 be an array [N, scales].
@@ -187,6 +189,7 @@ class Pipeline:
             if text_features is not None or negative_text_features is not None:
                 raise RequestError("give prompts or text_features, not both")
             text_features, negative_text_features = self.encode(prompts, negative_prompts)
+        self._check_aspect(h_div_w)
         condition = self._condition(labels, text_features, negative_text_features)
         count = len(condition)
         request = self._request(count, cfg, temperature, top_k, top_p, greedy)
@@ -221,6 +224,15 @@ class Pipeline:
                     f"or its activations exceed {self.manifest.precision}"
                 )
         return _merge(outputs, count)
+
+    def _check_aspect(self, h_div_w: float | None) -> None:
+        model = self.manifest.model
+        held = model.image_height / model.image_width
+        if h_div_w is not None and not abs(h_div_w - held) <= 0.01:
+            raise RequestError(
+                f"h_div_w: got {h_div_w:g}, this bundle holds {held:.3g} ({model.image_width}x{model.image_height}); "
+                "export another with --h-div-w"
+            )
 
     def encode(
         self, prompts: Sequence[str] | None, negative_prompts: Sequence[str | None] | None = None

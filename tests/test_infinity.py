@@ -224,6 +224,7 @@ def test_rotary_positions_span_the_full_map() -> None:
         ({"text_features": [np.zeros((3, 64))]}, r"got shape \[3, 64\], expected \[tokens, 128\]"),
         ({"text_features": [np.full((3, 128), np.nan)]}, "expected finite numbers"),
         ({"text_features": features(3), "negative_text_features": features(3, 3)}, "expected one per image"),
+        ({"text_features": features(3), "h_div_w": 2.0}, r"got 2, this bundle holds 0\.5 \(128x64\); export another"),
         ({"text_features": features(3), "top_k": 5}, "draws bits, which have two values"),
         ({"text_features": features(3), "cfg": np.ones((1, 3))}, r"cfg: got \(1, 3\)"),
     ],

@@ -17,7 +17,7 @@ from fastvar_trt.runtime.backends import BACKENDS
 from fastvar_trt.runtime.command import ErrorCommand, numbers
 from fastvar_trt.runtime.engines import EngineRecord, read_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
-from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, TensorSpec, check_files, read_manifest
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, check_files, read_manifest
 from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli_profile import profile_command
@@ -25,6 +25,7 @@ from fastvar_trt.tools.cli_quality import compare_command, tune_command
 from fastvar_trt.tools.files import check_writable, replacing
 from fastvar_trt.tools.sheets import save_image
 from fastvar_trt.tools.tables import format_table
+from fastvar_trt.tools.work import activation_bytes
 
 _FLAVOURS = ("tensorrt_rtx", "tensorrt", "onnxruntime_cuda")
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -82,6 +83,7 @@ Examples:
     type=click.Path(path_type=Path),
     help="In place of prompts: NPZ with the text encoder's features, arrays 0, 1, ... [tokens, width].",
 )
+@click.option("--h-div-w", type=float, help="Height over width that the bundle must hold.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i is drawn with seed + i.")
 @click.option("--cfg", type=numbers(), help="Guidance scale, or one per scale: N,N,...; default: the bundle's.")
 @click.option("--temperature", type=numbers(), help="Divides the logits (tau), or one per scale.")
@@ -99,6 +101,7 @@ def generate(
     prompts: tuple[str, ...],
     negative_prompts: tuple[str, ...],
     text_features: Path | None,
+    h_div_w: float | None,
     seed: int,
     cfg: tuple[float, ...] | None,
     temperature: tuple[float, ...] | None,
@@ -129,6 +132,7 @@ def generate(
             prompts=prompts or None,
             negative_prompts=negative_prompts * (len(prompts) if len(negative_prompts) == 1 else 1) or None,
             text_features=None if text_features is None else _read_features(text_features),
+            h_div_w=h_div_w,
             seeds=seed,
             cfg=_per_scale(cfg),
             temperature=_per_scale(temperature),
@@ -343,22 +347,26 @@ def _engine_table(flavour: str, records: list[EngineRecord]) -> str:
 
 
 def _memory_rows(manifest: Manifest) -> list[list[object]]:
-    """Buffers that the runtime holds, MiB per batch size; activations come on top."""
+    """What the runtime holds, MiB per batch size."""
 
-    def mib(tensors: list[TensorSpec]) -> str:
-        return f"{sum(t.num_bytes for t in tensors) / 2**20:.2f} MiB"
+    def outputs(batch: int, *prefixes: str) -> int:
+        return sum(t.num_bytes for g in manifest.chain(batch) for t in g.outputs if t.name.startswith(prefixes))
 
-    def outputs(batch: int, *prefixes: str) -> list[TensorSpec]:
-        return [t for g in manifest.chain(batch) for t in g.outputs if t.name.startswith(prefixes)]
-
-    weights = f"{manifest.files[WEIGHTS_FILE].num_bytes / 2**20:.2f} MiB"
-    return [
-        ["weights", *[weights for _ in manifest.batches]],
-        ["keys and values", *[mib(outputs(b, "new_k_", "new_v_")) for b in manifest.batches]],
-        ["token cache", *[mib(outputs(b, "cache_")) for b in manifest.batches]],
-        ["modulations", *[mib(outputs(b, "modulation_", "head_modulation")) for b in manifest.batches]],
-        ["keys and values of the text", *[mib(outputs(b, "text_k_", "text_v_")) for b in manifest.batches]],
+    columns = [
+        {
+            "weights": manifest.files[WEIGHTS_FILE].num_bytes,
+            "keys and values": outputs(batch, "new_k_", "new_v_"),
+            "token cache": outputs(batch, "cache_"),
+            "modulations": outputs(batch, "modulation_", "head_modulation"),
+            "keys and values of the text": outputs(batch, "text_k_", "text_v_"),
+            "activations, estimated": activation_bytes(manifest, batch),
+        }
+        for batch in manifest.batches
     ]
+    rows: list[list[object]] = [
+        [name, *[f"{column[name] / 2**20:.2f} MiB" for column in columns]] for name in columns[0]
+    ]
+    return [*rows, ["all", *[f"{sum(column.values()) / 2**20:.2f} MiB" for column in columns]]]
 
 
 @main.command(

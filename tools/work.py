@@ -41,3 +41,30 @@ def relative_work(manifest: Manifest, plan: ResolvedPlan) -> float:
     """The transformer's arithmetic under a plan as a share of the dense chain's."""
     dense = PRESETS["none"].resolve(manifest.schedule, manifest.model.depth)
     return chain_multiply_adds(manifest.model, plan) / chain_multiply_adds(manifest.model, dense)
+
+
+def activation_bytes(manifest: Manifest, batch: int) -> int:
+    """What the largest graph holds besides buffers and weights, estimated for fused attention.
+
+    A step: the residual stream twice in fp32, and the larger of the feed-forward layer's hidden state and q, k, v with
+    the repacked keys and values; its logits. The decoder: three fp32 copies of its largest map, since normalisation is
+    in fp32. What a backend really takes depends on its kernels.
+    """
+    model, plan = manifest.model, manifest.resolved_plan
+    size = {"fp32": 4, "fp16": 2, "bf16": 2}[manifest.precision]
+    rows, largest = 2 * batch, 0
+    for scale in plan.steps:
+        length = plan.num_tokens(scale)
+        stream = 2 * rows * length * model.width * 4
+        inside = 0
+        for layer in range(model.depth):
+            kept = plan.kept(scale, layer)
+            keys = plan.num_past(scale, layer) + kept
+            feed_forward = rows * kept * (model.mlp_width + model.width) * size
+            attention = rows * (4 * kept + 2 * keys) * model.width * size
+            inside = max(inside, feed_forward, attention)
+        largest = max(largest, stream + inside + batch * length * model.vocab_size * 4)
+    pixels = batch * model.image_height * model.image_width
+    channels = manifest.configs.get("vae", {}).get("level_channels", ())
+    maps = (pixels // 4**level * width * 4 * 3 for level, width in enumerate(channels))
+    return max(largest, *maps, 0)
