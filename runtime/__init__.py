@@ -11,29 +11,37 @@ with Pipeline.load("bundle") as pipe:
 from fastvar_trt.runtime.errors import (
     BackendError,
     BundleError,
+    CancelledError,
     CheckpointError,
     ExportError,
     FastVARError,
+    OverloadedError,
     PlanError,
     RequestError,
 )
 from fastvar_trt.runtime.manifest import Manifest, read_manifest
 from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
 from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan, load_plan
+from fastvar_trt.runtime.service import ImageRequest, ImageResult, Service
 
 __all__ = [
     "BackendError",
     "BundleError",
+    "CancelledError",
     "CheckpointError",
     "ExportError",
     "FastVARError",
     "GenerationResult",
+    "ImageRequest",
+    "ImageResult",
     "Manifest",
+    "OverloadedError",
     "Pipeline",
     "PlanError",
     "PruningPlan",
     "RequestError",
     "ResolvedPlan",
+    "Service",
     "load_plan",
     "read_manifest",
 ]

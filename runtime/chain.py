@@ -7,7 +7,7 @@ a step reads its head as `past` and writes its tail as `new`, so appending copie
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, CapturedChain, View
-from fastvar_trt.runtime.errors import BackendError, BundleError
+from fastvar_trt.runtime.errors import BackendError, BundleError, CancelledError
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec
 from fastvar_trt.runtime.plan import ResolvedPlan
 
@@ -64,6 +64,7 @@ class Chain:
         noise: Mapping[int, NDArray[Any]],
         request: Mapping[str, NDArray[Any]],
         optional: Collection[str] = (),
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> ChainOutputs:
         """One batch of images.
 
@@ -72,6 +73,10 @@ class Chain:
             noise: scale -> fp32 [B, L] or [B, L, bits], U[0, 1).
             request: the `REQUEST_INPUTS`: those of `PER_SCALE_REQUEST` [B, number of scales], the others [B].
             optional: those of `OPTIONAL_OUTPUTS` that shall be returned.
+            should_stop: asked before every graph, or before the launch of a captured chain.
+
+        Raises:
+            CancelledError: `should_stop` said so.
         """
         backend = self._backend
         backend.activate()
@@ -91,12 +96,14 @@ class Chain:
 
         captured = self._captured.get(wanted)
         if captured is not None:
+            _stop_if(should_stop)
             captured.launch()
             return self._outputs(wanted, captured.marks)
         marks: list[Any] = []
         try:
             marks.append(backend.mark())
             for bound in self._bound[wanted]:
+                _stop_if(should_stop)
                 bound.enqueue()
                 marks.append(backend.mark())
             outputs = self._outputs(wanted, marks)
@@ -199,6 +206,11 @@ class Chain:
         if kind.startswith("past"):
             return buffer.rows(0, start)
         return buffer.rows(start, self._plan.kept(scale, layer))
+
+
+def _stop_if(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise CancelledError("the request was cancelled between two scales")
 
 
 def _at(name: str, scale: int) -> str:

@@ -21,6 +21,14 @@ class RequestError(FastVARError):
     """A generation request that the bundle cannot serve (class, batch, top-k, ...)."""
 
 
+class OverloadedError(FastVARError):
+    """A service whose queue is full, or that is draining; the same request may succeed later."""
+
+
+class CancelledError(FastVARError):
+    """A request that was given up, or whose deadline has passed, before its picture was there."""
+
+
 class BackendError(FastVARError):
     """A backend that is not installed, or that cannot run what the bundle holds."""
 

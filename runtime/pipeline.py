@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -155,6 +155,7 @@ class Pipeline:
         greedy: bool = False,
         return_logits: bool = False,
         return_float_images: bool = False,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> GenerationResult:
         """Draw one image per label or text.
 
@@ -179,11 +180,13 @@ class Pipeline:
             greedy: take the likeliest token; seeds, top_k and top_p are then without effect.
             return_logits: fill `GenerationResult.logits`.
             return_float_images: fill `GenerationResult.float_images`.
-            (cfg, temperature, top_k and top_p may be one value per image.)
+            should_stop: asked between scales (before the launch, where the chain is captured as a CUDA graph).
+            (cfg, temperature, top_k and top_p may be one value per image, None for the default.)
 
         Raises:
             RequestError: a value out of range; the message gives the range.
             BackendError: the backend failed, or the model's logits were not finite.
+            CancelledError: `should_stop` said so.
         """
         if prompts is not None or negative_prompts is not None:
             if text_features is not None or negative_text_features is not None:
@@ -214,6 +217,7 @@ class Pipeline:
                         {k: pad_rows(rows, batch) for k, rows in noise.items()},
                         {name: pad_rows(values[part], batch) for name, values in request.items()},
                         optional,
+                        should_stop,
                     )
                 )
             start += batch
@@ -224,6 +228,27 @@ class Pipeline:
                     f"or its activations exceed {self.manifest.precision}"
                 )
         return _merge(outputs, count)
+
+    def check(
+        self,
+        labels: Sequence[int] | None = None,
+        *,
+        text_features: Sequence[NDArray[Any]] | None = None,
+        negative_text_features: Sequence[NDArray[Any] | None] | None = None,
+        seeds: int | Sequence[int] = 0,
+        cfg: Any = None,
+        temperature: Any = None,
+        top_k: Any = None,
+        top_p: Any = None,
+    ) -> None:
+        """That `generate` would take these arguments.
+
+        Raises:
+            RequestError: a value out of range.
+        """
+        count = len(self._condition(labels, text_features, negative_text_features))
+        self._request(count, cfg, temperature, top_k, top_p, greedy=False)
+        self._seeds(seeds, count)
 
     def _check_aspect(self, h_div_w: float | None) -> None:
         model = self.manifest.model
@@ -289,20 +314,24 @@ class Pipeline:
         model, sampling = self.manifest.model, self.manifest.sampling
         num_scales = len(self.manifest.schedule)
 
-        def finite(name: str, value: Any, dtype: str) -> NDArray[Any]:
+        def finite(name: str, value: Any, dtype: str, default: float) -> NDArray[Any]:
+            if value is None:
+                value = default
+            elif isinstance(value, list | tuple):
+                value = [default if item is None else item for item in value]
             array = numbers(name, value, dtype)
             if not np.isfinite(array).all():
                 raise RequestError(f"{name}: got {value}, expected finite numbers")
             return array
 
-        def per_image(name: str, value: Any, dtype: str) -> NDArray[Any]:
-            array = finite(name, value, dtype)
+        def per_image(name: str, value: Any, dtype: str, default: float) -> NDArray[Any]:
+            array = finite(name, value, dtype, default)
             if array.shape not in ((), (count,)):
                 raise RequestError(f"{name}: got {array.shape}, expected one value or one per image ({count})")
             return np.broadcast_to(array, (count,))
 
-        def per_scale(name: str, value: Any) -> NDArray[Any]:
-            array = finite(name, value, "float32")
+        def per_scale(name: str, value: Any, default: float) -> NDArray[Any]:
+            array = finite(name, value, "float32", default)
             if array.shape in ((), (count,)):
                 array = array[..., None]
             elif array.ndim != 2 or array.shape[0] not in (1, count) or array.shape[1] != num_scales:
@@ -312,19 +341,19 @@ class Pipeline:
                 )
             return np.broadcast_to(array, (count, num_scales))
 
-        cfg_array = per_scale("cfg", sampling.cfg if cfg is None else cfg)
-        temperatures = per_scale("temperature", sampling.temperature if temperature is None else temperature)
+        cfg_array = per_scale("cfg", cfg, sampling.cfg)
+        temperatures = per_scale("temperature", temperature, sampling.temperature)
         if (temperatures < _MIN_TEMPERATURE).any():
             raise RequestError(
                 f"temperature: got {temperature}, expected {_MIN_TEMPERATURE} or more (for the likeliest token, use "
                 "greedy)"
             )
-        top_ps = per_image("top_p", sampling.top_p if top_p is None else top_p, "float32")
+        top_ps = per_image("top_p", top_p, "float32", sampling.top_p)
         if ((top_ps < 0) | (top_ps > 1)).any():
             raise RequestError(f"top_p: got {top_p}, expected 0 to 1")
         if top_k is not None and model.family != "var":
             raise RequestError("top_k: this model draws bits, which have two values; use top_p or greedy")
-        top_ks = per_image("top_k", sampling.top_k if top_k is None else top_k, "int64")
+        top_ks = per_image("top_k", top_k, "int64", sampling.top_k)
         limit = sampling.max_top_k
         too_large = (top_ks < 0) | (top_ks > limit) | ((top_ks == 0) & (limit < model.vocab_size))
         if too_large.any() and not greedy:

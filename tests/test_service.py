@@ -1,0 +1,220 @@
+"""The service: batches, back-pressure, cancellation, deadlines, and faults after which the next request is right."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastvar_trt.runtime import (
+    BackendError,
+    CancelledError,
+    ImageRequest,
+    OverloadedError,
+    Pipeline,
+    RequestError,
+    Service,
+)
+
+
+@pytest.fixture
+def pipe(tiny_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(tiny_bundle) as pipeline:
+        yield pipeline
+
+
+class Gate:
+    """Holds `Pipeline.generate` until it is opened."""
+
+    def __init__(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self._open = threading.Event(), threading.Event()
+        original = pipe.generate
+
+        def held(*args: Any, should_stop: Callable[[], bool] = lambda: False, **options: Any) -> Any:
+            self.entered.set()
+            while not self._open.is_set() and not should_stop():
+                time.sleep(0.002)
+            return original(*args, should_stop=should_stop, **options)
+
+        monkeypatch.setattr(pipe, "generate", held)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def test_pictures_are_those_of_the_pipeline_whatever_the_batch(pipe: Pipeline) -> None:
+    requests = [ImageRequest(label=i % 10, seed=100 + i, cfg=None if i % 3 else 2.0, top_k=5 + i) for i in range(9)]
+    expected = [pipe.generate([r.label or 0], seeds=[r.seed], cfg=r.cfg, top_k=r.top_k).images[0] for r in requests]
+    found: dict[int, Any] = {}
+    with Service(pipe, max_wait_s=0.05) as service:
+
+        def client(numbers: range) -> None:
+            for i in numbers:
+                found[i] = service.submit(requests[i]).result(60)
+
+        threads = [threading.Thread(target=client, args=(range(start, 9, 3),)) for start in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        metrics = service.metrics()
+    for i, image in enumerate(expected):
+        np.testing.assert_array_equal(found[i].image, image)
+    assert {result.batch for result in found.values()} == {1, 2}
+    assert (metrics.accepted, metrics.completed, metrics.failed, metrics.queued) == (9, 9, 0, 0)
+    assert metrics.batches < 9
+    assert metrics.p50_ms is not None
+    assert metrics.p99_ms is not None
+    assert 0 < metrics.p50_ms <= metrics.p99_ms
+
+
+def test_a_full_queue_refuses_and_recovers(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(pipe, monkeypatch)
+    with Service(pipe, max_queue=2, max_wait_s=0) as service:
+        first = service.submit(ImageRequest(label=0))
+        assert gate.entered.wait(10)
+        waiting = [service.submit(ImageRequest(label=i)) for i in (1, 2)]
+        with pytest.raises(OverloadedError, match=r"the queue is full \(2 requests\)"):
+            service.submit(ImageRequest(label=3))
+        gate.open()
+        for ticket in (first, *waiting):
+            assert ticket.result(60).image.shape == (128, 128, 3)
+        assert service.submit(ImageRequest(label=3)).result(60).batch == 1
+        metrics = service.metrics()
+    assert (metrics.rejected, metrics.completed) == (1, 4)
+
+
+def test_cancelled_requests_do_not_run(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(pipe, monkeypatch)
+    with Service(pipe, max_wait_s=0) as service:
+        running = service.submit(ImageRequest(label=0))
+        assert gate.entered.wait(10)
+        queued, other = service.submit(ImageRequest(label=1)), service.submit(ImageRequest(label=2, seed=7))
+        assert queued.cancel()
+        assert running.cancel()  # nobody waits for this batch any more: it stops between two scales
+        with pytest.raises(CancelledError):
+            running.result(60)
+        gate.open()
+        result = other.result(60)
+        with pytest.raises(CancelledError):
+            queued.result(60)
+        assert not other.cancel()
+        metrics = service.metrics()
+    assert (metrics.cancelled, metrics.completed) == (2, 1)
+    np.testing.assert_array_equal(result.image, pipe.generate([2], seeds=[7]).images[0])
+
+
+def test_deadlines(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(pipe, monkeypatch)
+    with Service(pipe, max_wait_s=0) as service:
+        running = service.submit(ImageRequest(label=0, deadline_s=0.1))
+        assert gate.entered.wait(10)
+        queued = service.submit(ImageRequest(label=1, deadline_s=0.05))
+        with pytest.raises(CancelledError, match=r"the deadline of 0\.1 s has passed"):
+            running.result(60)
+        with pytest.raises(CancelledError, match=r"the deadline of 0\.05 s has passed"):
+            queued.result(60)
+        gate.open()
+        assert service.submit(ImageRequest(label=1, deadline_s=60)).result(60).queued_ms >= 0
+
+
+def test_a_chain_stops_between_two_scales(pipe: Pipeline) -> None:
+    expected = pipe.generate([3], seeds=[1])
+    asked = []
+
+    def after_two() -> bool:
+        asked.append(True)
+        return len(asked) > 3
+
+    with pytest.raises(CancelledError):
+        pipe.generate([4], should_stop=after_two)
+    assert len(asked) == 4  # condition, step 0, step 1, and no more
+    again = pipe.generate([3], seeds=[1])
+    np.testing.assert_array_equal(again.images, expected.images)
+
+
+def test_a_backend_that_throws_once_in_the_middle(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is tried again picture by picture: both come, and are right."""
+    expected = [pipe.generate([i], seeds=[i]).images[0] for i in (0, 1)]
+    bound = pipe._chains[2]._bound[frozenset()][3]  # step 2 of the batch of two
+    monkeypatch.setattr(bound, "enqueue", _raising(BackendError("out of memory")))
+    with Service(pipe, max_wait_s=1.0) as service:
+        tickets = [service.submit(ImageRequest(label=i, seed=i)) for i in (0, 1)]
+        results = [ticket.result(60) for ticket in tickets]
+        metrics = service.metrics()
+    for result, image in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result.image, image)
+        assert result.batch == 1
+    assert (metrics.failed, metrics.completed) == (0, 2)
+
+
+def test_a_backend_that_throws_always(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = pipe.generate([5], seeds=[5]).images[0]
+    with Service(pipe, max_wait_s=0) as service:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipe._chains[1]._bound[frozenset()][3], "enqueue", _raising(BackendError("the GPU is lost")))
+            with pytest.raises(BackendError, match="the GPU is lost"):
+                service.submit(ImageRequest(label=5)).result(60)
+        assert service.healthy
+        np.testing.assert_array_equal(service.submit(ImageRequest(label=5, seed=5)).result(60).image, expected)
+        assert service.metrics().failed == 1
+
+
+def _raising(error: Exception) -> Callable[[], None]:
+    def enqueue() -> None:
+        raise error
+
+    return enqueue
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ImageRequest(), "labels: got"),
+        (ImageRequest(label=10), "class 10: this model has 10 classes"),
+        (ImageRequest(label=1, cfg=float("nan")), "cfg: got"),
+        (ImageRequest(label=1, seed=-1), "seed: got -1"),
+        (ImageRequest(label=1, top_k=1000), "top_k: got"),
+        (ImageRequest(label=1, text_features=np.zeros((1, 4))), "not both"),
+        (ImageRequest(text_features=np.zeros((1, 4))), "draws classes"),
+    ],
+)
+def test_bad_requests_are_refused_when_they_are_submitted(pipe: Pipeline, request_: ImageRequest, message: str) -> None:
+    with Service(pipe) as service:
+        with pytest.raises(RequestError, match=message):
+            service.submit(request_)
+        assert service.submit(ImageRequest(label=1)).result(60).image.dtype == np.uint8
+        assert service.metrics().accepted == 1
+
+
+def test_drain_and_close(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(pipe, monkeypatch)
+    service = Service(pipe, max_wait_s=0)
+    ticket = service.submit(ImageRequest(label=0))
+    assert gate.entered.wait(10)
+    assert not service.drain(0.05)
+    assert not service.healthy
+    with pytest.raises(OverloadedError, match="draining"):
+        service.submit(ImageRequest(label=1))
+    gate.open()
+    assert service.drain(60)
+    assert ticket.result(0).image.shape == (128, 128, 3)
+    service.close()
+    with pytest.raises(OverloadedError):
+        service.submit(ImageRequest(label=1))
+
+
+def test_closing_cancels_what_waits(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(pipe, monkeypatch)
+    service = Service(pipe, max_wait_s=0)
+    tickets = [service.submit(ImageRequest(label=i)) for i in range(3)]
+    assert gate.entered.wait(10)
+    service.close()
+    for ticket in tickets:
+        with pytest.raises(CancelledError):
+            ticket.result(10)
