@@ -163,7 +163,7 @@ def main(
             report = exporter.export_again(bundle, out, plan, batches=batches, force=force, progress=progress)
         else:
             if model == "infinity" and checkpoint is not None and vae is not None:
-                ratio = h_div_w or aspect or 1.0
+                ratio = next((value for value in (h_div_w, aspect) if value is not None), 1.0)
                 source: Source = InfinitySource.from_files(
                     checkpoint, vae, pn or "1M", ratio, text_length, text_encoder
                 )

@@ -259,6 +259,8 @@ def _export_chain(
             outputs = state.step(model, plan, spec.scale, uniform, greedy)
             reference[f"step_{spec.scale:02d}"] = outputs.tokens.numpy()
             reference[f"logits_{spec.scale:02d}"] = outputs.logits[:, :_REFERENCE_POSITIONS].numpy()
+        elif spec.kind == "text_encoder":
+            reference |= {name: tensor.numpy() for name, tensor in (*inputs.items(), *expected.items())}
         elif spec.kind == "decoder":
             assert state is not None and state.f_hat is not None
             reference["f_hat"], reference["image"] = state.f_hat.numpy(), model.decode(state.f_hat)[0].numpy()

@@ -73,6 +73,8 @@ class GraphFunction:
     spec: GraphSpec
     run: Callable[[Mapping[str, Tensor], Mapping[BlockSpec, str] | None], dict[str, Tensor]]
     layers: tuple[BlockSpec, ...]  # the block of every layer; empty where there are none
+    # Of a step: f_hat after other tokens than its own, which differ where rounding decides.
+    accumulate: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -161,7 +163,10 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             by_name |= {names.cache(i, sublayer): y for sublayer, y in zip(model.sublayers, outputs, strict=True)}
         return {spec.name: by_name[spec.name] for spec in graph.outputs}
 
-    return GraphFunction(graph, run, tuple(specs))
+    def accumulate(tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+        return model.accumulate(tokens, tensors.get(names.F_HAT), scale)
+
+    return GraphFunction(graph, run, tuple(specs), accumulate)
 
 
 def _step_spec(

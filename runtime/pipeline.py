@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -107,8 +107,6 @@ class Pipeline:
             backend.open(path, manifest.precision, check_hashes=check == "full")
             for batch in manifest.batches:
                 pipeline._chains[batch] = Chain(backend, manifest, batch)
-            if manifest.text_encoder is not None:
-                pipeline._text_encoder = TextEncoder(backend, path, manifest)
         except BaseException:
             backend.close()
             raise
@@ -125,7 +123,8 @@ class Pipeline:
     @property
     def num_buffer_bytes(self) -> int:
         """Memory of requests, modulations, keys and values, caches and results, of all batch sizes used so far."""
-        return sum(chain.num_buffer_bytes for chain in self._chains.values())
+        text = 0 if self._text_encoder is None else self._text_encoder.num_buffer_bytes
+        return text + sum(chain.num_buffer_bytes for chain in self._chains.values())
 
     def close(self) -> None:
         """Release the graphs; may be called twice. ONNX Runtime keeps the memory of activations for the next load."""
@@ -136,6 +135,7 @@ class Pipeline:
             for chain in self._chains.values():
                 chain.close()
             self._chains.clear()
+            self._text_encoder = None
             self.backend.close()
 
     def generate(
@@ -153,6 +153,7 @@ class Pipeline:
         top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
         greedy: bool = False,
+        noise: Mapping[int, NDArray[Any]] | None = None,
         return_logits: bool = False,
         return_float_images: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
@@ -178,6 +179,7 @@ class Pipeline:
                 of them, where the bundle allows it.
             top_p: the smallest set of likeliest tokens with this total probability may be drawn; 0 or 1: all.
             greedy: take the likeliest token; seeds, top_k and top_p are then without effect.
+            noise: scale -> U[0, 1) float32 [N, tokens] or [N, tokens, bits], in place of what the seeds give.
             return_logits: fill `GenerationResult.logits`.
             return_float_images: fill `GenerationResult.float_images`.
             should_stop: asked between scales (before the launch, where the chain is captured as a CUDA graph).
@@ -188,11 +190,14 @@ class Pipeline:
             BackendError: the backend failed, or the model's logits were not finite.
             CancelledError: `should_stop` said so.
         """
+        self._check_aspect(h_div_w)
         if prompts is not None or negative_prompts is not None:
             if text_features is not None or negative_text_features is not None:
                 raise RequestError("give prompts or text_features, not both")
+            if prompts is not None and not isinstance(prompts, str):  # before the work of the text encoder
+                self._request(len(prompts), cfg, temperature, top_k, top_p, greedy)
+                self._seeds(seeds, len(prompts))
             text_features, negative_text_features = self.encode(prompts, negative_prompts)
-        self._check_aspect(h_div_w)
         condition = self._condition(labels, text_features, negative_text_features)
         count = len(condition)
         request = self._request(count, cfg, temperature, top_k, top_p, greedy)
@@ -200,21 +205,19 @@ class Pipeline:
         optional = [
             name for name, wanted in ((names.LOGITS, return_logits), (names.IMAGE, return_float_images)) if wanted
         ]
+        given = None if noise is None else self._given_noise(noise, count)
         outputs: list[ChainOutputs] = []
         start = 0
         for batch in plan_batches(count, self.manifest.batches):
             part = slice(start, start + batch)
-            noise = {
-                k: np.stack([uniform_noise(seed, k, shape) for seed in seed_list[part]])
-                for k, shape in self._noise_shapes.items()
-            }
+            of_batch = self._noise(seed_list, part) if given is None else {k: rows[part] for k, rows in given.items()}
             with self._lock:
                 if self._closed:
                     raise RequestError("the pipeline is closed; load the bundle again")
                 outputs.append(
                     self._chains[batch].run(
                         condition.inputs(part, batch),
-                        {k: pad_rows(rows, batch) for k, rows in noise.items()},
+                        {k: pad_rows(rows, batch) for k, rows in of_batch.items()},
                         {name: pad_rows(values[part], batch) for name, values in request.items()},
                         optional,
                         should_stop,
@@ -228,6 +231,22 @@ class Pipeline:
                     f"or its activations exceed {self.manifest.precision}"
                 )
         return _merge(outputs, count)
+
+    def _noise(self, seeds: list[int], part: slice) -> dict[int, NDArray[Any]]:
+        return {
+            k: np.stack([uniform_noise(seed, k, shape) for seed in seeds[part]])
+            for k, shape in self._noise_shapes.items()
+        }
+
+    def _given_noise(self, noise: Mapping[int, NDArray[Any]], count: int) -> dict[int, NDArray[Any]]:
+        arrays = {}
+        for k, shape in self._noise_shapes.items():
+            if k not in noise:
+                raise RequestError(f"noise: scale {k} is missing")
+            arrays[k] = numbers(f"noise[{k}]", noise[k], "float32")
+            if arrays[k].shape != (count, *shape) or not ((arrays[k] >= 0) & (arrays[k] < 1)).all():
+                raise RequestError(f"noise[{k}]: got {arrays[k].shape}, expected {(count, *shape)}, 0 to below 1")
+        return arrays
 
     def check(
         self,
@@ -253,7 +272,7 @@ class Pipeline:
     def _check_aspect(self, h_div_w: float | None) -> None:
         model = self.manifest.model
         held = model.image_height / model.image_width
-        if h_div_w is not None and not abs(h_div_w - held) <= 0.01:
+        if h_div_w is not None and not abs(h_div_w - held) <= 0.02 * held:
             raise RequestError(
                 f"h_div_w: got {h_div_w:g}, this bundle holds {held:.3g} ({model.image_width}x{model.image_height}); "
                 "export another with --h-div-w"
@@ -264,10 +283,13 @@ class Pipeline:
     ) -> tuple[list[NDArray[Any]], list[NDArray[Any] | None] | None]:
         """The text encoder's features of prompts, as `generate` takes them; to draw of one prompt many times.
 
+        The first call loads the text encoder.
+
         Raises:
             RequestError: a bundle without text encoder, or a prompt that is empty or too long.
+            BackendError: the text encoder cannot be loaded or run.
         """
-        if self._text_encoder is None:
+        if self.manifest.text_encoder is None:
             what = (
                 "draws classes: give labels"
                 if self.manifest.model.family == "var"
@@ -280,18 +302,39 @@ class Pipeline:
             isinstance(negative_prompts, str) or len(negative_prompts) != len(prompts)
         ):
             raise RequestError(f"negative_prompts: expected a list of one per prompt ({len(prompts)})")
-        encoder = self._text_encoder
+        encoder = self._encoder()
         ids = [encoder.token_ids(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         negative_ids = [
             encoder.token_ids(prompt, f"negative prompt {i}") if prompt else None
             for i, prompt in enumerate(negative_prompts or ())
         ]
+        features = [self.encode_tokens(item) for item in ids]
+        negatives = [None if item is None else self.encode_tokens(item) for item in negative_ids]
+        return features, negatives if negative_prompts is not None else None
+
+    def encode_tokens(self, ids: Sequence[int]) -> NDArray[Any]:
+        """The text encoder's features of one prompt's tokens: fp32 [tokens, width].
+
+        Raises:
+            BackendError: they are not finite.
+        """
+        encoder = self._encoder()
         with self._lock:
             if self._closed:
                 raise RequestError("the pipeline is closed; load the bundle again")
-            features = [encoder.encode(item) for item in ids]
-            negatives = [None if item is None else encoder.encode(item) for item in negative_ids]
-        return features, negatives if negative_prompts is not None else None
+            features = encoder.encode(ids)
+        if not np.isfinite(features).all():
+            raise BackendError(f"the text encoder's features are not finite: they exceed {self.manifest.precision}")
+        return features
+
+    def _encoder(self) -> TextEncoder:
+        with self._lock:
+            if self._closed:
+                raise RequestError("the pipeline is closed; load the bundle again")
+            if self._text_encoder is None:
+                self.backend.activate()
+                self._text_encoder = TextEncoder(self.backend, self.bundle, self.manifest)
+            return self._text_encoder
 
     def _condition(
         self,

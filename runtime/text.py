@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Backend
 from fastvar_trt.runtime.errors import BundleError, RequestError, UnavailableError
-from fastvar_trt.runtime.manifest import Manifest
+from fastvar_trt.runtime.manifest import Manifest, TensorSpec
 
 
 class TextEncoder:
@@ -23,7 +23,8 @@ class TextEncoder:
         assert graph is not None
         self._backend = backend
         self._text_length = manifest.model.text_length
-        self._tokenizer = _tokenizer(bundle / names.TOKENIZER_FILE)
+        self._tokenizer_file = bundle / names.TOKENIZER_FILE
+        self._tokenizer: Any = None
         backend.load(graph)
         self._buffers = {
             spec.name: backend.allocate(spec.shape, spec.dtype) for spec in (*graph.inputs, *graph.outputs)
@@ -34,6 +35,11 @@ class TextEncoder:
             {spec.name: self._buffers[spec.name].view() for spec in graph.outputs},
         )
 
+    @property
+    def num_buffer_bytes(self) -> int:
+        """Memory of tokens and features."""
+        return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
+
     def token_ids(self, prompt: str, name: str = "prompt") -> list[int]:
         """The tokens of a prompt, the end mark included.
 
@@ -42,6 +48,8 @@ class TextEncoder:
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise RequestError(f"{name}: got {prompt!r}, expected some text")
+        if self._tokenizer is None:  # features can be had of tokens without the package
+            self._tokenizer = _load_tokenizer(self._tokenizer_file)
         ids = list(self._tokenizer.encode(prompt).ids)
         if len(ids) > self._text_length:
             raise RequestError(
@@ -62,7 +70,7 @@ class TextEncoder:
         return backend.download(self._buffers[names.ENCODED])[0, : len(ids)].copy()
 
 
-def _tokenizer(path: Path) -> Any:
+def _load_tokenizer(path: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

@@ -151,7 +151,7 @@ def test_bits_are_drawn_as_the_reference_draws() -> None:
     """Top-p and temperature over two values, against the probabilities that the reference's function leaves."""
     model = tiny_infinity().new_model(torch.float32)
     logits = torch.randn(1, 6, 8, 2, generator=torch.Generator().manual_seed(0))
-    for top_p, tau in ((0.97, 0.5), (0.6, 1.0), (2.0, 1.3)):
+    for top_p, tau in ((0.97, 0.5), (0.6, 1.0), (0.3, 1.0), (0.01, 0.7), (2.0, 1.3)):
         probabilities = (logits / tau).softmax(-1)
         least = probabilities.min(-1, keepdim=True).values
         kept = probabilities * ~((probabilities == least) & (probabilities <= 1 - top_p))

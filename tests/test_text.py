@@ -15,7 +15,8 @@ from transformers import T5Config, T5EncoderModel
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.random_init import random_infinity_checkpoint
 from fastvar_trt.export.models.schedules import schedule
-from fastvar_trt.export.models.t5 import T5Source
+from fastvar_trt.export.models.t5 import T5Config as OurConfig
+from fastvar_trt.export.models.t5 import T5Source, position_bias
 from fastvar_trt.export.sources import InfinitySource
 from fastvar_trt.runtime import CheckpointError, Pipeline, RequestError
 from fastvar_trt.runtime.verify import verify_bundle
@@ -131,3 +132,15 @@ def test_another_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match="got model_type 'bert'"):
         T5Source.from_folder(tmp_path, 10, 128)
+
+
+def test_relative_positions_are_those_of_transformers() -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    length = 512
+    config = OurConfig(128, 32, 4, 192, 1, 64, 32, 128, 1e-6, length)
+    table = torch.arange(32.0)[:, None].expand(32, 4)  # the bias tells the bucket
+    ours = position_bias(config, table)[0]
+    distance = torch.arange(length)[None] - torch.arange(length)[:, None]
+    buckets = T5Attention._relative_position_bucket(distance, bidirectional=True, num_buckets=32, max_distance=128)
+    assert (ours == buckets).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -171,8 +172,8 @@ def _read_features(path: Path) -> list[Any]:
     try:
         with np.load(path, allow_pickle=False) as data:
             arrays = dict(data)
-    except (OSError, ValueError, BadZipFile) as error:
-        raise RequestError(f"--text-features {path}: cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise RequestError(f"--text-features {path}: not a readable NPZ: {error}") from error
     expected = [str(i) for i in range(len(arrays))]
     if not arrays or set(arrays) != set(expected):
         raise RequestError(f"--text-features {path}: got the arrays {', '.join(arrays)}, expected 0, 1, ...")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastvar_trt.runtime.backends import BACKENDS
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.command import ErrorCommand
 from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
+from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools import profiling
 from fastvar_trt.tools.files import check_writable, write_text
@@ -80,8 +82,12 @@ def profile_command(
         raise click.UsageError("--operators reads ONNX Runtime's profiler on the CPU")
     beside = None if against is None else _read(against)
     if out is not None:
+        if importlib.util.find_spec("matplotlib") is None:  # before minutes of work
+            raise BackendError("matplotlib is not installed; pip install 'fastvar-trt[quality]', or leave out --out")
         for name in _FILES:
             check_writable(out / name)
+        if beside is not None and _label(beside.conditions) == _label(_conditions_of(bundle)):
+            raise RequestError(f"--against {against}: is a profile of the same bundle and plan; give another's")
     with Pipeline.load(
         bundle, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
     ) as pipe:
@@ -89,12 +95,7 @@ def profile_command(
         if batch not in pipe.manifest.batches:
             sizes = ", ".join(map(str, pipe.manifest.batches))
             raise RequestError(f"--batch {batch}: the bundle holds {sizes}; export with --batch {batch}")
-        conditions: dict[str, Any] = {
-            "bundle": str(bundle),
-            "plan": pipe.manifest.plan.name,
-            "precision": pipe.manifest.precision,
-            "backend": pipe.backend.name,
-        }
+        conditions: dict[str, Any] = {**_conditions_of(bundle), "backend": pipe.backend.name}
         if isinstance(pipe.backend, OnnxRuntimeBackend):
             conditions["prepacked"] = pipe.backend.prepacked
         with click.progressbar(length=runs + warmup, label="profile", width=24) as bar:
@@ -114,7 +115,7 @@ def profile_command(
     for name, by_operator in profile.operators.items():
         click.echo(f"{name}: " + ", ".join(f"{op} {ms:.2f} ms" for op, ms in list(by_operator.items())[:5]))
     if out is not None:
-        _write(profile, beside, against, out)
+        _write(profile, beside, out)
     click.echo(
         json.dumps({"total_ms": round(profile.total_ms, 3), "overhead_ms": profile.overhead_ms, "out": str(out or "")})
     )
@@ -155,22 +156,21 @@ def _with_operators(
             return dataclasses.replace(profile, operators=profiling.operators_of(traces, _OPERATOR_RUNS))
 
 
-def _write(profile: profiling.Profile, beside: profiling.Profile | None, against: Path | None, out: Path) -> None:
-    def label(of: profiling.Profile) -> str:
-        return f"{Path(str(of.conditions['bundle'])).name}\n{of.conditions['plan']}, {of.conditions['precision']}"
+def _conditions_of(bundle: Path) -> dict[str, Any]:
+    manifest = read_manifest(bundle)
+    return {"bundle": str(bundle), "plan": manifest.plan.name, "precision": manifest.precision}
 
-    shown = {label(profile): profile}
+
+def _label(conditions: Mapping[str, Any]) -> str:
+    return f"{Path(str(conditions['bundle'])).name}\n{conditions['plan']}, {conditions['precision']}"
+
+
+def _write(profile: profiling.Profile, beside: profiling.Profile | None, out: Path) -> None:
+    shown = {_label(profile.conditions): profile}
     if beside is not None:
-        if label(beside) in shown:
-            raise RequestError(f"--against {against}: is a profile of the same bundle and plan; give another's")
-        shown = {label(beside): beside, **shown}
+        shown = {_label(beside.conditions): beside, **shown}
     write_text(out / "profile.json", json.dumps(profile.to_json(), indent=1) + "\n")
     title = f"Profile of {Path(str(profile.conditions['bundle'])).name}"
     write_text(out / "profile.md", profiling.to_markdown(profile, title))
     write_text(out / "trace.json", json.dumps(profiling.to_trace(profile)) + "\n")
-    try:
-        profiling.plot(shown, out / "profile.png")
-    except ImportError as error:
-        raise BackendError(
-            f"{error.name} is not installed, so there is no profile.png; pip install 'fastvar-trt[quality]'"
-        ) from error
+    profiling.plot(shown, out / "profile.png")

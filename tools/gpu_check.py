@@ -275,6 +275,8 @@ def to_markdown(sections: list[Section], machine: dict[str, str]) -> str:
 @click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Rounds of the speed comparison.")
 def main(bundle: Path | None, out: Path, runs: int) -> None:
     """Check kernels and GPU backends on this machine; BUNDLE: an fp16 bundle, default: the demo model."""
+    if bundle is not None and read_manifest(bundle).model.family != "var":
+        raise BundleError(f"bundle {bundle}: gpu_check draws classes; give a bundle of VAR")
     out.mkdir(parents=True, exist_ok=True)
     sections = [run_section("GPU", check_gpu), run_section("CUDA kernels against the oracle", check_kernels)]
     gpu = sections[0].results[0]["target"] if sections[0].results else ""

@@ -235,12 +235,14 @@ class Infinity(NextScaleModel):
         )
 
     def example_condition(self, batch: int) -> dict[str, Tensor]:
-        """Random features of different lengths; every second image has a negative prompt."""
+        """Random features of several tokens each; every second image, the first among them, has negative ones."""
         config = self.config
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(2 * batch, config.text_length, config.text_width, generator=generator)
-        lengths = torch.arange(2 * batch) * 7 % config.text_length + 1
-        negative = torch.arange(batch) % 2 == 1
+        longest = config.text_length
+        lengths = (longest // 3 + 5 * torch.arange(2 * batch)) % longest + 1
+        lengths = lengths.clamp(min(2, longest))
+        negative = torch.arange(batch) % 2 == 0
         lengths[batch:] = torch.where(negative, lengths[batch:], lengths[:batch])
         return {names.TEXT_FEATURES: features, names.TEXT_LENGTHS: lengths, names.NEGATIVE: negative}
 
@@ -382,7 +384,10 @@ class Infinity(NextScaleModel):
         margin = (logits[..., 1] - logits[..., 0]) / request.temperature[:, None, None]
         least = 1 - request.top_p[:, None, None]
         zero, one = torch.sigmoid(-margin), torch.sigmoid(margin)
-        threshold = zero.masked_fill(one <= least, 1.0).masked_fill(zero <= least, 0.0)  # from which on the bit is 1
+        # From which uniform number on the bit is 1. The likelier value always stays.
+        threshold = zero.masked_fill((one <= least) & (margin <= 0), 1.0).masked_fill(
+            (zero <= least) & (margin > 0), 0.0
+        )
         threshold = torch.where(request.greedy[:, None, None], (margin <= 0).float(), threshold)
         return (uniform >= threshold).float()
 
@@ -390,7 +395,7 @@ class Infinity(NextScaleModel):
         """f_hat with this scale's codes added: bits are +-1/sqrt(d) (`BSQ.indices_to_codes`)."""
         config = self.config
         height, width = self.schedule[scale]
-        codes = (2 * drawn - 1) * self.vae_config.code_bits**-0.5  # [B, L, bits]
+        codes = (2 * drawn.float() - 1) * self.vae_config.code_bits**-0.5  # [B, L, bits]
         codes = codes.transpose(1, 2).reshape(drawn.shape[0], config.bits, height, width)
         if config.patchify:
             codes = F.pixel_shuffle(codes, 2)  # [B, d, 2h, 2w]

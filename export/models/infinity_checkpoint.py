@@ -65,6 +65,8 @@ def expected_keys(config: InfinityConfig) -> dict[str, tuple[int, ...]]:
         "ffn.fc2.weight": (c, m),
         "ffn.fc2.bias": (c,),
     }
+    if config.has_cross_gain:
+        block["ca_gamma"] = (c,)
     for prefix in config.block_prefixes:
         keys |= {prefix + key: shape for key, shape in block.items()}
     return keys
@@ -79,7 +81,7 @@ def check_checkpoints(
         CheckpointError: one error that names the keys at fault in both.
     """
     # Of two shapes: cfg_uncond has as many rows as the longest text, the q scale one or the other axis of heads.
-    unused = (*_UNUSED, "cfg_uncond", ".scale_mul_1H11", ".ca_gamma")
+    unused = (*_UNUSED, "cfg_uncond", ".scale_mul_1H11")
     problems = {"--checkpoint": key_problems(state, expected_keys(config), unused)}
     scales = [f"{prefix}sa.scale_mul_1H11" for prefix in config.block_prefixes]
     missing = [key for key in scales if key not in state or state[key].numel() != config.num_heads]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastvar_trt.export.models.config import count_indices, tensor_of
+from fastvar_trt.export.models.config import NORM_GROUPS, count_indices, tensor_of
 from fastvar_trt.runtime.errors import CheckpointError
 
 _KIND = "an Infinity transformer"
@@ -50,7 +50,12 @@ class BSQVAEConfig:
             weight = next((state[k] for k in (f"{stem}.norm.weight", f"{stem}.weight") if k in state), None)
             if weight is None:
                 raise CheckpointError(f"not {_VAE_KIND}: key {stem}.norm.weight is missing")
-            levels.append(int(weight.shape[0]))
+            channels = int(weight.shape[0])
+            if channels == 0 or (channels % NORM_GROUPS and channels % 24):
+                raise CheckpointError(
+                    f"{stem}: got {channels} channels, expected a multiple of {NORM_GROUPS} or 24, its groups"
+                )
+            levels.append(channels)
         if not levels:
             raise CheckpointError(f"not {_VAE_KIND}: key decoder.up.* is missing")
         return cls(
@@ -78,6 +83,7 @@ class InfinityConfig:
     rope_span: tuple[int, int]  # the map whose corners the rotary grid spans
     num_levels: int  # rows of the level embedding
     block_prefixes: tuple[str, ...]  # of the official keys, per layer
+    has_cross_gain: bool = False  # `ca_gamma`, a learnt gain on the cross-attention's output
     norm_eps: float = 1e-6
 
     @property
@@ -151,6 +157,7 @@ class InfinityConfig:
             rope_span=rope_span,
             num_levels=int(num_levels),
             block_prefixes=prefixes,
+            has_cross_gain=any(key.endswith(".ca_gamma") for key in state),
         )
 
     @property
@@ -172,4 +179,17 @@ def _block_prefixes(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     # Chunks number their modules through, or each from 0.
     if not prefixes:
         raise CheckpointError(f"not {_KIND}: keys block_chunks.*.module.* are missing")
+    chunks: dict[int, list[int]] = {}
+    for prefix in prefixes:
+        chunks.setdefault(found[prefix][0], []).append(found[prefix][1])
+    running = 0
+    for place, (chunk, modules) in enumerate(chunks.items()):
+        counted = list(range(len(modules)))
+        if chunk != place or modules not in (counted, [running + i for i in counted]):
+            raise CheckpointError(f"not {_KIND}: a block before block_chunks.{chunk}.module.{modules[0]} is missing")
+        if len(modules) != len(chunks[0]):
+            raise CheckpointError(
+                f"not {_KIND}: block_chunks.{chunk} has {len(modules)} blocks, expected {len(chunks[0])}"
+            )
+        running += len(modules)
     return tuple(prefixes)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from fastvar_trt.runtime.errors import ExportError
 
-PIXELS_PER_TOKEN = 16
+_SAME_RATIO = 0.02  # 16:9 is Infinity's 7:4
 Schedule = tuple[tuple[int, int], ...]
 
 # Height over width >= 1 -> (height, width) per scale; the inverse ratios swap the two.
@@ -56,7 +56,7 @@ def schedule(size: str, h_div_w: float) -> tuple[Schedule, tuple[int, int]]:
 
     Args:
         size: one of `SIZES`, Infinity's `pn`.
-        h_div_w: height over width, as Infinity names it; it must be one of `ratios(size)`, up to 0.01.
+        h_div_w: height over width, as Infinity names it; it must be one of `ratios(size)`, up to 2 %.
 
     Returns:
         (height, width) per scale, and the map whose corners the rotary grid spans: the last scale of the full
@@ -68,7 +68,7 @@ def schedule(size: str, h_div_w: float) -> tuple[Schedule, tuple[int, int]]:
     if size not in SIZES:
         raise ExportError(f"--pn {size}: expected one of {', '.join(SIZES)}")
     ratio = min(ratios(size), key=lambda known: abs(known - h_div_w))
-    if abs(ratio - h_div_w) > 0.01:
+    if not abs(ratio - h_div_w) <= _SAME_RATIO * ratio:
         known = ", ".join(f"{value:g}" for value in ratios(size))
         raise ExportError(f"--h-div-w {h_div_w:g}: pn {size} has the ratios {known} (height over width)")
     full = _FULL[ratio] + _EXTENSIONS.get(size, {}).get(ratio, ())

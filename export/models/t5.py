@@ -49,6 +49,8 @@ class T5Config:
         Raises:
             CheckpointError: not a T5 with gated GELU.
         """
+        if not isinstance(data, Mapping):
+            raise CheckpointError(f"{where}: got a JSON {type(data).__name__}, expected an object")
         if data.get("model_type") != "t5" or data.get("feed_forward_proj") not in _ACTIVATIONS:
             raise CheckpointError(
                 f"{where}: got model_type {data.get('model_type')!r} with feed_forward_proj "
