@@ -12,14 +12,21 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import T5Config, T5EncoderModel
 
+from fastvar_trt.export import exporter
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.random_init import random_infinity_checkpoint
 from fastvar_trt.export.models.schedules import schedule
 from fastvar_trt.export.models.t5 import T5Config as OurConfig
 from fastvar_trt.export.models.t5 import T5Source, position_bias
 from fastvar_trt.export.sources import InfinitySource
+from fastvar_trt.export.tensorrt.engine import build_engine
+from fastvar_trt.export.tensorrt.flavour import Flavour, flavour_of
+from fastvar_trt.export.tensorrt.graphs import tensorrt_graph
+from fastvar_trt.export.tracing import build_graph, save_graph, text_function
+from fastvar_trt.export.validation import compare_with_torch, run_in_onnxruntime
+from fastvar_trt.export.weights_file import map_weights
 from fastvar_trt.runtime import CheckpointError, Pipeline, RequestError
-from fastvar_trt.runtime.verify import verify_bundle
+from fastvar_trt.runtime.verify import TOLERANCE, verify_bundle
 
 Export = Callable[..., tuple[Path, ExportReport]]
 
@@ -144,3 +151,30 @@ def test_relative_positions_are_those_of_transformers() -> None:
     distance = torch.arange(length)[None] - torch.arange(length)[:, None]
     buckets = T5Attention._relative_position_bucket(distance, bidirectional=True, num_buckets=32, max_distance=128)
     assert (ours == buckets).all()
+
+
+def test_the_text_encoder_in_half_precision_and_as_an_engine(folder: Path, tmp_path: Path) -> None:
+    source = _source(folder)
+    places = exporter._write_weights(source, tmp_path, ExportOptions(precision="fp16"))
+    model = source.new_model(torch.float16)
+    model.load_tensors(map_weights(tmp_path))
+    function = text_function(model)
+    assert function is not None
+    graph = build_graph(function, model, places, tmp_path)
+    save_graph(graph, tmp_path / function.spec.file)
+    inputs = model.example_text()
+    with torch.inference_mode():
+        got = run_in_onnxruntime(tmp_path, function.spec, graph, inputs)
+        error = compare_with_torch(function, inputs, got, "fp16", function.run(inputs, None))
+    assert error.relative_error < TOLERANCE["fp16"]
+
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    built = build_engine(
+        Flavour.load(flavour_of(("sm86",))),
+        tensorrt_graph(tmp_path / function.spec.file),
+        "text_encoder",
+        ("sm86",),
+        lambda phase, share: None,
+    )
+    assert built.num_attention == 3, "one per layer"
+    assert {t.name for t in built.tensors if not t.is_input} == {"encoded"}
