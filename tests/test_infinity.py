@@ -183,7 +183,9 @@ def test_schedules_of_every_size_and_ratio() -> None:
             assert span[0] >= maps[-1][0]
             if (size, ratio) != ("2K", 1.333):  # the one without an inverse
                 assert schedule(size, maps[-1][1] / maps[-1][0])[0] == tuple((w, h) for h, w in maps)
-            plan = load_plan(infinity_preset(size)).resolve(maps, 32)
+            preset = load_plan(infinity_preset(size))
+            assert PruningPlan.from_json(preset.to_json()) == preset
+            plan = preset.resolve(maps, 32)
             assert plan.steps[-1] == len(maps) - 1 or plan.num_kept[-1] == 0
     assert schedule("2K", 0.5)[0][-1] == (60, 120)
     assert schedule("2K", 1.333)[0][-1] == (84, 63)

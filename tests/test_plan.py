@@ -46,7 +46,7 @@ def test_skipping_alone_needs_no_cache() -> None:
     assert PruningPlan(fractions=((-1, 1.0),)).resolve(SCHEDULE, 2).cache_scale is None
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted(name for name in PRESETS if "infinity" not in name))
 @pytest.mark.parametrize("sides", [(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)])
 def test_presets_fit_vars_schedules(name: str, sides: tuple[int, ...]) -> None:
     plan = PRESETS[name].resolve([(n, n) for n in sides], depth=16)
@@ -67,7 +67,7 @@ def test_presets_fit_vars_schedules(name: str, sides: tuple[int, ...]) -> None:
         (PruningPlan(fractions=((3, 0.5), (4, 0.5)), cache_scale=3), "cache_scale 3 is itself pruned"),
         (PruningPlan(fractions=((4, 0.5),)), "cache_scale is missing"),
         (PruningPlan(fractions=((4, 0.5),), cache_scale=9), "cache_scale 9 does not exist"),
-        (PruningPlan(fractions=((3, 1.0),)), "scale 3 is skipped but scale 4 is not"),
+        (PruningPlan(fractions=((0, 1.0),)), "scale 0 is skipped"),
         (PruningPlan(fractions=tuple((k, 1.0) for k in range(5))), "every scale is skipped"),
         (PruningPlan(fractions=((4, 0.5),), cache_scale=2, first_layer=3), "first_layer 3 does not exist"),
         (PruningPlan(fractions=((4, 0.5),), cache_scale=2, first_layer=2, last_layer=1), "comes after last_layer"),
