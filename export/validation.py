@@ -19,7 +19,7 @@ from fastvar_trt.runtime.backends import Buffer
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec
-from fastvar_trt.runtime.verify import MAX_BITS_CHANGED, MAX_SELECTION_SHORTFALL, MAX_TOKENS_CHANGED, TOLERANCE
+from fastvar_trt.runtime.verify import MAX_SELECTION_SHORTFALL, TOLERANCE, may_change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def compare_graph(
     if names.TOKENS in expected:
         equal = expected[names.TOKENS] == got[names.TOKENS]
         changed = 1.0 - float(equal.float().mean())
-        allowed = (MAX_BITS_CHANGED if expected[names.TOKENS].dtype == torch.uint8 else MAX_TOKENS_CHANGED)[precision]
+        allowed = may_change(equal.numel(), expected[names.TOKENS].dtype == torch.uint8, precision)
         if changed > allowed:
             raise ExportError(
                 f"{function.spec.file}: {names.TOKENS}: {changed:.1%} of the tokens are not those of PyTorch, "

@@ -30,7 +30,7 @@ from fastvar_trt.export.tracing import GraphFunction
 from fastvar_trt.export.validation import run_in_onnxruntime
 from fastvar_trt.runtime import ExportError, Pipeline, PlanError, PruningPlan, read_manifest
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, file_sha256
-from fastvar_trt.runtime.verify import TOLERANCE, verify_bundle
+from fastvar_trt.runtime.verify import TOLERANCE, may_change, verify_bundle
 
 Export = Callable[..., tuple[Path, ExportReport]]
 
@@ -381,3 +381,11 @@ def test_the_public_sizes_are_read_from_the_state_dict() -> None:
     assert (config.num_classes, config.vocab_size, config.patch_nums) == (7, 64, (1, 2, 6))
     assert source.vae_config.level_channels == (32, 32, 64, 64, 128)
     assert json.dumps(config.schedule) == "[[1, 1], [2, 2], [6, 6]]"
+
+
+def test_how_many_tokens_may_fall_otherwise() -> None:
+    assert may_change(10_000, False, "fp32") == 0.01
+    assert may_change(1, False, "fp32") == 0.01  # none of one
+    assert may_change(10_000, True, "bf16") == 0.1
+    assert may_change(8, True, "bf16") == 0.25  # two of the first step's eight bits
+    assert may_change(10_000, True, "fp16") == 0.02
