@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -117,15 +118,15 @@ def main(sizes: str, runs: int, depth: int, width: int, heads: int, work_dir: Pa
     click.echo(json.dumps([{k: v for k, v in record.items() if k != "steps_ms"} for record in records]))
 
 
-def _print_scales(record: dict[str, object], manifests: list[Manifest]) -> None:
-    dense, pruned = record["steps_ms"]  # type: ignore[misc]  # a list of two
+def _print_scales(record: dict[str, Any], manifests: list[Manifest]) -> None:
+    dense, pruned = record["steps_ms"]
     plan = manifests[1].resolved_plan
     rows = [
         [
             f"{h}x{w}",
             f"{plan.num_kept[k]}/{h * w}",
-            f"{dense[f'step_{k:02d}']:.1f}",  # type: ignore[has-type]
-            f"{pruned[f'step_{k:02d}']:.1f}" if k in plan.steps else "skipped",  # type: ignore[has-type]
+            f"{dense[f'step_{k:02d}']:.1f}",
+            f"{pruned[f'step_{k:02d}']:.1f}" if k in plan.steps else "skipped",
         ]
         for k, (h, w) in enumerate(plan.schedule)
     ]
@@ -136,22 +137,22 @@ def _exponent(pixels: list[int], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(pixels), np.log(seconds), 1)[0])
 
 
-def _report(records: list[dict[str, object]], path: Path) -> None:
+def _report(records: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pixels = [int(str(r["pixels"])) for r in records]
-    dense, pruned = ([float(str(r[key])) for r in records] for key in ("dense_s", "pruned_s"))
+    pixels = [r["pixels"] for r in records]
+    dense, pruned = ([r[key] for r in records] for key in ("dense_s", "pruned_s"))
     exponents = [_exponent(pixels, seconds) for seconds in (dense, pruned)]
     rows = []
     for i, r in enumerate(records):
         tokens, kv, work = r["tokens"], r["kv_mib"], r["work"]
         rows.append(
             [r["size"], f"{dense[i]:.2f}", f"{pruned[i]:.2f}", f"{dense[i] / pruned[i]:.2f}x"]
-            + [f"{pair[0]} -> {pair[1]}" for pair in (tokens, kv)]  # type: ignore[index]
-            + [f"{work[1] / work[0]:.3f}"]  # type: ignore[index]
+            + [f"{pair[0]} -> {pair[1]}" for pair in (tokens, kv)]
+            + [f"{work[1] / work[0]:.3f}"]
         )
     header = ["size", "dense s", "pruned s", "speed-up", "tokens x layers", "KV MiB", "work"]
     click.echo("\n" + format_table(header, rows))
