@@ -22,7 +22,7 @@ from fastvar_trt.runtime import Pipeline, load_plan
 from fastvar_trt.runtime.manifest import Manifest
 from fastvar_trt.runtime.plan import PruningPlan, infinity_preset
 from fastvar_trt.tools.tables import format_table
-from fastvar_trt.tools.work import chain_multiply_adds
+from fastvar_trt.tools.work import chain_multiply_adds, output_bytes
 
 TEXT_LENGTH, TEXT_WIDTH = 16, 128
 
@@ -52,12 +52,6 @@ def export(folder: Path, size: str, depth: int, width: int, heads: int) -> tuple
             raise click.UsageError(f"--depth {depth}: the plans prune from layer {plan.first_layer}")
         export_again(dense, pruned, plan)
     return dense, pruned
-
-
-def kv_mib(manifest: Manifest) -> float:
-    """Keys and values of one picture."""
-    outputs = [t for g in manifest.chain(1) for t in g.outputs if t.name.startswith(("new_k_", "new_v_"))]
-    return sum(t.num_bytes for t in outputs) / 2**20
 
 
 def tokens_forwarded(manifest: Manifest) -> int:
@@ -107,7 +101,7 @@ def main(sizes: str, runs: int, depth: int, width: int, heads: int, work_dir: Pa
                     "dense_s": round(steps[0], 3),
                     "pruned_s": round(steps[1], 3),
                     "tokens": [tokens_forwarded(m) for m in manifests],
-                    "kv_mib": [round(kv_mib(m), 1) for m in manifests],
+                    "kv_mib": [round(output_bytes(m, 1, "new_k_", "new_v_") / 2**20, 1) for m in manifests],
                     "work": [chain_multiply_adds(m.model, m.resolved_plan) for m in manifests],
                     "steps_ms": [{k: round(v, 1) for k, v in m.items()} for m in medians],
                 }

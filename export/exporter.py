@@ -240,7 +240,6 @@ def _export_chain(
         spec = function.spec
         progress(spec.file, PHASES[0])
         inputs = _graph_inputs(model, function, condition, state)
-        expected = function.run(inputs, None)
         known = there.get(spec.file)
         if known is not None and function.same_graph(known[0]):
             shutil.copyfile(known[1], folder / spec.file)
@@ -250,7 +249,7 @@ def _export_chain(
             save_graph(graph, folder / spec.file)
             progress(spec.file, PHASES[2])
             got = run_in_onnxruntime(folder, spec, graph, inputs)
-            errors[spec.file] = compare_with_torch(function, inputs, got, precision, expected)
+            errors[spec.file] = compare_with_torch(function, inputs, got, precision)
         if spec.kind == "condition":
             state = ChainState.begin(model, condition)
         elif spec.scale is not None:
@@ -260,7 +259,8 @@ def _export_chain(
             reference[f"step_{spec.scale:02d}"] = outputs.tokens.numpy()
             reference[f"logits_{spec.scale:02d}"] = outputs.logits[:, :_REFERENCE_POSITIONS].numpy()
         elif spec.kind == "text_encoder":
-            reference |= {name: tensor.numpy() for name, tensor in (*inputs.items(), *expected.items())}
+            encoded = model.encode_text(inputs)
+            reference |= {name: tensor.numpy() for name, tensor in (*inputs.items(), *encoded.items())}
         elif spec.kind == "decoder":
             assert state is not None and state.f_hat is not None
             reference["f_hat"], reference["image"] = state.f_hat.numpy(), model.decode(state.f_hat)[0].numpy()

@@ -26,7 +26,7 @@ from fastvar_trt.tools.cli_quality import compare_command, tune_command
 from fastvar_trt.tools.files import check_writable, replacing
 from fastvar_trt.tools.sheets import save_image
 from fastvar_trt.tools.tables import format_table
-from fastvar_trt.tools.work import activation_bytes
+from fastvar_trt.tools.work import activation_bytes, output_bytes
 
 _FLAVOURS = ("tensorrt_rtx", "tensorrt", "onnxruntime_cuda")
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -350,16 +350,13 @@ def _engine_table(flavour: str, records: list[EngineRecord]) -> str:
 def _memory_rows(manifest: Manifest) -> list[list[object]]:
     """What the runtime holds, MiB per batch size."""
 
-    def outputs(batch: int, *prefixes: str) -> int:
-        return sum(t.num_bytes for g in manifest.chain(batch) for t in g.outputs if t.name.startswith(prefixes))
-
     columns = [
         {
             "weights": manifest.files[WEIGHTS_FILE].num_bytes,
-            "keys and values": outputs(batch, "new_k_", "new_v_"),
-            "token cache": outputs(batch, "cache_"),
-            "modulations": outputs(batch, "modulation_", "head_modulation"),
-            "keys and values of the text": outputs(batch, "text_k_", "text_v_"),
+            "keys and values": output_bytes(manifest, batch, "new_k_", "new_v_"),
+            "token cache": output_bytes(manifest, batch, "cache_"),
+            "modulations": output_bytes(manifest, batch, "modulation_", "head_modulation"),
+            "keys and values of the text": output_bytes(manifest, batch, "text_k_", "text_v_"),
             "activations, estimated": activation_bytes(manifest, batch),
         }
         for batch in manifest.batches

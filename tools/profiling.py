@@ -17,12 +17,11 @@ import numpy as np
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend, num_cores
 from fastvar_trt.runtime.errors import BundleError
-from fastvar_trt.runtime.manifest import DTYPE_BYTES, WEIGHTS_FILE, Manifest
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest
 from fastvar_trt.tools.tables import format_table
-from fastvar_trt.tools.work import step_multiply_adds
+from fastvar_trt.tools.work import PRECISION_BYTES, output_bytes, step_multiply_adds
 
 FORMAT_VERSION = 1
-_PRECISION_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _CEILING_SIDE = 2048  # of the matrix product that the ceiling is measured with
 _COPIED_BYTES = 256 << 20
 
@@ -112,7 +111,7 @@ def statistics_of(samples: Sequence[float]) -> dict[str, float]:
 def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
     """What a step moves at least: its matrices once, keys and values of the past read, new ones written."""
     model, plan = manifest.model, manifest.resolved_plan
-    size = _PRECISION_BYTES[manifest.precision]
+    size = PRECISION_BYTES[manifest.precision]
     per_layer = 4 * model.width**2 + 2 * model.width * model.mlp_width
     if model.text_length:
         per_layer += 2 * model.width**2
@@ -217,15 +216,11 @@ def _memory(pipe: Pipeline, batch: int) -> dict[str, float]:
     manifest = pipe.manifest
 
     def mib(*prefixes: str) -> float:
-        outputs = {t.name: t for g in manifest.chain(batch) for t in g.outputs if t.name.startswith(prefixes)}
-        return round(sum(t.num_bytes for t in outputs.values()) / 2**20, 2)
+        return round(output_bytes(manifest, batch, *prefixes) / 2**20, 2)
 
-    plan, model = manifest.resolved_plan, manifest.model
-    keys = sum(plan.num_past(plan.steps[-1], layer) for layer in range(model.depth))
-    half = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.precision]
     memory = {
         "weights": round(manifest.files[WEIGHTS_FILE].num_bytes / 2**20, 2),
-        "keys_and_values": round(2 * keys * 2 * batch * model.width * DTYPE_BYTES[half] / 2**20, 2),
+        "keys_and_values": mib("new_k_", "new_v_"),
         "token_cache": mib("cache_"),
         "all_buffers": round(pipe.num_buffer_bytes / 2**20, 2),
         "peak_rss": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 2),

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastvar_trt.runtime.manifest import Manifest, ModelSpec
 from fastvar_trt.runtime.plan import PRESETS, ResolvedPlan
+
+PRECISION_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def output_bytes(manifest: Manifest, batch: int, *prefixes: str) -> int:
+    """Bytes of the outputs with such names, over all graphs of a chain: of keys and values, caches, modulations, ..."""
+    return sum(t.num_bytes for g in manifest.chain(batch) for t in g.outputs if t.name.startswith(prefixes))
 
 
 def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
@@ -51,7 +60,7 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
     in fp32. What a backend really takes depends on its kernels.
     """
     model, plan = manifest.model, manifest.resolved_plan
-    size = {"fp32": 4, "fp16": 2, "bf16": 2}[manifest.precision]
+    size = PRECISION_BYTES[manifest.precision]
     rows, largest = 2 * batch, 0
     for scale in plan.steps:
         length = plan.num_tokens(scale)
