@@ -20,9 +20,9 @@ from fastvar_trt.runtime.errors import (
     RequestError,
 )
 from fastvar_trt.runtime.manifest import Manifest, read_manifest
-from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
+from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline, Preview
 from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan, load_plan
-from fastvar_trt.runtime.service import ImageRequest, ImageResult, Service
+from fastvar_trt.runtime.service import ImageRequest, ImageResult, Metrics, Service, Ticket
 
 __all__ = [
     "BackendError",
@@ -35,13 +35,16 @@ __all__ = [
     "ImageRequest",
     "ImageResult",
     "Manifest",
+    "Metrics",
     "OverloadedError",
     "Pipeline",
     "PlanError",
+    "Preview",
     "PruningPlan",
     "RequestError",
     "ResolvedPlan",
     "Service",
+    "Ticket",
     "load_plan",
     "read_manifest",
 ]

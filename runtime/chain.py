@@ -7,6 +7,7 @@ a step reads its head as `past` and writes its tail as `new`, so appending copie
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ class Chain:
         self._buffers: dict[str, Buffer] = {}
         self._bound: dict[frozenset[str], list[BoundGraph]] = {}
         self._captured: dict[frozenset[str], CapturedChain] = {}
+        self._decoders: dict[str, BoundGraph] = {}  # of previews, by the buffer that they read
         self._bind(frozenset())
 
     @property
@@ -65,6 +67,8 @@ class Chain:
         request: Mapping[str, NDArray[Any]],
         optional: Collection[str] = (),
         should_stop: Callable[[], bool] = lambda: False,
+        preview_scales: Collection[int] = (),
+        on_preview: Callable[[int, NDArray[Any]], None] = lambda scale, pixels: None,
     ) -> ChainOutputs:
         """One batch of images.
 
@@ -74,6 +78,8 @@ class Chain:
             request: the `REQUEST_INPUTS`: those of `PER_SCALE_REQUEST` [B, number of scales], the others [B].
             optional: those of `OPTIONAL_OUTPUTS` that shall be returned.
             should_stop: asked before every graph, or before the launch of a captured chain.
+            preview_scales: steps after which the decoder runs on what there is; such a run is not captured.
+            on_preview: called with each of them and its uint8 [B, H, W, 3].
 
         Raises:
             CancelledError: `should_stop` said so.
@@ -95,24 +101,41 @@ class Chain:
                     backend.upload(self._buffers[_at(name, scale)], np.ascontiguousarray(request[name][:, scale]))
 
         captured = self._captured.get(wanted)
-        if captured is not None:
+        if captured is not None and not preview_scales:
             _stop_if(should_stop)
             captured.launch()
-            return self._outputs(wanted, captured.marks)
+            return self._outputs(wanted, list(itertools.pairwise(captured.marks)))
         marks: list[Any] = []
+        spans: list[tuple[Any, Any]] = []
         try:
             marks.append(backend.mark())
-            for bound in self._bound[wanted]:
+            for graph, bound in zip(self._graphs, self._bound[wanted], strict=True):
                 _stop_if(should_stop)
                 bound.enqueue()
                 marks.append(backend.mark())
-            outputs = self._outputs(wanted, marks)
+                spans.append((marks[-2], marks[-1]))
+                if graph.scale is not None and graph.scale in preview_scales:
+                    on_preview(graph.scale, self._preview(graph.scale))
+                    marks.append(backend.mark())  # a preview is no part of the next graph's time
+            outputs = self._outputs(wanted, spans)
         finally:
             for mark in marks:
                 backend.release(mark)
-        if backend.can_capture:
+        if backend.can_capture and captured is None and not preview_scales:
             self._capture(wanted, outputs)
         return outputs
+
+    def _preview(self, scale: int) -> NDArray[Any]:
+        """What the decoder makes of `f_hat` after a step: uint8 [B, H, W, 3]."""
+        key = _f_hat_after(self._plan.steps, scale)
+        if key not in self._decoders:
+            decoder = self._graphs[-1]
+            inputs = {spec.name: self._buffers[key].view() for spec in decoder.inputs}
+            self._decoders[key] = self._backend.bind(
+                decoder, inputs, {names.PIXELS: self._buffers[names.PIXELS].view()}
+            )
+        self._decoders[key].enqueue()
+        return self._backend.download(self._buffers[names.PIXELS])
 
     def _capture(self, wanted: frozenset[str], expected: ChainOutputs) -> None:
         """Capture the chain that has just run, run it so, and compare: the inputs are still in their buffers.
@@ -137,7 +160,7 @@ class Chain:
             if key in self._buffers:
                 self._backend.upload(self._buffers[key], np.zeros_like(self._backend.download(self._buffers[key])))
         captured.launch()
-        got = self._outputs(wanted, captured.marks)
+        got = self._outputs(wanted, list(itertools.pairwise(captured.marks)))
         same = all(np.array_equal(x, y) for x, y in zip(got.tokens, expected.tokens, strict=True))
         if not same or not np.array_equal(got.pixels, expected.pixels):
             raise BackendError(
@@ -145,7 +168,7 @@ class Chain:
                 "uncaptured; load with capture=False (--no-capture), and report it"
             )
 
-    def _outputs(self, wanted: frozenset[str], marks: Sequence[Any]) -> ChainOutputs:
+    def _outputs(self, wanted: frozenset[str], spans: Sequence[tuple[Any, Any]]) -> ChainOutputs:
         backend, steps = self._backend, self._plan.steps
 
         def per_step(name: str) -> list[NDArray[Any]]:
@@ -159,7 +182,7 @@ class Chain:
             image=backend.download(self._buffers[names.IMAGE]) if names.IMAGE in wanted else None,
             timings={
                 graph.name: backend.elapsed_ms(start, stop)
-                for graph, start, stop in zip(self._graphs, marks, marks[1:], strict=False)
+                for graph, (start, stop) in zip(self._graphs, spans, strict=True)
             },
         )
 

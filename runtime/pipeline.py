@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from fastvar_trt.runtime.conditions import ClassCondition, Condition, TextCondit
 from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.manifest import Manifest, check_files, read_manifest
 from fastvar_trt.runtime.noise import MAX_SEED, uniform_noise
-from fastvar_trt.runtime.text import TextEncoder
+from fastvar_trt.runtime.text import PromptTokenizer, TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +44,33 @@ class GenerationResult:
     float_images: NDArray[Any] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """Images in the making, decoded after a scale.
+
+    Attributes:
+        scale: the step after which they were decoded.
+        start: number of the first of them; the images of a call may travel in several batches.
+        images: uint8 [n, H, W, 3], RGB.
+        result: what `generate` returns, in the last item of `Pipeline.stream`; None before.
+    """
+
+    scale: int
+    start: int
+    images: NDArray[Any]
+    result: GenerationResult | None = None
+
+
 _MIN_TEMPERATURE = 1e-3  # below, logits divided by it overflow
 
 
 class Pipeline:
-    """A loaded bundle. Use it as a context manager; `generate` may be called from several threads, which
-    then take turns.
+    """A loaded bundle. Use it as a context manager.
+
+    Every method may be called from any thread at any time. Calls that compute (`generate`, `stream`, `encode`) take
+    turns batch by batch: a batch holds the pipeline's lock while its graphs run, and they share buffers and device
+    memory. `close` waits for the batch that is running; the calls that wait behind it raise `RequestError`. Two pipelines
+    of one process share nothing but ONNX Runtime's arena, which is thread-safe.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
@@ -58,6 +80,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._chains: dict[int, Chain] = {}
         self._text_encoder: TextEncoder | None = None
+        self._tokenizer = PromptTokenizer(bundle, manifest)
         self._closed = False
         self._noise_shapes = {
             graph.scale: spec.shape[1:]
@@ -157,6 +180,8 @@ class Pipeline:
         return_logits: bool = False,
         return_float_images: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
+        preview_scales: Collection[int] = (),
+        on_preview: Callable[[Preview], None] = lambda preview: None,
     ) -> GenerationResult:
         """Draw one image per label or text.
 
@@ -183,6 +208,9 @@ class Pipeline:
             return_logits: fill `GenerationResult.logits`.
             return_float_images: fill `GenerationResult.float_images`.
             should_stop: asked between scales (before the launch, where the chain is captured as a CUDA graph).
+            preview_scales: scales after which the images are also decoded as far as they are: computed ones before
+                the last. Each costs one run of the decoder, and the chain is then not launched as a CUDA graph.
+            on_preview: called with each, in this thread and between two scales: what it does delays the images.
             (cfg, temperature, top_k and top_p may be one value per image, None for the default.)
 
         Raises:
@@ -205,11 +233,17 @@ class Pipeline:
         optional = [
             name for name, wanted in ((names.LOGITS, return_logits), (names.IMAGE, return_float_images)) if wanted
         ]
+        self._check_previews(preview_scales)
         given = None if noise is None else self._given_noise(noise, count)
         outputs: list[ChainOutputs] = []
         start = 0
         for batch in plan_batches(count, self.manifest.batches):
             part = slice(start, start + batch)
+            kept = min(batch, count - start)
+
+            def preview(scale: int, pixels: NDArray[Any], start: int = start, kept: int = kept) -> None:
+                on_preview(Preview(scale, start, pixels[:kept]))
+
             of_batch = self._noise(seed_list, part) if given is None else {k: rows[part] for k, rows in given.items()}
             with self._lock:
                 if self._closed:
@@ -221,6 +255,8 @@ class Pipeline:
                         {name: pad_rows(values[part], batch) for name, values in request.items()},
                         optional,
                         should_stop,
+                        preview_scales,
+                        preview,
                     )
                 )
             start += batch
@@ -231,6 +267,61 @@ class Pipeline:
                     f"or its activations exceed {self.manifest.precision}"
                 )
         return _merge(outputs, count)
+
+    def stream(self, *arguments: Any, preview_scales: Collection[int], **options: Any) -> Iterator[Preview]:
+        """Draw as `generate` does, and hand out the images in the making.
+
+        They are drawn in a thread of their own, which does not wait for whoever reads them: a slow reader, or one that
+        calls `generate` meanwhile, holds nobody up. Closing the iterator stops the drawing before its next scale.
+
+        Args:
+            arguments, options: those of `generate`, but for `should_stop` and `on_preview`.
+            preview_scales: scales after which the images are decoded.
+
+        Yields:
+            One `Preview` per batch and scale, and one with the images and the `result`.
+
+        Raises:
+            RequestError, BackendError: as `generate`, when the first item is asked for or later.
+        """
+        items: queue.SimpleQueue[Preview | BaseException] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def draw() -> None:
+            try:
+                result = self.generate(
+                    *arguments,
+                    preview_scales=preview_scales,
+                    on_preview=items.put,
+                    should_stop=stop.is_set,
+                    **options,
+                )
+                items.put(Preview(self.manifest.resolved_plan.steps[-1], 0, result.images, result))
+            except BaseException as error:
+                items.put(error)
+
+        thread = threading.Thread(target=draw, name="fastvar-stream", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = items.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if item.result is not None:
+                    return
+        finally:
+            stop.set()
+            thread.join()
+
+    def _check_previews(self, scales: Collection[int]) -> None:
+        allowed = self.manifest.resolved_plan.steps[:-1]
+        wrong = [scale for scale in scales if scale not in allowed or isinstance(scale, bool)]
+        if wrong:
+            raise RequestError(
+                f"preview_scales: got {wrong[0]!r}, expected of {', '.join(map(str, allowed))} (the computed scales "
+                "before the last)"
+            )
 
     def _noise(self, seeds: list[int], part: slice) -> dict[int, NDArray[Any]]:
         return {
@@ -252,6 +343,8 @@ class Pipeline:
         self,
         labels: Sequence[int] | None = None,
         *,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str | None] | None = None,
         text_features: Sequence[NDArray[Any]] | None = None,
         negative_text_features: Sequence[NDArray[Any] | None] | None = None,
         seeds: int | Sequence[int] = 0,
@@ -259,15 +352,23 @@ class Pipeline:
         temperature: Any = None,
         top_k: Any = None,
         top_p: Any = None,
+        preview_scales: Collection[int] = (),
     ) -> None:
-        """That `generate` would take these arguments.
+        """That `generate` would take these arguments. Computes nothing, and waits for no batch that runs.
 
         Raises:
             RequestError: a value out of range.
         """
-        count = len(self._condition(labels, text_features, negative_text_features))
+        if prompts is not None or negative_prompts is not None:
+            if labels is not None or text_features is not None or negative_text_features is not None:
+                raise RequestError("give labels, prompts or text_features, and only one of them")
+            ids, _ = self._token_ids(prompts, negative_prompts)
+            count = len(ids)
+        else:
+            count = len(self._condition(labels, text_features, negative_text_features))
         self._request(count, cfg, temperature, top_k, top_p, greedy=False)
         self._seeds(seeds, count)
+        self._check_previews(preview_scales)
 
     def _check_aspect(self, h_div_w: float | None) -> None:
         model = self.manifest.model
@@ -289,6 +390,16 @@ class Pipeline:
             RequestError: a bundle without text encoder, or a prompt that is empty or too long.
             BackendError: the text encoder cannot be loaded or run.
         """
+        ids, negative_ids = self._token_ids(prompts, negative_prompts)
+        features = [self.encode_tokens(item) for item in ids]
+        if negative_ids is None:
+            return features, None
+        return features, [None if item is None else self.encode_tokens(item) for item in negative_ids]
+
+    def _token_ids(
+        self, prompts: Sequence[str] | None, negative_prompts: Sequence[str | None] | None
+    ) -> tuple[list[list[int]], list[list[int] | None] | None]:
+        """The tokens of prompts and of negative prompts, where there are any."""
         if self.manifest.text_encoder is None:
             what = (
                 "draws classes: give labels"
@@ -302,15 +413,13 @@ class Pipeline:
             isinstance(negative_prompts, str) or len(negative_prompts) != len(prompts)
         ):
             raise RequestError(f"negative_prompts: expected a list of one per prompt ({len(prompts)})")
-        encoder = self._encoder()
-        ids = [encoder.token_ids(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
-        negative_ids = [
-            encoder.token_ids(prompt, f"negative prompt {i}") if prompt else None
-            for i, prompt in enumerate(negative_prompts or ())
+        token_ids = self._tokenizer.token_ids
+        ids = [token_ids(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        if negative_prompts is None:
+            return ids, None
+        return ids, [
+            token_ids(prompt, f"negative prompt {i}") if prompt else None for i, prompt in enumerate(negative_prompts)
         ]
-        features = [self.encode_tokens(item) for item in ids]
-        negatives = [None if item is None else self.encode_tokens(item) for item in negative_ids]
-        return features, negatives if negative_prompts is not None else None
 
     def encode_tokens(self, ids: Sequence[int]) -> NDArray[Any]:
         """The text encoder's features of one prompt's tokens: fp32 [tokens, width].

@@ -1,17 +1,20 @@
 """`Service`: a bounded queue in front of a pipeline, with dynamic batching, deadlines, cancellation and metrics.
 
-One worker thread runs the pipeline; any number of threads submit. A request's picture depends on its own values only,
-so it is the same whatever batch it travels in.
+One worker thread runs the pipeline; any number of threads submit, and every method may be called from any of them. A
+request's picture depends on its own values only, so it is the same whatever batch it travels in.
 """
 
 from __future__ import annotations
 
+import asyncio
+import bisect
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
 from typing import Any
@@ -20,9 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime.errors import CancelledError, FastVARError, OverloadedError, RequestError
-from fastvar_trt.runtime.pipeline import Pipeline
+from fastvar_trt.runtime.pipeline import Pipeline, Preview
 
+LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LATENCIES_KEPT = 1000
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +36,18 @@ class ImageRequest:
 
     Attributes:
         label: class index, for a model of classes.
+        prompt, negative_prompt: texts, for a model of text whose bundle has its text encoder.
         text_features: [tokens, width], for a model of text (`Pipeline.encode` makes them of a prompt).
         negative_text_features: of a negative prompt.
         seed: of the noise.
         cfg, temperature, top_k, top_p: sampling.
         deadline_s: seconds from submission after which the picture is not wanted any more.
+        preview_scales: steps after which the picture in the making is decoded, for `Service.submit`'s `on_preview`.
     """
 
     label: int | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
     text_features: NDArray[Any] | None = None
     negative_text_features: NDArray[Any] | None = None
     seed: int = 0
@@ -47,6 +56,7 @@ class ImageRequest:
     top_k: int | None = None
     top_p: float | None = None
     deadline_s: float | None = None
+    preview_scales: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +80,35 @@ class ImageResult:
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Counts since the start, and what is going on now; latencies of the last 1000 pictures."""
+    """Where a service stands.
+
+    Attributes:
+        accepted, completed: requests since the start.
+        rejected: because the queue was full.
+        cancelled: by the client, the deadline, or the end of the service.
+        failed: by the backend.
+        batches: runs of the chain whose pictures were handed out.
+        queued, running: requests now.
+        p50_ms, p99_ms: from submission to the picture, of the last 1000 pictures; None before the first.
+        latency_counts: pictures by latency since the start, one count per bound of `LATENCY_BUCKETS_S` (not
+            cumulative) and one beyond.
+        latency_sum_s: of all pictures.
+        batch_sizes: how many requests travelled together -> batches.
+    """
 
     accepted: int
-    rejected: int  # the queue was full
+    rejected: int
     completed: int
-    cancelled: int  # by the client or by the deadline
-    failed: int  # by the backend
+    cancelled: int
+    failed: int
     batches: int
     queued: int
     running: int
     p50_ms: float | None
     p99_ms: float | None
+    latency_counts: tuple[int, ...]
+    latency_sum_s: float
+    batch_sizes: Mapping[int, int]
 
 
 @dataclasses.dataclass
@@ -89,6 +116,7 @@ class _Entry:
     request: ImageRequest
     future: Future[ImageResult]
     submitted: float
+    on_preview: Callable[[Preview], None] | None
 
     @property
     def expired(self) -> bool:
@@ -97,11 +125,11 @@ class _Entry:
 
     @property
     def unwanted(self) -> bool:
-        return self.future.cancelled() or self.expired
+        return self.future.done() or self.expired
 
 
 class Ticket:
-    """A request on its way."""
+    """A request on its way. In asyncio, `await` gives its result; to cancel the task that waits gives the request up."""
 
     def __init__(self, entry: _Entry) -> None:
         self._entry = entry
@@ -124,6 +152,9 @@ class Ticket:
             if self._entry.future.cancelled():
                 raise CancelledError("the request was cancelled") from error
             raise
+
+    def __await__(self) -> Generator[Any, None, ImageResult]:
+        return asyncio.wrap_future(self._entry.future).__await__()
 
     @property
     def done(self) -> bool:
@@ -152,14 +183,18 @@ class Service:
         if max_queue < 1 or max_wait_s < 0:
             raise RequestError(f"max_queue {max_queue}, max_wait_s {max_wait_s}: expected 1 or more, 0 or more")
         self._pipeline = pipeline
+        self._successor: Pipeline | None = None
+        self._replacing = threading.Lock()
         self._max_queue, self._max_wait = max_queue, max_wait_s
-        self._max_batch = max(pipeline.manifest.batches)
         self._queue: deque[_Entry] = deque()
         self._changed = threading.Condition()
         self._running: list[_Entry] = []
         self._accepting, self._stopping = True, False
         self._counts = dict.fromkeys(("accepted", "rejected", "completed", "cancelled", "failed", "batches"), 0)
         self._latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self._latency_counts = [0] * (len(LATENCY_BUCKETS_S) + 1)
+        self._latency_sum = 0.0
+        self._batch_sizes: Counter[int] = Counter()
         self._worker = threading.Thread(target=self._work, name="fastvar-service", daemon=True)
         self._worker.start()
 
@@ -176,15 +211,26 @@ class Service:
         """True where requests are accepted and the worker lives."""
         return self._accepting and self._worker.is_alive()
 
-    def submit(self, request: ImageRequest) -> Ticket:
+    @property
+    def pipeline(self) -> Pipeline:
+        """What it draws with."""
+        return self._pipeline
+
+    def submit(self, request: ImageRequest, on_preview: Callable[[Preview], None] | None = None) -> Ticket:
         """Queue a request.
+
+        Args:
+            request: the picture.
+            on_preview: called with its previews, images uint8 [1, H, W, 3], in the worker's thread: hand them on and
+                return, since the whole batch waits. What it raises is logged, and harms nothing. A batch that fails
+                and is tried again gives its previews again.
 
         Raises:
             RequestError: a value out of range; checked here, so that it cannot spoil a batch.
             OverloadedError: the queue is full, or the service is draining; try again later.
         """
-        self._pipeline.check(**_arguments([request]))
-        entry = _Entry(request, Future(), time.monotonic())
+        self._pipeline.check(**_arguments([request]), preview_scales=request.preview_scales)
+        entry = _Entry(request, Future(), time.monotonic(), on_preview)
         with self._changed:
             self._drop_unwanted()
             if not self._accepting:
@@ -202,7 +248,36 @@ class Service:
         with self._changed:
             latencies = list(self._latencies)
             p50, p99 = np.percentile(latencies, [50, 99]).tolist() if latencies else (None, None)
-            return Metrics(**self._counts, queued=len(self._queue), running=len(self._running), p50_ms=p50, p99_ms=p99)
+            return Metrics(
+                **self._counts,
+                queued=len(self._queue),
+                running=len(self._running),
+                p50_ms=p50,
+                p99_ms=p99,
+                latency_counts=tuple(self._latency_counts),
+                latency_sum_s=self._latency_sum,
+                batch_sizes=dict(self._batch_sizes),
+            )
+
+    def replace(self, pipeline: Pipeline) -> Pipeline:
+        """Draw with another pipeline from the next batch on; nothing is refused or lost in between.
+
+        Requests that wait are drawn with the new one; those that it does not take fail with its error.
+
+        Returns:
+            The pipeline that was used before, for the caller to close.
+
+        Raises:
+            RequestError: the service is closed.
+        """
+        with self._replacing, self._changed:
+            if self._stopping:
+                raise RequestError("the service is closed")
+            before = self._pipeline
+            self._successor = pipeline
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._pipeline is pipeline)
+            return before
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no more requests, and wait for those that are there.
@@ -219,15 +294,14 @@ class Service:
         with self._changed:
             self._accepting, self._stopping = False, True
             for entry in (*self._queue, *self._running):
-                entry.future.cancel()
+                _settle(entry, CancelledError("the service was closed before the picture was there"))
             self._changed.notify_all()
         self._worker.join()
+        with self._changed:
+            self._drop_unwanted()
 
     def _work(self) -> None:
-        while True:
-            batch = self._next_batch()
-            if batch is None:
-                return
+        while (batch := self._next_batch()) is not None:
             try:
                 self._draw(batch)
             finally:
@@ -237,13 +311,18 @@ class Service:
 
     def _next_batch(self) -> list[_Entry] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
-            if not self._stopping and len(self._queue) < self._max_batch and self._max_wait > 0:
-                self._changed.wait_for(lambda: len(self._queue) >= self._max_batch or self._stopping, self._max_wait)
+            self._changed.wait_for(lambda: self._queue or self._stopping or self._successor)
+            if self._successor is not None:
+                self._pipeline, self._successor = self._successor, None
+                self._changed.notify_all()
+                return []
+            largest = max(self._pipeline.manifest.batches)
+            if not self._stopping and len(self._queue) < largest and self._max_wait > 0:
+                self._changed.wait_for(lambda: len(self._queue) >= largest or self._stopping, self._max_wait)
             self._drop_unwanted()
             if self._stopping:
                 return None
-            self._running = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
+            self._running = [self._queue.popleft() for _ in range(min(len(self._queue), largest))]
             return self._running
 
     def _drop_unwanted(self) -> None:
@@ -264,10 +343,22 @@ class Service:
         if not batch:
             return
         begin = time.monotonic()
+
+        def preview(found: Preview) -> None:
+            for entry, image in zip(batch[found.start :], found.images, strict=False):
+                if entry.on_preview is not None and found.scale in entry.request.preview_scales:
+                    try:
+                        entry.on_preview(Preview(found.scale, 0, image[None].copy()))
+                    except Exception:
+                        _LOG.exception("on_preview raised; the picture goes on without")
+
+        wanted = [entry.request.preview_scales for entry in batch if entry.on_preview is not None]
         try:
             result = self._pipeline.generate(
-                **_arguments([entry.request for entry in batch]),
+                **self._encoded([entry.request for entry in batch]),
                 should_stop=lambda: all(entry.unwanted for entry in batch),
+                preview_scales=sorted(set().union(*wanted)),
+                on_preview=preview,
             )
         except CancelledError:
             with self._changed:
@@ -287,6 +378,7 @@ class Service:
         end = time.monotonic()
         with self._changed:
             self._counts["batches"] += 1
+            self._batch_sizes[len(batch)] += 1
             for i, entry in enumerate(batch):
                 total_ms = (end - entry.submitted) * 1e3
                 if entry.unwanted:
@@ -294,9 +386,28 @@ class Service:
                     continue
                 self._counts["completed"] += 1
                 self._latencies.append(total_ms)
+                self._latency_counts[bisect.bisect_left(LATENCY_BUCKETS_S, total_ms / 1e3)] += 1
+                self._latency_sum += total_ms / 1e3
                 tokens = [step[i].copy() for step in result.tokens]
                 queued_ms = (begin - entry.submitted) * 1e3
                 _settle(entry, ImageResult(result.images[i].copy(), tokens, queued_ms, total_ms, len(batch)))
+
+    def _encoded(self, requests: list[ImageRequest]) -> dict[str, Any]:
+        """The requests as arguments of `Pipeline.generate`, prompts as the text encoder's features."""
+        features = []
+        for request in requests:
+            if request.prompt is not None:
+                of_prompts, of_negatives = self._pipeline.encode([request.prompt], [request.negative_prompt])
+                assert of_negatives is not None
+                request = dataclasses.replace(
+                    request,
+                    prompt=None,
+                    negative_prompt=None,
+                    text_features=of_prompts[0],
+                    negative_text_features=of_negatives[0],
+                )
+            features.append(request)
+        return _arguments(features)
 
 
 def _settle(entry: _Entry, outcome: ImageResult | Exception) -> None:
@@ -309,15 +420,25 @@ def _settle(entry: _Entry, outcome: ImageResult | Exception) -> None:
 
 
 def _arguments(requests: list[ImageRequest]) -> dict[str, Any]:
-    """The requests as arguments of `Pipeline.generate`."""
+    """The requests, all of one kind, as arguments of `Pipeline.generate`."""
     arguments: dict[str, Any] = {"seeds": [request.seed for request in requests]}
-    if all(request.text_features is None for request in requests):
-        arguments["labels"] = [request.label for request in requests]
-    else:
+    first = requests[0]
+    for request in requests:
+        given = [name for name in ("label", "prompt", "text_features") if getattr(request, name) is not None]
+        if len(given) > 1:
+            raise RequestError(f"got {' and '.join(given)}: give one of them")
+        if request.negative_prompt is not None and request.prompt is None:
+            raise RequestError("negative_prompt: needs a prompt")
+        if request.negative_text_features is not None and request.text_features is None:
+            raise RequestError("negative_text_features: needs text_features")
+    if first.prompt is not None:
+        arguments["prompts"] = [request.prompt for request in requests]
+        arguments["negative_prompts"] = [request.negative_prompt for request in requests]
+    elif first.text_features is not None:
         arguments["text_features"] = [request.text_features for request in requests]
         arguments["negative_text_features"] = [request.negative_text_features for request in requests]
-        if any(request.label is not None for request in requests):
-            raise RequestError("give a label or text_features, not both")
+    else:
+        arguments["labels"] = [request.label for request in requests]
     per_image: Mapping[str, list[Any]] = {
         name: [getattr(request, name) for request in requests] for name in ("cfg", "temperature", "top_k", "top_p")
     }

@@ -12,7 +12,38 @@ from numpy.typing import NDArray
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Backend
 from fastvar_trt.runtime.errors import BundleError, RequestError, UnavailableError
-from fastvar_trt.runtime.manifest import Manifest, TensorSpec
+from fastvar_trt.runtime.manifest import Manifest, TensorSpec, read_manifest
+
+
+class PromptTokenizer:
+    """The tokenizer of a bundle; its file is read at the first prompt, since features can be had without prompts."""
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        self._bundle, self._manifest = bundle, manifest
+        self._tokenizer: Any = None
+
+    def token_ids(self, prompt: str, name: str = "prompt") -> list[int]:
+        """The tokens of a prompt, the end mark included.
+
+        Raises:
+            RequestError: an empty prompt, or one that is too long.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise RequestError(f"{name}: got {prompt!r}, expected some text")
+        if self._tokenizer is None:
+            check_unreplaced(self._bundle, self._manifest)
+            self._tokenizer = _load_tokenizer(self._bundle / names.TOKENIZER_FILE)
+        try:
+            ids = list(self._tokenizer.encode(prompt).ids)
+        except UnicodeError as error:  # half of a surrogate pair
+            raise RequestError(f"{name}: is no text that can be encoded ({error})") from error
+        longest = self._manifest.model.text_length
+        if len(ids) > longest:
+            raise RequestError(
+                f"{name}: got {len(ids)} tokens, this bundle takes up to {longest}; shorten it, or export "
+                "with a larger --text-length"
+            )
+        return ids
 
 
 class TextEncoder:
@@ -23,8 +54,7 @@ class TextEncoder:
         assert graph is not None
         self._backend = backend
         self._text_length = manifest.model.text_length
-        self._tokenizer_file = bundle / names.TOKENIZER_FILE
-        self._tokenizer: Any = None
+        check_unreplaced(bundle, manifest)
         backend.load(graph)
         self._buffers = {
             spec.name: backend.allocate(spec.shape, spec.dtype) for spec in (*graph.inputs, *graph.outputs)
@@ -40,24 +70,6 @@ class TextEncoder:
         """Memory of tokens and features."""
         return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
 
-    def token_ids(self, prompt: str, name: str = "prompt") -> list[int]:
-        """The tokens of a prompt, the end mark included.
-
-        Raises:
-            RequestError: an empty prompt, or one that is too long.
-        """
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise RequestError(f"{name}: got {prompt!r}, expected some text")
-        if self._tokenizer is None:  # features can be had of tokens without the package
-            self._tokenizer = _load_tokenizer(self._tokenizer_file)
-        ids = list(self._tokenizer.encode(prompt).ids)
-        if len(ids) > self._text_length:
-            raise RequestError(
-                f"{name}: got {len(ids)} tokens, this bundle takes up to {self._text_length}; shorten it, or export "
-                "with a larger --text-length"
-            )
-        return ids
-
     def encode(self, ids: Sequence[int]) -> NDArray[Any]:
         """The features of one prompt: fp32 [tokens, C_text]."""
         padded = np.zeros((1, self._text_length), dtype=np.int64)
@@ -68,6 +80,16 @@ class TextEncoder:
         backend.upload(self._buffers[names.TOKEN_COUNT], np.array([len(ids)], dtype=np.int64))
         self._bound.enqueue()
         return backend.download(self._buffers[names.ENCODED])[0, : len(ids)].copy()
+
+
+def check_unreplaced(bundle: Path, manifest: Manifest) -> None:
+    """That the folder still holds the bundle that was loaded from it: what is read late must belong to it.
+
+    Raises:
+        BundleError: it holds another, or none.
+    """
+    if read_manifest(bundle) != manifest:
+        raise BundleError(f"bundle {bundle}: was replaced by another since it was loaded; load it again")
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -86,8 +86,13 @@ def test_it_draws_what_onnx_runtime_draws_on_the_cpu(
                 assert ours.logits is not None
                 np.testing.assert_allclose(ours.logits[-1], theirs.logits[-1], atol=1e-3)
             assert set(ours.timings) == set(theirs.timings) and min(ours.timings.values()) > 0
+        # Between two captured launches: previews need the chain uncaptured, and leave no trace in it.
+        for our, their in zip(*(p.stream([1], seeds=3, preview_scales=[0, 1]) for p in (pipe, reference)), strict=True):
+            assert our.scale == their.scale and np.abs(our.images.astype(int) - their.images).max() <= 1
+        again = pipe.generate([1], seeds=3)
+        np.testing.assert_array_equal(again.images, ours.images)
     # Captured: once for each of (batch 1), (batch 1 with logits), (batch 2); launched at once, and by later requests.
-    assert cuda.num_launches == (6 if capture else 0)
+    assert cuda.num_launches == (7 if capture else 0)
     assert not cuda.memory, "device memory is given back"
     assert cuda.num_events == 0 and cuda.num_graphs == 0, "events and graphs are given back"
     assert cuda.num_activations >= len(requests), "the device is made current in the thread that draws"

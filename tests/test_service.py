@@ -20,6 +20,7 @@ from fastvar_trt.runtime import (
     RequestError,
     Service,
 )
+from fastvar_trt.runtime.service import LATENCY_BUCKETS_S
 
 
 @pytest.fixture
@@ -180,8 +181,11 @@ def _raising(error: Exception) -> Callable[[], None]:
         (ImageRequest(label=1, cfg=float("nan")), "cfg: got"),
         (ImageRequest(label=1, seed=-1), "seed: got -1"),
         (ImageRequest(label=1, top_k=1000), "top_k: got"),
-        (ImageRequest(label=1, text_features=np.zeros((1, 4))), "not both"),
+        (ImageRequest(label=1, text_features=np.zeros((1, 4))), "give one of them"),
         (ImageRequest(text_features=np.zeros((1, 4))), "draws classes"),
+        (ImageRequest(prompt="a fox"), "draws classes"),
+        (ImageRequest(label=1, negative_prompt="blurry"), "needs a prompt"),
+        (ImageRequest(label=1, negative_text_features=np.zeros((1, 4))), "needs text_features"),
     ],
 )
 def test_bad_requests_are_refused_when_they_are_submitted(pipe: Pipeline, request_: ImageRequest, message: str) -> None:
@@ -207,6 +211,45 @@ def test_drain_and_close(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Non
     service.close()
     with pytest.raises(OverloadedError):
         service.submit(ImageRequest(label=1))
+
+
+def test_a_service_changes_its_pipeline_between_two_batches(
+    pipe: Pipeline, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(pipe, monkeypatch)
+    successor = Pipeline.load(tiny_bundle)
+    drawn: list[int] = []
+    original = successor.generate
+    monkeypatch.setattr(successor, "generate", lambda **options: (drawn.append(1), original(**options))[1])
+    with Service(pipe, max_wait_s=0) as service:
+        running = service.submit(ImageRequest(label=0))
+        assert gate.entered.wait(10)
+        waiting = service.submit(ImageRequest(label=1, seed=3))
+        before: list[Pipeline] = []
+        thread = threading.Thread(target=lambda: before.append(service.replace(successor)))
+        thread.start()
+        assert not drawn
+        gate.open()
+        thread.join(10)
+        assert before == [pipe]
+        assert service.pipeline is successor
+        running.result(60)
+        image = waiting.result(60).image
+    assert drawn == [1]
+    successor.close()
+    np.testing.assert_array_equal(image, pipe.generate([1], seeds=[3]).images[0])
+    with pytest.raises(RequestError, match="closed"):
+        service.replace(pipe)
+
+
+def test_latencies_are_counted_by_their_bounds(pipe: Pipeline) -> None:
+    with Service(pipe, max_wait_s=0) as service:
+        results = [service.submit(ImageRequest(label=1)).result(60) for _ in range(5)]
+        metrics = service.metrics()
+    assert metrics.latency_sum_s == pytest.approx(sum(result.total_ms for result in results) / 1e3)
+    expected = np.searchsorted(LATENCY_BUCKETS_S, [result.total_ms / 1e3 for result in results])
+    assert metrics.latency_counts == tuple(np.bincount(expected, minlength=len(LATENCY_BUCKETS_S) + 1))
+    assert metrics.batch_sizes == {1: 5}
 
 
 def test_closing_cancels_what_waits(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from fastvar_trt.export.tensorrt.graphs import tensorrt_graph
 from fastvar_trt.export.tracing import build_graph, save_graph, text_function
 from fastvar_trt.export.validation import compare_with_torch, run_in_onnxruntime
 from fastvar_trt.export.weights_file import map_weights
-from fastvar_trt.runtime import CheckpointError, Pipeline, RequestError
+from fastvar_trt.runtime import BundleError, CheckpointError, ImageRequest, Pipeline, RequestError, Service
+from fastvar_trt.runtime.manifest import MANIFEST_FILE
 from fastvar_trt.runtime.verify import TOLERANCE, verify_bundle
 
 Export = Callable[..., tuple[Path, ExportReport]]
@@ -108,6 +111,41 @@ def test_prompts_draw_what_their_features_draw(bundle: Path, reference: Callable
     np.testing.assert_array_equal(of_text.images, of_features.images)
     np.testing.assert_array_equal(of_text.images[1], alone.images[0])
     assert (other.images[0] != of_text.images[0]).any()
+
+
+def test_a_service_takes_prompts_and_features_in_one_batch(bundle: Path) -> None:
+    with Pipeline.load(bundle) as pipe:
+        expected = pipe.generate(prompts=["a fox", "the snow"], negative_prompts=["blurry", None], seeds=[1, 2])
+        features, _ = pipe.encode(["the snow"])
+        with Service(pipe, max_wait_s=2.0) as service:
+            tickets = [
+                service.submit(ImageRequest(prompt="a fox", negative_prompt="blurry", seed=1)),
+                service.submit(ImageRequest(text_features=features[0], seed=2)),
+            ]
+            results = [ticket.result(60) for ticket in tickets]
+            with pytest.raises(RequestError, match="got 11 tokens"):
+                service.submit(ImageRequest(prompt="a " * 10))
+            with pytest.raises(RequestError, match="got label and prompt"):
+                service.submit(ImageRequest(label=1, prompt="a"))
+    assert [result.batch for result in results] == [2, 2]
+    for result, image in zip(results, expected.images, strict=True):
+        np.testing.assert_array_equal(result.image, image)
+
+
+def test_a_text_encoder_that_was_replaced_is_not_used(bundle: Path, tmp_path: Path) -> None:
+    """It is read at the first prompt, and must be the one that belongs to the loaded graphs."""
+    copied = shutil.copytree(bundle, tmp_path / "b")
+    with Pipeline.load(copied) as pipe:
+        manifest = json.loads((copied / MANIFEST_FILE).read_text())
+        manifest["tools"]["torch"] = "another"
+        (copied / MANIFEST_FILE).write_text(json.dumps(manifest))
+        with pytest.raises(BundleError, match="was replaced by another"):
+            pipe.generate(prompts=["a fox"])
+        shutil.rmtree(copied)
+        with pytest.raises(BundleError, match="no such folder"):
+            pipe.generate(prompts=["a fox"])
+        features = [np.zeros((2, 128), dtype=np.float32)]
+        assert pipe.generate(text_features=features).images.shape[0] == 1  # what is loaded goes on
 
 
 @pytest.mark.parametrize(
