@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PACKAGES := export runtime plugins tools
+PACKAGES := export runtime plugins serving tools
 
 .PHONY: demo test check format clean
 
@@ -30,7 +30,7 @@ format: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[export,cpu,quality,train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[export,cpu,quality,serve,train,dev]'
 # Without the package that they describe, which comes from NVIDIA's index.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps tensorrt-stubs
 	touch $@

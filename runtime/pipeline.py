@@ -69,8 +69,8 @@ class Pipeline:
 
     Every method may be called from any thread at any time. Calls that compute (`generate`, `stream`, `encode`) take
     turns batch by batch: a batch holds the pipeline's lock while its graphs run, and they share buffers and device
-    memory. `close` waits for the batch that is running; the calls that wait behind it raise `RequestError`. Two pipelines
-    of one process share nothing but ONNX Runtime's arena, which is thread-safe.
+    memory. `close` waits for the batch that is running; the calls that wait behind it raise `RequestError`. Two
+    pipelines of one process share nothing but ONNX Runtime's arena, which is thread-safe.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
@@ -313,6 +313,22 @@ class Pipeline:
         finally:
             stop.set()
             thread.join()
+
+    def warm_up(self) -> None:
+        """Draw one image per batch size, and encode one prompt where there is a text encoder: the first request of a
+        service then takes what the later ones take (on a GPU, chains are captured here).
+
+        Raises:
+            BackendError: the backend failed.
+        """
+        model = self.manifest.model
+        for batch in self.manifest.batches:
+            if model.family == "var":
+                self.generate([0] * batch)
+            else:
+                self.generate(text_features=[np.zeros((1, model.text_width), dtype=np.float32)] * batch)
+        if self.manifest.text_encoder is not None:
+            self.encode_tokens([0])
 
     def _check_previews(self, scales: Collection[int]) -> None:
         allowed = self.manifest.resolved_plan.steps[:-1]

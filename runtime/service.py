@@ -129,7 +129,7 @@ class _Entry:
 
 
 class Ticket:
-    """A request on its way. In asyncio, `await` gives its result; to cancel the task that waits gives the request up."""
+    """A request on its way. In asyncio, `await` gives its result, and to cancel the task that waits gives it up."""
 
     def __init__(self, entry: _Entry) -> None:
         self._entry = entry

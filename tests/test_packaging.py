@@ -27,7 +27,7 @@ def run_without(absent: tuple[str, ...], code: str) -> subprocess.CompletedProce
 
 
 def test_every_package_is_listed() -> None:
-    tops = ("export", "runtime", "plugins", "tools")
+    tops = ("export", "runtime", "plugins", "serving", "tools")
     folders = {path.parent.relative_to(ROOT) for top in tops for path in (ROOT / top).rglob("*.py")}
     expected = {f"fastvar_trt.{'.'.join(folder.parts)}" for folder in folders}
     setuptools = PROJECT["tool"]["setuptools"]
@@ -37,6 +37,7 @@ def test_every_package_is_listed() -> None:
 
 EXPORT_ONLY = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
 QUALITY_ONLY = ("matplotlib", "scipy", "sewar", "skimage")
+SERVE_ONLY = ("fastapi", "limits", "prometheus_client", "ray", "uvicorn")
 
 
 def test_the_runtime_draws_without_torch_and_onnx(tiny_bundle: Path) -> None:
@@ -59,7 +60,7 @@ def test_importing_the_runtime_loads_no_backend() -> None:
 @pytest.mark.parametrize("command", ["tools", "export"])
 def test_help_needs_only_what_the_runtime_needs(command: str) -> None:
     code = f"from fastvar_trt.{command}.cli import main\nmain(['--help'])"
-    done = run_without((*EXPORT_ONLY, *QUALITY_ONLY, "onnxruntime"), code)
+    done = run_without((*EXPORT_ONLY, *QUALITY_ONLY, *SERVE_ONLY, "onnxruntime"), code)
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
 
@@ -73,10 +74,11 @@ def test_help_needs_only_what_the_runtime_needs(command: str) -> None:
         ),
         ("from fastvar_trt.tools.cli import main\nmain(['build', 'unused', '--target', 'cpu'])", "fastvar-trt[export"),
         ("from fastvar_trt.tools.cli import main\nmain(['compare', 'a', 'b'])", "fastvar-trt[quality"),
+        ("from fastvar_trt.tools.cli import main\nmain(['serve', 'a'])", "fastvar-trt[serve"),
     ],
 )
 def test_a_missing_extra_is_named(code: str, message: str) -> None:
-    done = run_without((*EXPORT_ONLY, *QUALITY_ONLY), code)
+    done = run_without((*EXPORT_ONLY, *QUALITY_ONLY, *SERVE_ONLY), code)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -91,7 +93,7 @@ def test_a_missing_onnxruntime_is_named(tiny_bundle: Path) -> None:
 
 
 def test_no_package_imports_the_tests() -> None:
-    for top in ("export", "runtime", "plugins", "tools"):
+    for top in ("export", "runtime", "plugins", "serving", "tools"):
         for path in (ROOT / top).rglob("*.py"):
             text = path.read_text()
             assert "import tests" not in text, path

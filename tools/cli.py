@@ -21,6 +21,7 @@ from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, check_files, read_manifest
 from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
 from fastvar_trt.runtime.verify import verify_bundle
+from fastvar_trt.serving.cli import serve_command
 from fastvar_trt.tools.cli_profile import profile_command
 from fastvar_trt.tools.cli_quality import compare_command, tune_command
 from fastvar_trt.tools.files import check_writable, replacing
@@ -63,6 +64,7 @@ def main() -> None:
 main.add_command(compare_command)
 main.add_command(tune_command)
 main.add_command(profile_command)
+main.add_command(serve_command)
 
 
 @main.command(

@@ -1,0 +1,456 @@
+"""The HTTP server: one `Service` behind FastAPI.
+
+| | |
+|---|---|
+| `POST /v1/images` | a picture: PNG, JPEG or WebP |
+| `POST /v1/images/stream` | previews and the picture, as server-sent events |
+| `GET /v1/model` | what the bundle holds |
+| `GET /healthz`, `GET /metrics`, `GET /openapi.json` | for those who operate it |
+| `GET /` | a page to try it |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from importlib import metadata, resources
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from limits import RateLimitItem
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import MovingWindowRateLimiter
+from prometheus_client import CollectorRegistry, Counter, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastvar_trt.runtime.errors import CancelledError, FastVARError, OverloadedError, RequestError
+from fastvar_trt.runtime.manifest import Manifest
+from fastvar_trt.runtime.noise import MAX_SEED
+from fastvar_trt.runtime.pipeline import Preview
+from fastvar_trt.runtime.service import ImageRequest, ImageResult, Service, Ticket
+from fastvar_trt.serving.images import MEDIA_TYPES, encode_image
+from fastvar_trt.serving.metrics import ServiceCollector
+
+_LOG = logging.getLogger(__name__)
+_CLIENT_CLOSED_REQUEST = 499  # as nginx calls it; nobody reads it but the metrics
+_PREVIEW_QUALITY = 80  # of JPEG: previews are looked at for a moment
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (RequestError, 422),
+    (OverloadedError, 503),
+    (MemoryError, 503),
+    (CancelledError, 504),
+)
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src blob: data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """Limits of the server.
+
+    Attributes:
+        max_body_bytes: of a request.
+        max_deadline_s: longest deadline of a request, and the default.
+        rate: requests for pictures per client address; None for no limit.
+        drain_s: how long the requests that are there may take when the server stops.
+    """
+
+    max_body_bytes: int = 4 << 20
+    max_deadline_s: float = 120.0
+    rate: RateLimitItem | None = None
+    drain_s: float = 30.0
+
+
+class ImageBody(BaseModel):
+    """A picture that is asked for; what is left out takes the bundle's default."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    label: int | None = Field(None, description="Class index, for a model of classes.")
+    prompt: str | None = Field(None, description="Text, for a model of text whose bundle has its text encoder.")
+    negative_prompt: str | None = Field(None, description="Text to keep away from.")
+    text_features: list[list[float]] | None = Field(
+        None, description="In place of a prompt: the text encoder's last hidden state, [tokens, width]."
+    )
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the noise; default: drawn, and returned.")
+    cfg: float | None = Field(None, description="Guidance scale.")
+    temperature: float | None = Field(None, gt=0, description="Divides the logits.")
+    top_k: int | None = Field(None, ge=0, description="Draw from the likeliest tokens.")
+    top_p: float | None = Field(None, ge=0, le=1, description="Draw from the likeliest tokens of this probability.")
+    deadline_s: float | None = Field(None, gt=0, description="Seconds after which the picture is not wanted any more.")
+    format: Literal["png", "jpeg", "webp"] = "png"
+    quality: int = Field(90, ge=1, le=100, description="Of JPEG and WebP.")
+
+
+class StreamBody(ImageBody):
+    """A picture with previews."""
+
+    preview_scales: list[int] | None = Field(
+        None, max_length=64, description="Scales after which a preview is decoded; default: three of them."
+    )
+
+
+def create_app(
+    service: Service, options: ServerOptions | None = None, *, on_start: Callable[[], None] | None = None
+) -> FastAPI:
+    """The ASGI application. When it stops it drains and closes the service, and closes its pipeline.
+
+    Args:
+        service: what draws; the application takes it over.
+        options: limits.
+        on_start: called in the event loop's thread when the application starts.
+    """
+    options = options or ServerOptions()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if on_start is not None:
+            on_start()
+        yield
+        if not await asyncio.to_thread(service.drain, options.drain_s):
+            _LOG.warning("requests were still there after %s s, and are cancelled", options.drain_s)
+        service.close()
+        service.pipeline.close()
+
+    version = metadata.version("fastvar-trt")
+    # The pages /docs and /redoc load scripts from a CDN: the schema is enough.
+    app = FastAPI(title="fastvar-trt", version=version, lifespan=lifespan, docs_url=None, redoc_url=None)
+    registry = CollectorRegistry()
+    registry.register(ServiceCollector(service))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    responses = Counter(
+        "fastvar_http_responses", "Responses by path and status.", ["path", "status"], registry=registry
+    )
+    limiter = MovingWindowRateLimiter(MemoryStorage())
+    app.add_middleware(_Outermost, max_body_bytes=options.max_body_bytes, responses=responses)
+
+    async def admit(request: Request) -> None:
+        client = request.client.host if request.client else "unknown"
+        if options.rate is not None and not await limiter.hit(options.rate, client):
+            window = await limiter.get_window_stats(options.rate, client)
+            raise _RateError(f"more than {options.rate} from {client}; try again later", window.reset_time)
+
+    def submit(body: ImageBody, on_preview: Callable[[Preview], None] | None = None) -> tuple[Ticket, ImageRequest]:
+        request = _image_request(body, service.pipeline.manifest, options)
+        return service.submit(request, on_preview), request
+
+    @app.post(
+        "/v1/images",
+        response_class=Response,
+        responses={
+            200: {"description": "The picture.", "content": {kind: {} for kind in MEDIA_TYPES.values()}},
+            **_ERROR_RESPONSES,
+        },
+    )
+    async def images(body: ImageBody, request: Request) -> Response:
+        """Draw one picture. Requests that arrive together share a batch, which does not change their pictures."""
+        await admit(request)
+        ticket, wanted = submit(body)
+        result = await _unless_gone(request, _result(ticket, wanted))
+        if result is None:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        data = await asyncio.to_thread(encode_image, result.image, body.format, body.quality)
+        return Response(data, media_type=MEDIA_TYPES[body.format], headers=_headers(result, wanted))
+
+    @app.post(
+        "/v1/images/stream",
+        response_class=StreamingResponse,
+        responses={
+            200: {
+                "description": "Server-sent events: `preview` (scale, image), `image` (image, seed, total_ms, batch) "
+                "or `error` (type, message); images are base64.",
+                "content": {"text/event-stream": {}},
+            },
+            **_ERROR_RESPONSES,
+        },
+    )
+    async def stream(body: StreamBody, request: Request) -> StreamingResponse:
+        """Draw one picture, and show it in the making."""
+        await admit(request)
+        loop = asyncio.get_running_loop()
+        items: asyncio.Queue[Preview | None] = asyncio.Queue()
+        ticket, wanted = submit(body, lambda preview: _hand_over(loop, items, preview))
+        return StreamingResponse(_events(ticket, wanted, body, items), media_type="text/event-stream")
+
+    @app.get("/v1/model")
+    async def model() -> dict[str, Any]:
+        """What is served: sizes, plan, defaults, the scales that have previews."""
+        return _describe(service.pipeline.manifest)
+
+    @app.get("/healthz", responses={503: {"description": "Draining, or broken."}})
+    async def healthz() -> JSONResponse:
+        """200 where pictures can be asked for."""
+        found = service.metrics()
+        healthy = service.healthy
+        content = {"status": "ok" if healthy else "unavailable", "queued": found.queued, "running": found.running}
+        return JSONResponse(content, 200 if healthy else 503)
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics(request: Request) -> Response:
+        """For Prometheus."""
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encoder(registry), headers={"content-type": content_type})
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers={"content-security-policy": _CONTENT_SECURITY_POLICY})
+
+    @app.exception_handler(Exception)
+    @app.exception_handler(FastVARError)
+    @app.exception_handler(MemoryError)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        status, content = _error(error)
+        headers = {}
+        if isinstance(error, _RateError):
+            headers["retry-after"] = str(error.seconds)
+        elif status == 503:
+            headers["retry-after"] = "1"
+        return JSONResponse(content, status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return JSONResponse(_error_content("RequestError", problems), 422)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(_error_content("HTTPError", str(error.detail)), error.status_code, error.headers)
+
+    return app
+
+
+class _ErrorBody(BaseModel):
+    """`type` is the name of the error's class in `fastvar_trt.runtime`."""
+
+    type: str
+    message: str
+
+
+class ErrorResponse(BaseModel):
+    """What every status of 400 and above carries."""
+
+    error: _ErrorBody
+
+
+_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": text}
+    for status, text in {
+        413: "The request is too large.",
+        422: "A value is out of range.",
+        429: "Too many requests from this client; see Retry-After.",
+        500: "The backend failed.",
+        503: "The queue is full, or the server stops; see Retry-After.",
+        504: "The deadline has passed.",
+    }.items()
+}
+
+
+class _RateError(OverloadedError):
+    """More requests from one client than are allowed."""
+
+    def __init__(self, message: str, reset_time: float) -> None:
+        super().__init__(message)
+        self.seconds = max(1, round(reset_time - time.time()))
+
+
+class _Outermost:
+    """Refuses bodies that are too large, whatever length they declare, and counts responses."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, responses: Counter) -> None:
+        self._app, self._max, self._responses = app, max_body_bytes, responses
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        received = 0
+        started = False
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max:
+                raise _TooLargeError
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                route = scope.get("route")
+                self._responses.labels(getattr(route, "path", "other"), message["status"]).inc()
+            await send(message)
+
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        try:
+            if declared.isdigit() and int(declared) > self._max:
+                raise _TooLargeError
+            await self._app(scope, counted, noted)
+        except _TooLargeError:
+            if not started:
+                message = f"the body has more than {self._max} bytes"
+                await JSONResponse(_error_content("RequestError", message), 413)(scope, receive, noted)
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _image_request(body: ImageBody, manifest: Manifest, options: ServerOptions) -> ImageRequest:
+    features = None
+    if body.text_features is not None:
+        if len({len(row) for row in body.text_features}) > 1:
+            raise RequestError("text_features: got rows of different lengths, expected [tokens, width]")
+        with np.errstate(over="ignore"):  # what is no float32 becomes infinite, which is refused with the other such
+            features = np.array(body.text_features, dtype=np.float32)
+    scales: tuple[int, ...] = ()
+    if isinstance(body, StreamBody):
+        scales = _default_scales(manifest) if body.preview_scales is None else tuple(body.preview_scales)
+    return ImageRequest(
+        label=body.label,
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt,
+        text_features=features,
+        seed=secrets.randbits(32) if body.seed is None else body.seed,
+        cfg=body.cfg,
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        deadline_s=min(body.deadline_s or options.max_deadline_s, options.max_deadline_s),
+        preview_scales=scales,
+    )
+
+
+def _default_scales(manifest: Manifest) -> tuple[int, ...]:
+    """Three of the scales that have previews, evenly spread, the last of them included."""
+    allowed = manifest.resolved_plan.steps[:-1]
+    return tuple(sorted({allowed[(i * len(allowed) - 1) // 3] for i in (1, 2, 3)} if len(allowed) > 2 else allowed))
+
+
+async def _unless_gone(request: Request, result: Coroutine[Any, Any, ImageResult]) -> ImageResult | None:
+    """The result; where the client goes before, the request is given up, and None."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    drawing, leaving = asyncio.ensure_future(result), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({drawing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return drawing.result() if drawing.done() else None
+    finally:
+        for task in (drawing, leaving):
+            task.cancel()
+
+
+async def _result(ticket: Ticket, wanted: ImageRequest) -> ImageResult:
+    """The result of a request; to cancel this gives the request up.
+
+    Raises:
+        CancelledError: the deadline has passed, be it in the queue.
+    """
+    try:
+        async with asyncio.timeout(wanted.deadline_s):
+            return await ticket
+    except TimeoutError as error:
+        raise CancelledError(f"the deadline of {wanted.deadline_s:g} s has passed") from error
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, items: asyncio.Queue[Preview | None], item: Preview | None) -> None:
+    loop.call_soon_threadsafe(items.put_nowait, item)
+
+
+async def _events(
+    ticket: Ticket, wanted: ImageRequest, body: StreamBody, items: asyncio.Queue[Preview | None]
+) -> AsyncIterator[str]:
+    """Server-sent events; the server closes this iterator when the client goes, which gives the request up."""
+    drawing = asyncio.ensure_future(_result(ticket, wanted))
+    drawing.add_done_callback(lambda _: items.put_nowait(None))
+    try:
+        while (preview := await items.get()) is not None:
+            data = await _encoded(preview.images[0], "jpeg", _PREVIEW_QUALITY)
+            yield _event("preview", {"scale": preview.scale, "image": data})
+        try:
+            result = drawing.result()
+        except Exception as error:
+            yield _event("error", _error(error)[1]["error"])
+            return
+        data = await _encoded(result.image, body.format, body.quality)
+        details = {"image": data, "seed": wanted.seed, "total_ms": round(result.total_ms, 1), "batch": result.batch}
+        yield _event("image", details)
+    finally:
+        drawing.cancel()
+
+
+async def _encoded(image: Any, kind: str, quality: int) -> dict[str, str]:
+    data = await asyncio.to_thread(encode_image, image, kind, quality)
+    return {"media_type": MEDIA_TYPES[kind], "base64": base64.b64encode(data).decode()}
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def _headers(result: ImageResult, wanted: ImageRequest) -> dict[str, str]:
+    return {
+        "x-fastvar-seed": str(wanted.seed),
+        "x-fastvar-queued-ms": f"{result.queued_ms:.1f}",
+        "x-fastvar-total-ms": f"{result.total_ms:.1f}",
+        "x-fastvar-batch": str(result.batch),
+    }
+
+
+def _error_content(kind: str, message: str) -> dict[str, dict[str, str]]:
+    return {"error": {"type": kind, "message": message}}
+
+
+def _error(error: Exception) -> tuple[int, dict[str, dict[str, str]]]:
+    """Status and body; what we did not foresee is logged, and says nothing of our insides."""
+    if isinstance(error, _RateError):
+        return 429, _error_content("OverloadedError", str(error))
+    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+    if status >= 500 and not isinstance(error, OverloadedError | CancelledError):
+        _LOG.error("a request failed", exc_info=error)
+    if isinstance(error, MemoryError):
+        return status, _error_content("MemoryError", "out of memory; try again later")
+    if isinstance(error, FastVARError):
+        return status, _error_content(type(error).__name__, str(error))
+    return status, _error_content("InternalError", "the server failed; see its log")
+
+
+def _describe(manifest: Manifest) -> dict[str, Any]:
+    model, plan = manifest.model, manifest.resolved_plan
+    takes = ["label"] if model.family == "var" else ["text_features"]
+    if manifest.text_encoder is not None:
+        takes = ["prompt", *takes]
+    return {
+        "family": model.family,
+        "takes": takes,
+        "num_classes": model.num_classes,
+        "text_length": model.text_length,
+        "width": model.image_width,
+        "height": model.image_height,
+        "precision": manifest.precision,
+        "plan": manifest.plan.name,
+        "batches": list(manifest.batches),
+        "scales": [list(size) for size in manifest.schedule],
+        "preview_scales": list(plan.steps[:-1]),
+        "sampling": dataclasses.asdict(manifest.sampling),
+    }

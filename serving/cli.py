@@ -1,0 +1,141 @@
+"""`fastvar serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from fastvar_trt.runtime.backends import BACKENDS
+from fastvar_trt.runtime.command import ErrorCommand
+from fastvar_trt.runtime.errors import RequestError, UnavailableError
+from fastvar_trt.runtime.pipeline import Pipeline
+from fastvar_trt.runtime.service import Service
+
+_LOG = logging.getLogger(__name__)
+
+
+@click.command(
+    "serve",
+    cls=ErrorCommand,
+    epilog="""
+\b
+Examples:
+  fastvar serve out/demo
+  curl -s localhost:8000/v1/images -H 'content-type: application/json' -d '{"label": 1, "seed": 3}' -o cat.png
+  fastvar serve out/infinity --backend tensorrt_rtx --host 0.0.0.0 --max-queue 256 --rate 60/minute
+""",
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option("--max-queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--max-wait-ms",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="How long the first request of a batch waits for others.",
+)
+@click.option("--max-body", type=click.IntRange(1), default=4 << 20, show_default=True, help="Bytes of a request.")
+@click.option("--rate", help="Requests for pictures per client address: 60/minute, 2/second, ...  Default: no limit.")
+@click.option(
+    "--deadline",
+    type=click.FloatRange(0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds that a request may take; those that ask for less get less.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that running requests get when the server is told to stop.",
+)
+@click.option("--engines", type=click.Choice(["auto", "off", "require"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Threads per operator; default: one per core.")
+@click.option("--capture/--no-capture", default=None, help="On a GPU: run the chain as one CUDA graph.")
+@click.option("--device", help="cpu, cuda or cuda:N; default: what the backend runs on.")
+@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True)
+def serve_command(
+    bundle: Path,
+    host: str,
+    port: int,
+    max_queue: int,
+    max_wait_ms: float,
+    max_body: int,
+    rate: str | None,
+    deadline: float,
+    drain: float,
+    engines: str,
+    threads: int | None,
+    capture: bool | None,
+    device: str | None,
+    backend: str,
+) -> None:
+    """Serve a bundle over HTTP: pictures, previews, health, metrics, and a page to try it.
+
+    SIGTERM and SIGINT let running requests end. SIGHUP loads the bundle again, and serves the new one from the next
+    batch on; where it cannot be loaded, the old one stays.
+    """
+    try:
+        import uvicorn
+        from limits import parse
+
+        from fastvar_trt.serving.app import ServerOptions, create_app
+    except ImportError as error:
+        raise UnavailableError(f"{error.name} is not installed; pip install 'fastvar-trt[serve]'") from error
+    try:
+        limit = None if rate is None else parse(rate)
+    except ValueError as error:
+        raise RequestError(f"--rate: got {rate!r}, expected as in 60/minute") from error
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+
+    def load() -> Pipeline:
+        pipe = Pipeline.load(
+            bundle, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
+        )
+        try:
+            pipe.warm_up()
+        except BaseException:
+            pipe.close()
+            raise
+        return pipe
+
+    pipe = load()
+    service = Service(pipe, max_queue=max_queue, max_wait_s=max_wait_ms / 1e3)
+    options = ServerOptions(max_body_bytes=max_body, max_deadline_s=deadline, rate=limit, drain_s=drain)
+    app = create_app(service, options, on_start=lambda: reload_on_hangup(service, load))
+    # One second more than the requests get, so that they are drained and not cut off.
+    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=int(drain) + 1)
+
+
+def reload_on_hangup(service: Service, load: Callable[[], Pipeline]) -> None:
+    """On SIGHUP, serve what `load` gives; called in the event loop's thread. Systems without the signal do without."""
+    if not hasattr(signal, "SIGHUP"):
+        return
+    turns = threading.Lock()
+
+    def reload() -> None:
+        with turns:
+            try:
+                pipe = load()
+            except Exception:
+                _LOG.exception("the bundle cannot be loaded again; the old one stays")
+                return
+            try:
+                service.replace(pipe).close()
+            except RequestError:
+                pipe.close()
+                return
+            _LOG.info("the bundle was loaded again: plan %s, %s", pipe.manifest.plan.name, pipe.manifest.precision)
+
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGHUP, lambda: threading.Thread(target=reload, name="fastvar-reload", daemon=True).start()
+    )
