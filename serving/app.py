@@ -270,7 +270,7 @@ class _RateError(OverloadedError):
 
 
 class _Outermost:
-    """Refuses bodies that are too large, whatever length they declare, and counts responses."""
+    """Reads bodies up to a limit, whatever length they declare, refuses larger ones, and counts responses."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, responses: Counter) -> None:
         self._app, self._max, self._responses = app, max_body_bytes, responses
@@ -279,38 +279,31 @@ class _Outermost:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        received = 0
-        started = False
 
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max:
-                raise _TooLargeError
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal started
+        async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                started = True
                 route = scope.get("route")
                 self._responses.labels(getattr(route, "path", "other"), message["status"]).inc()
             await send(message)
 
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        try:
-            if declared.isdigit() and int(declared) > self._max:
-                raise _TooLargeError
-            await self._app(scope, counted, noted)
-        except _TooLargeError:
-            if not started:
-                message = f"the body has more than {self._max} bytes"
-                await JSONResponse(_error_content("RequestError", message), 413)(scope, receive, noted)
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._max:
+                error = _error_content("RequestError", f"the body has more than {self._max} bytes")
+                await JSONResponse(error, 413, {"connection": "close"})(scope, receive, counted)
+                return
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
+        async def replayed() -> Message:
+            return whole.pop() if whole else await receive()
 
-class _TooLargeError(Exception):
-    pass
+        await self._app(scope, replayed, counted)
 
 
 def _image_request(body: ImageBody, manifest: Manifest, options: ServerOptions) -> ImageRequest:
