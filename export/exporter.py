@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvar_trt.export.folders import replace_folder, temporary_folder
+from fastvar_trt.export.folders import recover, replace_folder, temporary_folder
 from fastvar_trt.export.models.base import NextScaleModel, Request
 from fastvar_trt.export.models.infinity import Infinity
 from fastvar_trt.export.models.reference import ChainState
@@ -343,6 +343,7 @@ def _tool_versions() -> dict[str, str]:
 def _new_bundle(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
     out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow a link that --force should replace
+    recover(out)
     _check_free(out, force)
     try:
         with temporary_folder(out) as folder:

@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+_NAME_LENGTH = 8
+
 
 @contextlib.contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, on the same file system; gone when the block ends, unless it was renamed."""
+    """A new folder beside `target`, on the same file system; gone when the block ends, unless it was renamed.
+
+    What processes that were killed have left of the same target is cleared away, or put back, before.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
     # A random name: after a kill, a later process may have the same id and would meet what was left.
-    folder = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
+    name = uuid.uuid4().hex[:_NAME_LENGTH]
+    folder, lock = _beside(target, "partial", name), _beside(target, "lock", name)
     try:
-        yield folder
+        with FileLock(lock):  # for as long as the folder is somebody's
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink(missing_ok=True)
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`; what was there is removed only once the new one is in place.
+    """Rename a `temporary_folder` to `target`; what was there is removed only once the new one is in place.
 
     Raises:
         OSError: the rename failed; `target` is what it was before.
     """
-    previous = target.parent / f".{target.name}.previous-{uuid.uuid4().hex[:8]}"
+    previous = _beside(target, "previous", folder.name[-_NAME_LENGTH:])
     try:
         if os.path.lexists(target):
             target.rename(previous)
@@ -38,7 +52,32 @@ def replace_folder(folder: Path, target: Path) -> None:
         if os.path.lexists(previous) and not os.path.lexists(target):
             previous.rename(target)
         raise
-    if previous.is_symlink():
-        previous.unlink()
+    _remove(previous)
+
+
+def recover(target: Path) -> None:
+    """Clear away what killed processes have left beside `target`; a target that one was just replacing is put back."""
+    kinds = ("partial", "previous")
+    found = [path.name for kind in kinds for path in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*")]
+    for name in {path[-_NAME_LENGTH:] for path in found}:
+        folder, previous, lock = (_beside(target, kind, name) for kind in (*kinds, "lock"))
+        try:
+            with FileLock(lock, timeout=0):
+                if os.path.lexists(previous) and not os.path.lexists(target):
+                    previous.rename(target)
+                _remove(previous)
+                shutil.rmtree(folder, ignore_errors=True)
+        except Timeout:  # its process lives
+            continue
+        lock.unlink(missing_ok=True)
+
+
+def _beside(target: Path, kind: str, name: str) -> Path:
+    return target.parent / f".{target.name}.{kind}-{name}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
     else:
-        shutil.rmtree(previous, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastvar_trt.runtime.errors import RequestError, UnavailableError
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.service import Service
 
+_BACKLOG = 2048  # connections that wait to be accepted
 _LOG = logging.getLogger(__name__)
 
 
@@ -108,12 +110,29 @@ def serve_command(
             raise
         return pipe
 
-    pipe = load()
-    service = Service(pipe, max_queue=max_queue, max_wait_s=max_wait_ms / 1e3)
-    options = ServerOptions(max_body_bytes=max_body, max_deadline_s=deadline, rate=limit, drain_s=drain)
-    app = create_app(service, options, on_start=lambda: reload_on_hangup(service, load))
-    # One second more than the requests get, so that they are drained and not cut off.
-    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=int(drain) + 1)
+    with _listen(host, port) as listening:  # before the bundle is loaded, which takes a while
+        service = Service(load(), max_queue=max_queue, max_wait_s=max_wait_ms / 1e3)
+        options = ServerOptions(max_body_bytes=max_body, max_deadline_s=deadline, rate=limit, drain_s=drain)
+
+        def on_start() -> None:
+            reload_on_hangup(service, load)
+            shown = f"[{host}]" if ":" in host else host
+            _LOG.info("serving %s on http://%s:%d", bundle, shown, listening.getsockname()[1])
+
+        app = create_app(service, options, on_start=on_start)
+        # One second more than the requests get, so that they are drained and not cut off.
+        config = uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=int(drain) + 1)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise RequestError(
+            f"--host {host} --port {port}: cannot listen there: {error.strerror or error}; give others"
+        ) from error
 
 
 def reload_on_hangup(service: Service, load: Callable[[], Pipeline]) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 
+FASTVAR = (sys.executable, "-c", "from fastvar_trt.tools.cli import main; main()")
+FASTVAR_EXPORT = (sys.executable, "-c", "from fastvar_trt.export.cli import main; main()")
 START_S = 120  # loading takes a second; the machine may be busy
 
 
@@ -22,9 +24,9 @@ class ServerProcess:
     def __init__(self, bundle: Path, log: Path, *options: str) -> None:
         self._log = log
         with log.open("w") as file:
-            command = [sys.executable, "-m", "fastvar_trt.tools.cli", "serve", str(bundle), "--port", "0", *options]
+            command = [*FASTVAR, "serve", str(bundle), "--port", "0", *options]
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        found = self.wait_for(r"running on (http://[\d.]+:\d+)")
+        found = self.wait_for(r"serving .* on (http://[\d.]+:\d+)")
         self.url = found.group(1)
         self.client = httpx.Client(base_url=self.url, timeout=60)
 

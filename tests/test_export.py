@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +232,42 @@ def test_a_swap_that_fails_keeps_the_old_folder(
     with pytest.raises(type(stop)), temporary_folder(target) as folder:
         replace_folder(folder, target)
     assert (target / "old").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastvar_trt.export.folders import replace_folder, temporary_folder
+target, moment = Path(sys.argv[1]), sys.argv[2]
+original = Path.rename
+def rename(self, other):
+    if moment == "between" and "partial" in self.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, other)
+    if moment == "after" and "partial" in self.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = rename
+with temporary_folder(target) as folder:
+    (folder / "new").touch()
+    if moment == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace_folder(folder, target)
+"""
+
+
+@pytest.mark.parametrize(("moment", "there"), [("before", "old"), ("between", "old"), ("after", "new")])
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path, moment: str, there: str) -> None:
+    target = tmp_path / "b"
+    target.mkdir()
+    (target / "old").touch()
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(target), moment], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) > 1
+    with temporary_folder(tmp_path / "other"), temporary_folder(target) as living:  # the name alone tells nothing
+        assert [p.name for p in target.iterdir()] == [there]
+        with temporary_folder(target):
+            assert living.is_dir()
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 

@@ -108,6 +108,14 @@ def test_a_stream_ends_with_the_picture(serve: Serve, pipe: Pipeline, scales: li
     np.testing.assert_array_equal(decoded(base64.b64decode(last[1]["image"]["base64"]))[0], final.images[0])
 
 
+@pytest.fixture(scope="module")
+def shared_client(tiny_bundle: Path) -> Iterator[TestClient]:
+    """For requests that leave nothing behind."""
+    app = create_app(Service(Pipeline.load(tiny_bundle), max_wait_s=0))
+    with TestClient(app) as client:
+        yield client
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -130,8 +138,8 @@ def test_a_stream_ends_with_the_picture(serve: Serve, pipe: Pipeline, scales: li
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/images", "/v1/images/stream"])
-def test_bad_requests(serve: Serve, path: str, body: Any, message: str) -> None:
-    answer = serve().post(path, json=body)
+def test_bad_requests(shared_client: TestClient, path: str, body: Any, message: str) -> None:
+    answer = shared_client.post(path, json=body)
     assert answer.status_code == 422
     assert answer.json()["error"]["type"] == "RequestError"
     assert message in answer.json()["error"]["message"]
@@ -141,16 +149,16 @@ def test_bad_requests(serve: Serve, path: str, body: Any, message: str) -> None:
     ("content", "status"),
     [(b'{"label": NaN}', 422), (b'{"label": 1, "cfg": Infinity}', 422), (b"{", 422), (b"[" * 100_000, 400), (b"", 422)],
 )
-def test_bodies_that_are_not_json(serve: Serve, content: bytes, status: int) -> None:
-    client = serve()
-    answer = client.post("/v1/images", content=content, headers={"content-type": "application/json"})
+def test_bodies_that_are_not_json(shared_client: TestClient, content: bytes, status: int) -> None:
+    headers = {"content-type": "application/json"}
+    answer = shared_client.post("/v1/images", content=content, headers=headers)
     assert answer.status_code == status, answer.text
     assert set(answer.json()["error"]) == {"type", "message"}
-    assert client.post("/v1/images", json={"label": 1}).status_code == 200
+    assert shared_client.post("/v1/images", json={"label": 1}).status_code == 200
 
 
-def test_scales_without_preview_are_refused(serve: Serve) -> None:
-    answer = serve().post("/v1/images/stream", json={"label": 1, "preview_scales": [3]})
+def test_scales_without_preview_are_refused(shared_client: TestClient) -> None:
+    answer = shared_client.post("/v1/images/stream", json={"label": 1, "preview_scales": [3]})
     assert answer.status_code == 422
     assert "expected of 0, 1, 2" in answer.json()["error"]["message"]
 
@@ -303,8 +311,8 @@ def test_health_and_the_end(pipe: Pipeline) -> None:
     assert pipe._closed
 
 
-def test_the_api_describes_itself(serve: Serve) -> None:
-    client = serve()
+def test_the_api_describes_itself(shared_client: TestClient) -> None:
+    client = shared_client
     schema = client.get("/openapi.json").json()
     paths = {"/v1/images", "/v1/images/stream", "/v1/model", "/healthz", "/metrics"}
     assert set(schema["paths"]) == paths

@@ -394,7 +394,3 @@ def build(bundle: Path, targets: str) -> None:
         raise BackendError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
     for line in build_targets(bundle, targets):
         click.echo(line)
-
-
-if __name__ == "__main__":
-    main()
