@@ -259,10 +259,29 @@ class Manifest:
         for graph in [*expected, *found]:
             if found.count(graph) != expected.count(graph):
                 raise ValueError(f"graphs: got {found.count(graph)} of {graph}, expected {expected.count(graph)}")
+        for graph in self.graphs:
+            if graph.scale is not None:
+                self._check_step(graph, graph.scale)
         tokenizer = () if self.text_encoder is None else (TOKENIZER_FILE,)
         for name in (WEIGHTS_FILE, REFERENCE_FILE, *tokenizer, *(g.file for g in self.graphs)):
             if name not in self.files:
                 raise ValueError(f"files: {name} is missing")
+
+    def _check_step(self, graph: GraphSpec, scale: int) -> None:
+        """That a step's tokens, keys and values are as many as schedule and plan say: buffers are sized by these."""
+        plan = self.resolved_plan
+        for spec in (*graph.inputs, *graph.outputs):
+            kind, _, layer = spec.name.rpartition("_")
+            if spec.name in (UNIFORM, TOKENS):
+                axis, expected = 1, plan.num_tokens(scale)
+            elif kind in ("past_k", "past_v"):
+                axis, expected = 0, plan.num_past(scale, int(layer))
+            elif kind in ("new_k", "new_v"):
+                axis, expected = 0, plan.kept(scale, int(layer))
+            else:
+                continue
+            if spec.shape[axis : axis + 1] != (expected,):
+                raise ValueError(f"{graph.file}: {spec.name}: got {spec.shape}, expected {expected} in axis {axis}")
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""

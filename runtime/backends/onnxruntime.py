@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, View
-from fastvar_trt.runtime.errors import BackendError, UnavailableError
+from fastvar_trt.runtime.errors import BackendError, BundleError, UnavailableError
 from fastvar_trt.runtime.manifest import (
     DTYPE_BYTES,
     ENGINES_FILE,
@@ -37,6 +37,7 @@ ELEMENT_TYPE: Mapping[str, int] = {
     "float16": 10,
     "bfloat16": 16,
 }
+_ORT_TYPE: Mapping[str, str] = {name: f"tensor({name})" for name in ELEMENT_TYPE} | {"float32": "tensor(float)"}
 _NUMPY_DTYPE: Mapping[str, Any] = {name: name for name in DTYPE_BYTES} | {"bfloat16": "uint16"}
 _ALIGNMENT = 64  # bytes; one cache line, and the widest vector load
 
@@ -189,6 +190,7 @@ class OnnxRuntimeBackend(Backend):
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise BackendError(f"{path.name}: ONNX Runtime cannot load it: {error}") from error
+        _check_tensors(graph, session)
         self._sessions[graph.file] = session
 
     def end_profiling(self) -> dict[str, Path]:
@@ -240,6 +242,23 @@ class OnnxRuntimeBackend(Backend):
             if "already" not in str(error):  # registered by the program that embeds us: it is then shared as well
                 raise BackendError(f"onnxruntime: the shared allocator was refused: {error}") from error
         _env_allocator_registered = True
+
+
+def _check_tensors(graph: GraphSpec, session: Any) -> None:
+    """That the graph has the tensors of the manifest: they are bound by their addresses.
+
+    Raises:
+        BundleError: it has others.
+    """
+    for specs, found in ((graph.inputs, session.get_inputs()), (graph.outputs, session.get_outputs())):
+        expected = {(spec.name, spec.shape, _ORT_TYPE[spec.dtype]) for spec in specs}
+        got = {(tensor.name, tuple(tensor.shape), tensor.type) for tensor in found}
+        for name, shape, kind in sorted(expected ^ got, key=str):
+            where = "manifest" if (name, shape, kind) in expected else "graph"
+            raise BundleError(
+                f"{graph.file}: only the {where} has the tensor {name}, {kind} of {shape}; copy the bundle again, or "
+                "export it again"
+            )
 
 
 def prepacked_graphs(bundle: Path, onnxruntime: Any, *, check_hashes: bool) -> tuple[dict[str, str], str]:
