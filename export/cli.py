@@ -24,6 +24,7 @@ Examples:
       --prune my_plan.json --precision fp16 --batch 1,4 --out out/d36 --target sm86,sm89
   fastvar-export infinity --checkpoint infinity_2b_reg.pth --vae infinity_vae_d32reg.pth --pn 1M --h-div-w 1.333 \\
       --precision fp16 --out out/infinity_1m
+  fastvar-export bundle --from out/demo --triton out/model_repository
 """
 
 
@@ -77,7 +78,7 @@ class _Progress:
 
 @click.command(cls=ErrorCommand, epilog=_EXAMPLES)
 @click.argument("model", type=click.Choice(["demo", "var", "infinity", "bundle"]))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The official file, or a folder of shards.")
 @click.option("--vae", type=click.Path(path_type=Path), help="The official file of its VAE.")
 @click.option("--from", "bundle", type=click.Path(path_type=Path), help="The bundle whose weights get another plan.")
@@ -99,10 +100,16 @@ class _Progress:
     "--text-encoder", type=click.Path(path_type=Path), help="Infinity: Hugging Face folder of flan-t5, for prompts."
 )
 @click.option("--target", "targets", metavar="T,T,...", help="Also build for these targets, as `fastvar build` does.")
-@click.option("--force", is_flag=True, help="Replace the bundle that is there.")
+@click.option(
+    "--triton",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also write the bundle as a model into this model repository of Triton Inference Server.",
+)
+@click.option("--force", is_flag=True, help="Replace what is there.")
 def main(
     model: str,
-    out: Path,
+    out: Path | None,
     checkpoint: Path | None,
     vae: Path | None,
     bundle: Path | None,
@@ -117,13 +124,23 @@ def main(
     text_length: int | None,
     text_encoder: Path | None,
     targets: str | None,
+    triton: Path | None,
     force: bool,
 ) -> None:
     """Export a next-scale model to a bundle: one ONNX graph per scale step.
 
     MODEL is `var` or `infinity` for an official checkpoint, `demo` for the small model that comes with the package, or
-    `bundle` for the weights of a bundle with another pruning plan: only the graphs that it changes are traced.
+    `bundle` for the weights of a bundle with another pruning plan: only the graphs that it changes are traced. With
+    --triton and no --out, `bundle` goes into a model repository as it is.
     """
+    if model == "bundle" and bundle is not None and triton is not None and out is None:
+        others = (checkpoint, vae, config, prune, precision, batches, max_top_k, targets, pn, h_div_w, aspect)
+        if any(option is not None for option in (*others, text_length, text_encoder)):
+            raise click.UsageError("MODEL bundle without --out takes --from, --triton and --force only")
+        _write_triton(bundle, triton, force)
+        return
+    if out is None:
+        raise click.UsageError("Missing option '--out'.")
     if model in ("var", "infinity") and (checkpoint is None or vae is None):
         raise click.UsageError(f"MODEL {model} needs --checkpoint and --vae")
     if model in ("demo", "bundle") and (checkpoint is not None or vae is not None):
@@ -151,11 +168,14 @@ def main(
         from fastvar_trt.export.models.var import DEFAULT_TOP_K
         from fastvar_trt.export.sources import InfinitySource, Source, VARSource
         from fastvar_trt.export.targets import build_targets, parse_targets
+        from fastvar_trt.export.triton import check_free
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
 
     if targets is not None:
         parse_targets(targets)  # an error before minutes of work
+    if triton is not None:
+        check_free(triton, out, force=force)
     begin = time.perf_counter()
     progress = _Progress()
     try:
@@ -188,7 +208,18 @@ def main(
         )
     for line in built:
         click.echo(line)
+    if triton is not None:
+        _write_triton(out, triton, force)
     click.echo(json.dumps({"bundle": str(out), "export_s": round(time.perf_counter() - begin, 1)}))
+
+
+def _write_triton(bundle: Path, repository: Path, force: bool) -> None:
+    try:
+        from fastvar_trt.export.triton import write_triton_model
+    except ImportError as error:
+        raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
+    target = write_triton_model(bundle, repository, force=force)
+    click.echo(f"{target}: a model for tritonserver --model-repository {repository}")
 
 
 def _read_config(text: str | None) -> dict[str, Any] | None:

@@ -22,7 +22,8 @@ def numbers(name: str, value: Any, dtype: str) -> NDArray[Any]:
     """
     try:
         array = np.asarray(value)
-        exact = array.astype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite, or no whole number: refused below
+            exact = array.astype(dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"{name}: got {value!r}, expected numbers") from error
     if array.dtype.kind not in "iuf" and array.size:

@@ -259,9 +259,9 @@ class Manifest:
         for graph in [*expected, *found]:
             if found.count(graph) != expected.count(graph):
                 raise ValueError(f"graphs: got {found.count(graph)} of {graph}, expected {expected.count(graph)}")
-        for graph in self.graphs:
-            if graph.scale is not None:
-                self._check_step(graph, graph.scale)
+        for step in self.graphs:
+            if step.scale is not None:
+                self._check_step(step, step.scale)
         tokenizer = () if self.text_encoder is None else (TOKENIZER_FILE,)
         for name in (WEIGHTS_FILE, REFERENCE_FILE, *tokenizer, *(g.file for g in self.graphs)):
             if name not in self.files:

@@ -1,0 +1,134 @@
+"""A model repository for Triton Inference Server: one model, served by its Python backend.
+
+```
+DIR/<name>/config.pbtxt
+DIR/<name>/1/model.py      imports serving.triton_backend, which must be installed where Triton runs
+DIR/<name>/1/bundle/       the bundle: hard links where the file system has them
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from fastvar_trt.export.folders import recover, replace_folder, temporary_folder
+from fastvar_trt.runtime.errors import ExportError
+from fastvar_trt.runtime.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
+
+_MODEL = '''"""Needs fastvar-trt in the Python of Triton's Python backend."""
+
+from fastvar_trt.serving.triton_backend import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+_QUEUE_DELAY_US = 5000  # as Service's default
+
+
+def check_free(repository: Path, bundle: Path, *, force: bool) -> Path:
+    """The folder of a bundle's model, which does not exist, or is one of ours and may be replaced.
+
+    Raises:
+        ExportError: it is there already.
+    """
+    # resolve() would follow links: the model is named like the link.
+    target = Path(os.path.abspath(repository)) / Path(os.path.abspath(bundle)).name  # noqa: PTH100
+    recover(target)
+    if not os.path.lexists(target):
+        return target
+    if not force:
+        raise ExportError(f"--triton: {target} exists already; give another folder, or --force to replace the model")
+    if not (target / "1" / "bundle" / MANIFEST_FILE).is_file():
+        raise ExportError(f"--triton: {target} exists and holds no bundle, so --force does not replace it")
+    return target
+
+
+def write_triton_model(bundle: Path, repository: Path, *, force: bool = False) -> Path:
+    """Write the model of a bundle into a model repository, whole or not at all.
+
+    Args:
+        bundle: its folder; the model gets its name.
+        repository: Triton's --model-repository; made where it does not exist.
+        force: replace the model of that name.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        BundleError: the bundle is incomplete.
+        ExportError: the model exists already, or cannot be written.
+    """
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest, hashes=False)
+    target = check_free(repository, bundle, force=force)
+    try:
+        with temporary_folder(target) as folder:
+            (folder / "config.pbtxt").write_text(triton_config(target.name, manifest), encoding="utf-8")
+            (folder / "1").mkdir()
+            (folder / "1" / "model.py").write_text(_MODEL, encoding="utf-8")
+            shutil.copytree(bundle, folder / "1" / "bundle", copy_function=_link_or_copy)
+            check_free(repository, bundle, force=force)
+            replace_folder(folder, target)
+    except OSError as error:
+        raise ExportError(f"--triton {repository}: cannot be written: {error}; nothing was kept") from error
+    return target
+
+
+def triton_config(name: str, manifest: Manifest) -> str:
+    """The model's `config.pbtxt` (`inference.ModelConfig` as protobuf text)."""
+    model = manifest.model
+    largest = max(manifest.batches)
+    if model.family == "var":
+        inputs = [_tensor("LABEL", "INT64", "1")]
+    elif manifest.text_encoder is not None:
+        inputs = [_tensor("PROMPT", "STRING", "1"), _tensor("NEGATIVE_PROMPT", "STRING", "1", "optional: true")]
+    else:
+        # Prompts of different lengths may share a batch.
+        dims = f"-1, {model.text_width}"
+        inputs = [
+            _tensor("TEXT_FEATURES", "FP32", dims, "allow_ragged_batch: true"),
+            _tensor("NEGATIVE_TEXT_FEATURES", "FP32", dims, "allow_ragged_batch: true", "optional: true"),
+        ]
+    inputs.append(_tensor("SEED", "UINT64", "1", "optional: true"))
+    inputs += [_tensor(key, "FP32", "1", "optional: true") for key in ("CFG", "TEMPERATURE", "TOP_P")]
+    if model.family == "var":
+        inputs.append(_tensor("TOP_K", "INT64", "1", "optional: true"))
+    outputs = [
+        _tensor("IMAGE", "UINT8", f"{model.image_height}, {model.image_width}, 3"),
+        _tensor("SEED_USED", "UINT64", "1"),
+    ]
+    sections = [
+        f"name: {json.dumps(name)}",
+        'backend: "python"',
+        f"max_batch_size: {largest}",
+        f"input [\n{_joined(inputs)}\n]",
+        f"output [\n{_joined(outputs)}\n]",
+        # The Python backend leaves the device to model.py; see `parameters`.
+        "instance_group [\n  { count: 1 kind: KIND_CPU }\n]",
+        'parameters { key: "backend" value { string_value: "onnxruntime" } }',
+        'parameters { key: "device" value { string_value: "" } }',
+    ]
+    if largest > 1:
+        preferred = ", ".join(str(size) for size in sorted(manifest.batches) if size > 1)
+        sections.append(
+            f"dynamic_batching {{\n  preferred_batch_size: [ {preferred} ]\n"
+            f"  max_queue_delay_microseconds: {_QUEUE_DELAY_US}\n}}"
+        )
+    return "\n".join(sections) + "\n"
+
+
+def _tensor(name: str, kind: str, dims: str, *more: str) -> str:
+    return "  { " + " ".join([f'name: "{name}" data_type: TYPE_{kind} dims: [ {dims} ]', *more]) + " }"
+
+
+def _joined(tensors: list[str]) -> str:
+    return ",\n".join(tensors)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
