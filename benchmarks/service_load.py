@@ -1,7 +1,7 @@
 """A service at saturation: requests per second and latency with and without dynamic batching, and memory over a soak.
 
 Clients submit as fast as they are answered, in turns to a service that may batch and to one that may not, over the same
-pipeline. Prints a table and a JSON line.
+pipeline; both services live from the first round to the last. Prints a table and a JSON line.
 
     python benchmarks/service_load.py out/demo --requests 500 --clients 8
 """
@@ -44,8 +44,8 @@ class _WithoutBatches:
         return getattr(self._pipe, name)
 
 
-def load(pipe: Any, requests: int, clients: int, num_classes: int) -> dict[str, Any]:
-    """Run one service to the end of its requests."""
+def load(service: Service, requests: int, clients: int, num_classes: int) -> dict[str, Any]:
+    """Ask for that many pictures, and wait for the last."""
     latencies: list[float] = []
     batches: Counter[int] = Counter()
     numbers = iter(range(requests))
@@ -62,14 +62,13 @@ def load(pipe: Any, requests: int, clients: int, num_classes: int) -> dict[str, 
                 latencies.append(result.total_ms)
                 batches[result.batch] += 1
 
-    with Service(pipe) as service:
-        begin = time.perf_counter()
-        threads = [threading.Thread(target=client) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - begin
     p50, p99 = np.percentile(latencies, [50, 99])
     return {
         "requests_per_s": round(requests / seconds, 2),
@@ -90,15 +89,18 @@ def main(bundle: Path, requests: int, clients: int, rounds: int) -> None:
         classes = pipe.manifest.model.num_classes
         if classes == 0 or max(pipe.manifest.batches) == 1:
             raise click.UsageError("give a bundle of classes with more than one batch size (--batch 1,4)")
-        services = {"one by one": _WithoutBatches(pipe), "dynamic batches": pipe}
-        for service in services.values():
-            load(service, 2 * clients, clients, classes)  # every batch size once
-        memory = [rss_mib()]
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in services}
-        for _ in range(rounds):
-            for name, service in services.items():
-                found[name].append(load(service, requests // (2 * rounds), clients, classes))
-            memory.append(rss_mib())
+        pipe.warm_up()
+        alone: Any = _WithoutBatches(pipe)
+        with Service(alone) as one_by_one, Service(pipe) as batching:
+            services = {"one by one": one_by_one, "dynamic batches": batching}
+            for service in services.values():
+                load(service, 2 * clients, clients, classes)
+            memory = [rss_mib()]
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in services}
+            for _ in range(rounds):
+                for name, service in services.items():
+                    found[name].append(load(service, requests // (2 * rounds), clients, classes))
+                memory.append(rss_mib())
     medians = {
         name: {key: float(np.median([r[key] for r in runs])) for key in ("requests_per_s", "p50_ms", "p99_ms")}
         for name, runs in found.items()
@@ -110,7 +112,7 @@ def main(bundle: Path, requests: int, clients: int, rounds: int) -> None:
     click.echo(format_table(["service", "requests/s", "p50 ms", "p99 ms", "batch sizes, last round"], rows))
     ratio = medians["dynamic batches"]["requests_per_s"] / medians["one by one"]["requests_per_s"]
     click.echo(f"batches: {ratio:.2f}x the requests per second")
-    click.echo("RSS after the warm-up and every round, MiB: " + ", ".join(f"{m:.0f}" for m in memory))
+    click.echo("RSS after the warm-up and every round, MiB: " + ", ".join(f"{m:.1f}" for m in memory))
     click.echo(json.dumps({"services": medians, "speedup": round(ratio, 3), "rss_mib": [round(m, 1) for m in memory]}))
 
 

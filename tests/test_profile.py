@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -94,12 +95,50 @@ def test_the_command(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "1.00x" in compared.output
 
 
+def test_two_bundles_in_turns(tiny_bundle: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.symlink_to(tiny_bundle)
+    out = tmp_path / "out"
+    command = ["profile", str(tiny_bundle), "--beside", str(other), "--runs", "2", "--warmup", "1", "--out", str(out)]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert f"A: {other}, B: {tiny_bundle}, run in turns" in done.output
+    first, second = (
+        Profile.from_json(json.loads((out / name).read_text()), name) for name in ("profile.json", "beside.json")
+    )
+    assert [p.conditions["bundle"] for p in (first, second)] == [str(tiny_bundle), str(other)]
+    assert first.conditions["runs"] == second.conditions["runs"] == 2
+    assert first.ceiling == second.ceiling  # measured once
+    assert "B is faster" in (out / "profile.md").read_text()
+
+
+def test_pipelines_run_in_turns() -> None:
+    order: list[tuple[str, int, bool]] = []
+
+    class Recorder:
+        on_cpu = False
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, number: int, *, counts: bool) -> None:
+            order.append((self.name, number, counts))
+
+        def profile(self, warmup: int, ceiling: dict[str, float]) -> tuple[str, int, dict[str, float]]:
+            return self.name, warmup, ceiling
+
+    recorders: Any = [Recorder("a"), Recorder("b")]
+    assert profiling.measure(recorders, warmup=1, runs=2) == [("a", 1, {}), ("b", 1, {})]
+    assert order == [(name, number, number > 0) for number in range(3) for name in "ab"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         ([], 2, "give a BUNDLE, or --compare"),
-        (["B", "--batch", "3"], 1, "the bundle holds 1, 2; export with --batch 3"),
-        (["B", "--operators", "--backend", "tensorrt_rtx"], 2, "--operators reads ONNX Runtime's profiler"),
+        (["B", "--batch", "3"], 1, "tiny holds 1, 2; export with --batch 3"),
+        (["B", "--operators", "--device", "cuda"], 2, "ONNX Runtime's profiler is read on the CPU only"),
+        (["B", "--beside", "B", "--out", "unused"], 1, "has the name and the plan of"),
         (["--compare", "M", "M"], 1, "not a profile of `fastvar profile`"),
         (["--compare", "none.json", "M"], 1, "cannot be read as JSON"),
     ],

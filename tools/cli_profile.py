@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from fastvar_trt.runtime.backends import BACKENDS
+from fastvar_trt.runtime.backends import BACKENDS, Backend
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
 from fastvar_trt.runtime.command import ErrorCommand
 from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
 from fastvar_trt.runtime.manifest import read_manifest
@@ -25,6 +27,7 @@ from fastvar_trt.tools.files import check_writable, write_text
 _OPERATOR_RUNS = 3
 _TEXT_TOKENS = 32  # of the random features that text bundles are profiled with
 _FILES = ("profile.json", "profile.md", "trace.json", "profile.png")
+_BESIDE = "beside.json"
 
 
 @click.command(
@@ -33,19 +36,21 @@ _FILES = ("profile.json", "profile.md", "trace.json", "profile.png")
     epilog="""
 \b
 Examples:
-  fastvar profile out/demo_dense --out out/profile_dense
-  fastvar profile out/demo_pruned --operators --against out/profile_dense/profile.json --out out/profile_pruned
-  fastvar profile --compare out/profile_dense/profile.json out/profile_pruned/profile.json
+  fastvar profile out/demo_pruned --operators --out out/profile
+  fastvar profile out/demo_pruned --beside out/demo_dense --runs 50 --out out/profile
+  fastvar profile --compare last_week/profile.json out/profile/profile.json
 """,
 )
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Calls that count.")
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Calls before them.")
 @click.option("--batch", type=click.IntRange(1), help="Images per call; default: the bundle's smallest batch size.")
-@click.option("--operators", is_flag=True, help="Also time ONNX Runtime's operators, in calls of their own.")
-@click.option("--against", type=click.Path(path_type=Path), help="profile.json to stand beside in the plot.")
+@click.option("--operators", is_flag=True, help="Also time operators or TensorRT's layers, in calls of their own.")
+@click.option(
+    "--beside", type=click.Path(path_type=Path), help="Another bundle: run in turns with this one, and compared."
+)
 @click.option("--compare", type=click.Path(path_type=Path), nargs=2, help="Compare two profile.json; no bundle then.")
-@click.option("--out", type=click.Path(path_type=Path), help=f"Folder for {', '.join(_FILES)}.")
+@click.option("--out", type=click.Path(path_type=Path), help=f"Folder for {', '.join((*_FILES, _BESIDE))}.")
 @click.option("--engines", type=click.Choice(["auto", "off", "require"]), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; default: one per core.")
 @click.option("--capture/--no-capture", default=None, help="On a GPU: run the chain as one CUDA graph.")
@@ -57,7 +62,7 @@ def profile_command(
     warmup: int,
     batch: int | None,
     operators: bool,
-    against: Path | None,
+    beside: Path | None,
     compare: tuple[Path, Path] | None,
     out: Path | None,
     engines: str,
@@ -78,44 +83,46 @@ def profile_command(
         click.echo(json.dumps({"a_ms": round(a.total_ms, 3), "b_ms": round(b.total_ms, 3)}))
         return
     assert bundle is not None
-    if operators and (backend != BACKENDS[0] or (device or "cpu") != "cpu"):
-        raise click.UsageError("--operators reads ONNX Runtime's profiler on the CPU")
-    beside = None if against is None else _read(against)
+    bundles = [bundle] if beside is None else [bundle, beside]
+    if operators and backend == BACKENDS[0] and (device or "cpu") != "cpu":
+        raise click.UsageError("--operators: ONNX Runtime's profiler is read on the CPU only")
     if out is not None:
         if importlib.util.find_spec("matplotlib") is None:  # before minutes of work
             raise BackendError("matplotlib is not installed; pip install 'fastvar-trt[quality]', or leave out --out")
-        for name in _FILES:
+        for name in (*_FILES, *([_BESIDE] if beside is not None else [])):
             check_writable(out / name)
-        if beside is not None and _label(beside.conditions) == _label(_conditions_of(bundle)):
-            raise RequestError(f"--against {against}: is a profile of the same bundle and plan; give another's")
-    with Pipeline.load(
-        bundle, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
-    ) as pipe:
-        batch = batch or pipe.manifest.batches[0]
-        if batch not in pipe.manifest.batches:
-            sizes = ", ".join(map(str, pipe.manifest.batches))
-            raise RequestError(f"--batch {batch}: the bundle holds {sizes}; export with --batch {batch}")
-        conditions: dict[str, Any] = {**_conditions_of(bundle), "backend": pipe.backend.name}
-        if isinstance(pipe.backend, OnnxRuntimeBackend):
-            conditions["prepacked"] = pipe.backend.prepacked
-        with click.progressbar(length=runs + warmup, label="profile", width=24) as bar:
-            profile = profiling.measure(
-                pipe,
-                _drawer(pipe, batch),
-                warmup=warmup,
-                runs=runs,
-                batch=batch,
-                conditions=conditions,
-                progress=bar.update,
+        if beside is not None and _label(_conditions_of(beside)) == _label(_conditions_of(bundle)):
+            raise RequestError(f"--beside {beside}: has the name and the plan of {bundle}; give another")
+    with contextlib.ExitStack() as stack:
+        recorders = []
+        for path in bundles:
+            pipe = stack.enter_context(
+                Pipeline.load(
+                    path, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
+                )
             )
+            size = batch or pipe.manifest.batches[0]
+            if size not in pipe.manifest.batches:
+                sizes = ", ".join(map(str, pipe.manifest.batches))
+                raise RequestError(f"--batch {size}: {path} holds {sizes}; export with --batch {size}")
+            conditions: dict[str, Any] = {**_conditions_of(path), "backend": pipe.backend.name}
+            if isinstance(pipe.backend, OnnxRuntimeBackend):
+                conditions["prepacked"] = pipe.backend.prepacked
+            recorders.append(profiling.Recorder(pipe, _drawer(pipe, size), size, conditions))
+        with click.progressbar(length=(runs + warmup) * len(bundles), label="profile", width=24) as bar:
+            profile, *others = profiling.measure(recorders, warmup, runs, bar.update)
     if operators:
-        profile = _with_operators(profile, bundle, batch, threads, engines)
+        measuring = _measuring_backend(backend, device, threads, engines)
+        profile = _with_operators(profile, bundle, measuring)
     click.echo(profiling.to_table(profile))
     click.echo(f"beyond the graphs {profile.overhead_ms:.2f} ms per call")
     for name, by_operator in profile.operators.items():
         click.echo(f"{name}: " + ", ".join(f"{op} {ms:.2f} ms" for op, ms in list(by_operator.items())[:5]))
+    for other in others:
+        click.echo(f"\nA: {other.conditions['bundle']}, B: {bundle}, run in turns")
+        click.echo(profiling.comparison_table(other, profile))
     if out is not None:
-        _write(profile, beside, out)
+        _write(profile, others, out)
     click.echo(
         json.dumps({"total_ms": round(profile.total_ms, 3), "overhead_ms": profile.overhead_ms, "out": str(out or "")})
     )
@@ -141,19 +148,25 @@ def _drawer(pipe: Pipeline, batch: int) -> Callable[[int], Any]:
     return lambda run: pipe.generate(text_features=features, seeds=run * batch)
 
 
-def _with_operators(
-    profile: profiling.Profile, bundle: Path, batch: int, threads: int | None, engines: str
-) -> profiling.Profile:
-    """The profile with ONNX Runtime's own times: they cost time themselves, so they are taken apart from the others."""
+@contextlib.contextmanager
+def _measuring_backend(name: str, device: str | None, threads: int | None, engines: str) -> Iterator[Backend]:
+    """A backend that takes the times of operators, which costs time itself: for runs that are not timed otherwise."""
+    if name != BACKENDS[0]:
+        yield TensorRTBackend(name, device=device or "cuda", profile_layers=True)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        backend = OnnxRuntimeBackend(num_threads=threads, engines=engines, profile_to=Path(folder))
-        with Pipeline.load(bundle, backend=backend, check="size") as pipe:
-            draw = _drawer(pipe, batch)
-            for run in range(_OPERATOR_RUNS):
-                draw(run)
-            files = backend.end_profiling()
-            traces = {g.name: files[g.file] for g in pipe.manifest.chain(batch)}
-            return dataclasses.replace(profile, operators=profiling.operators_of(traces, _OPERATOR_RUNS))
+        yield OnnxRuntimeBackend(num_threads=threads, engines=engines, profile_to=Path(folder))
+
+
+def _with_operators(
+    profile: profiling.Profile, bundle: Path, measuring: contextlib.AbstractContextManager[Backend]
+) -> profiling.Profile:
+    batch = int(profile.conditions["batch"])
+    with measuring as backend, Pipeline.load(bundle, backend=backend, check="size") as pipe:
+        draw = _drawer(pipe, batch)
+        for run in range(_OPERATOR_RUNS):
+            draw(run)
+        return dataclasses.replace(profile, operators=profiling.operators_of(pipe, batch, _OPERATOR_RUNS))
 
 
 def _conditions_of(bundle: Path) -> dict[str, Any]:
@@ -165,12 +178,13 @@ def _label(conditions: Mapping[str, Any]) -> str:
     return f"{Path(str(conditions['bundle'])).name}\n{conditions['plan']}, {conditions['precision']}"
 
 
-def _write(profile: profiling.Profile, beside: profiling.Profile | None, out: Path) -> None:
-    shown = {_label(profile.conditions): profile}
-    if beside is not None:
-        shown = {_label(beside.conditions): beside, **shown}
+def _write(profile: profiling.Profile, others: Sequence[profiling.Profile], out: Path) -> None:
     write_text(out / "profile.json", json.dumps(profile.to_json(), indent=1) + "\n")
-    title = f"Profile of {Path(str(profile.conditions['bundle'])).name}"
-    write_text(out / "profile.md", profiling.to_markdown(profile, title))
+    report = profiling.to_markdown(profile, f"Profile of {Path(str(profile.conditions['bundle'])).name}")
+    for other in others:
+        write_text(out / _BESIDE, json.dumps(other.to_json(), indent=1) + "\n")
+        report += f"\nA: {other.conditions['bundle']}, plan {other.conditions['plan']}; B: this one; run in turns.\n\n"
+        report += f"```\n{profiling.comparison_table(other, profile)}\n```\n"
+    write_text(out / "profile.md", report)
     write_text(out / "trace.json", json.dumps(profiling.to_trace(profile)) + "\n")
-    profiling.plot(shown, out / "profile.png")
+    profiling.plot({_label(p.conditions): p for p in (*others, profile)}, out / "profile.png")

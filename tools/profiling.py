@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import resource
 import time
@@ -122,62 +121,82 @@ def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
     return size * (matrices + 2 * rows * model.width * (keys + text))
 
 
-def measure(
-    pipe: Pipeline,
-    draw: Callable[[int], Any],
-    *,
-    warmup: int,
-    runs: int,
-    batch: int,
-    conditions: Mapping[str, Any],
-    progress: Callable[[int], None] = lambda count: None,
-) -> Profile:
-    """Time a pipeline.
+class Recorder:
+    """The times of one pipeline's runs.
 
     Args:
         pipe: the pipeline.
         draw: called with the number of the run; returns what `pipe.generate` does for one batch.
-        warmup: runs before those that count.
-        runs: runs that count.
         batch: images per run.
-        conditions: what else the report should say.
+        conditions: what the report should say besides the machine.
+    """
+
+    def __init__(self, pipe: Pipeline, draw: Callable[[int], Any], batch: int, conditions: Mapping[str, Any]) -> None:
+        self._pipe, self._draw, self._batch, self._conditions = pipe, draw, batch, conditions
+        self._times: dict[str, list[float]] = defaultdict(list)
+        self._overheads: list[float] = []
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the ceiling of this machine's processor is the backend's."""
+        return isinstance(self._pipe.backend, OnnxRuntimeBackend)
+
+    def run(self, number: int, *, counts: bool) -> None:
+        """One run; a warm-up where it does not count."""
+        begin = time.perf_counter()
+        result = self._draw(number)
+        total = (time.perf_counter() - begin) * 1e3
+        if counts:
+            for name, ms in result.timings.items():
+                self._times[name].append(ms)
+            self._overheads.append(total - sum(result.timings.values()))
+
+    def profile(self, warmup: int, ceiling: Mapping[str, float]) -> Profile:
+        """What the runs that counted say."""
+        manifest = self._pipe.manifest
+        plan = manifest.resolved_plan
+        sum_of_means = sum(float(np.mean(samples)) for samples in self._times.values())
+        graphs = []
+        for graph in manifest.chain(self._batch):
+            samples = self._times[graph.name]
+            figures: dict[str, Any] = statistics_of(samples)
+            if graph.scale is not None:
+                figures |= {
+                    "tokens_kept": plan.num_kept[graph.scale],
+                    "tokens": plan.num_tokens(graph.scale),
+                    "multiply_adds": self._batch * step_multiply_adds(manifest.model, plan, graph.scale),
+                    "num_bytes": step_bytes(manifest, graph.scale, self._batch),
+                }
+            share = round(float(np.mean(samples)) / sum_of_means, 4)
+            graphs.append(GraphProfile(graph.name, share=share, **figures))
+        runs = {"warmup": warmup, "runs": len(self._overheads), "batch": self._batch}
+        return Profile(
+            conditions={**machine(), **self._conditions, **runs},
+            graphs=tuple(graphs),
+            overhead_ms=round(float(np.median(self._overheads)), 4),
+            ceiling=ceiling,
+            memory_mib=_memory(self._pipe, self._batch),
+            operators={},
+        )
+
+
+def measure(
+    recorders: Sequence[Recorder], warmup: int, runs: int, progress: Callable[[int], None] = lambda count: None
+) -> list[Profile]:
+    """Run pipelines in turns, so that what else the machine does meets them alike.
+
+    Args:
+        recorders: one per pipeline.
+        warmup: runs of each before those that count.
+        runs: runs of each that count.
         progress: called with 1 after every run.
     """
-    times: dict[str, list[float]] = defaultdict(list)
-    overheads = []
-    for run in range(warmup + runs):
-        begin = time.perf_counter()
-        result = draw(run)
-        total = (time.perf_counter() - begin) * 1e3
-        if run >= warmup:
-            for name, ms in result.timings.items():
-                times[name].append(ms)
-            overheads.append(total - sum(result.timings.values()))
-        progress(1)
-    manifest = pipe.manifest
-    plan = manifest.resolved_plan
-    sum_of_means = sum(float(np.mean(samples)) for samples in times.values())
-    graphs = []
-    for graph in manifest.chain(batch):
-        samples = times[graph.name]
-        figures: dict[str, Any] = statistics_of(samples)
-        if graph.scale is not None:
-            figures |= {
-                "tokens_kept": plan.num_kept[graph.scale],
-                "tokens": plan.num_tokens(graph.scale),
-                "multiply_adds": batch * step_multiply_adds(manifest.model, plan, graph.scale),
-                "num_bytes": step_bytes(manifest, graph.scale, batch),
-            }
-        share = round(float(np.mean(samples)) / sum_of_means, 4)
-        graphs.append(GraphProfile(graph.name, share=share, **figures))
-    return Profile(
-        conditions={**machine(), **conditions, "warmup": warmup, "runs": runs, "batch": batch},
-        graphs=tuple(graphs),
-        overhead_ms=round(float(np.median(overheads)), 4),
-        ceiling=ceiling() if pipe.backend.name == OnnxRuntimeBackend.name else {},
-        memory_mib=_memory(pipe, batch),
-        operators={},
-    )
+    for number in range(warmup + runs):
+        for recorder in recorders:
+            recorder.run(number, counts=number >= warmup)
+            progress(1)
+    top = ceiling() if recorders[0].on_cpu else {}
+    return [recorder.profile(warmup, top) for recorder in recorders]
 
 
 def machine() -> dict[str, Any]:
@@ -232,24 +251,20 @@ def _memory(pipe: Pipeline, batch: int) -> dict[str, float]:
     return memory
 
 
-def operators_of(traces: Mapping[str, Path], runs: int) -> dict[str, dict[str, float]]:
-    """ONNX Runtime's profiles by operator.
-
-    Args:
-        traces: graph name -> the file that ONNX Runtime's profiler wrote.
-        runs: how often each graph ran.
+def operators_of(pipe: Pipeline, batch: int, runs: int) -> dict[str, dict[str, float]]:
+    """What the backend of a pipeline measured of its operators.
 
     Returns:
         graph name -> operator -> ms of one run, the largest first.
+
+    Raises:
+        BackendError: it was not made to measure them.
     """
+    by_file = pipe.backend.operator_times()
     result = {}
-    for name, path in traces.items():
-        sums: dict[str, float] = defaultdict(float)
-        for event in json.loads(path.read_text(encoding="utf-8")):
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                sums[event["args"]["op_name"]] += event["dur"] / 1e3 / runs
-        ordered = sorted(sums.items(), key=lambda item: -item[1])
-        result[name] = {operator: round(ms, 4) for operator, ms in ordered}
+    for graph in pipe.manifest.chain(batch):
+        ordered = sorted(by_file[graph.file].items(), key=lambda item: -item[1])
+        result[graph.name] = {operator: round(ms / runs, 4) for operator, ms in ordered}
     return result
 
 
@@ -341,10 +356,11 @@ def plot(profiles: Mapping[str, Profile], path: Path) -> None:
         medians = {label: {g.name: g.p50_ms for g in profile.graphs} for label, profile in profiles.items()}
         widths = np.array([medians[label].get(name, 0.0) for label in labels])
         axes.barh(labels, widths, left=left, color=colour, label=name, edgecolor="white", linewidth=0.4)
+        ink = "black" if colour[1] > 0.55 else "white"  # viridis becomes light as it becomes green
         for i, width in enumerate(widths):
             if width > 0.06 * max(profile.total_ms for profile in profiles.values()):
                 text = name.removeprefix("step_").lstrip("0") or "0"
-                axes.text(left[i] + width / 2, i, text, ha="center", va="center", color="white", fontsize=8)
+                axes.text(left[i] + width / 2, i, text, ha="center", va="center", color=ink, fontsize=8)
         left += widths
     axes.invert_yaxis()
     axes.set_xlabel("ms per call, medians; numbers are scales")

@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from fastvar_trt.runtime.errors import BackendError
 from fastvar_trt.runtime.manifest import DTYPE_BYTES, GraphSpec, TensorSpec
 
 
@@ -129,6 +130,14 @@ class Backend(abc.ABC):
 
     def release(self, mark: Any) -> None:  # noqa: B027  # most marks are plain numbers
         """Give back what a mark holds."""
+
+    def operator_times(self) -> dict[str, dict[str, float]]:
+        """Graph file -> operator or kernel -> ms, summed over all runs; of a backend that was made to take them.
+
+        Raises:
+            BackendError: it was not.
+        """
+        raise BackendError(f"backend {self.name}: takes no times of single operators")
 
     @property
     def can_capture(self) -> bool:

@@ -63,6 +63,7 @@ class TensorRTBackend(CudaBackend):
         device: `cuda` or `cuda:N`.
         capture: whether chains are captured as CUDA graphs.
         cuda: the GPU; default: the real one, opened by `open`.
+        profile_layers: take the times of every engine's layers for `operator_times`; each run then waits for its end.
         tensorrt: the TensorRT package; default: imported by `open`.
     """
 
@@ -72,10 +73,13 @@ class TensorRTBackend(CudaBackend):
         *,
         device: str = "cuda",
         capture: bool = True,
+        profile_layers: bool = False,
         cuda: Any = None,
         tensorrt: Any = None,
     ) -> None:
-        super().__init__(flavour, device=device, capture=capture, cuda=cuda)
+        super().__init__(flavour, device=device, capture=capture and not profile_layers, cuda=cuda)
+        self._layer_times: dict[str, dict[str, float]] | None = {} if profile_layers else None
+        self._profilers: list[Any] = []  # TensorRT keeps no reference
         self._trt: Any = tensorrt
         self._logger: Any = None
         self._runtime: Any = None
@@ -128,8 +132,15 @@ class TensorRTBackend(CudaBackend):
         for spec in (*loaded.record.inputs, *loaded.record.outputs):
             if not context.set_tensor_address(spec.name, addresses[spec.name]):
                 raise BackendError(f"{loaded.record.file}: TensorRT refused the address of {spec.name}")
+        if self._layer_times is not None:
+            self._profilers.append(_layer_profiler(self._trt, self._layer_times.setdefault(graph.file, {})))
+            context.profiler = self._profilers[-1]
         self._contexts.append(context)
         return _BoundEngine(graph.name, context, self._device.stream, [view.buffer for view in views.values()])
+
+    def operator_times(self) -> dict[str, dict[str, float]]:
+        """By TensorRT's names of layers, which may be several fused; needs `profile_layers`."""
+        return super().operator_times() if self._layer_times is None else self._layer_times
 
     def _shared_activations(self) -> tuple[int, int]:
         """Memory for the activations of any loaded engine; the graphs of a chain are loaded before one is bound."""
@@ -139,6 +150,19 @@ class TensorRTBackend(CudaBackend):
             for context in self._contexts:
                 context.set_device_memory(*self._activations)
         return self._activations
+
+
+def _layer_profiler(trt: Any, times: dict[str, float]) -> Any:
+    """An `IProfiler` that adds up ms by layer in `times`."""
+
+    class LayerProfiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)  # as TensorRT's bindings ask of subclasses
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times[layer_name] = times.get(layer_name, 0.0) + ms
+
+    return LayerProfiler()
 
 
 @contextlib.contextmanager
