@@ -343,9 +343,9 @@ def _tool_versions() -> dict[str, str]:
 def _new_bundle(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
     out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow a link that --force should replace
-    recover(out)
-    _check_free(out, force)
     try:
+        recover(out)
+        _check_free(out, force)
         with temporary_folder(out) as folder:
             yield folder
             _check_free(out, force)  # minutes have passed

@@ -57,10 +57,10 @@ def replace_folder(folder: Path, target: Path) -> None:
 
 def recover(target: Path) -> None:
     """Clear away what killed processes have left beside `target`; a target that one was just replacing is put back."""
-    kinds = ("partial", "previous")
+    kinds = ("partial", "previous", "lock")
     found = [path.name for kind in kinds for path in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*")]
     for name in {path[-_NAME_LENGTH:] for path in found}:
-        folder, previous, lock = (_beside(target, kind, name) for kind in (*kinds, "lock"))
+        folder, previous, lock = (_beside(target, kind, name) for kind in kinds)
         try:
             with FileLock(lock, timeout=0):
                 if os.path.lexists(previous) and not os.path.lexists(target):

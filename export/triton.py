@@ -62,8 +62,8 @@ def write_triton_model(bundle: Path, repository: Path, *, force: bool = False) -
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=False)
-    target = check_free(repository, bundle, force=force)
     try:
+        target = check_free(repository, bundle, force=force)
         with temporary_folder(target) as folder:
             (folder / "config.pbtxt").write_text(triton_config(target.name, manifest), encoding="utf-8")
             (folder / "1").mkdir()

@@ -67,10 +67,10 @@ _MIN_TEMPERATURE = 1e-3  # below, logits divided by it overflow
 class Pipeline:
     """A loaded bundle. Use it as a context manager.
 
-    Every method may be called from any thread at any time. Calls that compute (`generate`, `stream`, `encode`) take
-    turns batch by batch: a batch holds the pipeline's lock while its graphs run, and they share buffers and device
-    memory. `close` waits for the batch that is running; the calls that wait behind it raise `RequestError`. Two
-    pipelines of one process share nothing but ONNX Runtime's arena, which is thread-safe.
+    Every method may be called from any thread at any time, but not from the callbacks of `generate`. Calls that compute
+    (`generate`, `stream`, `encode`) take turns batch by batch: a batch holds the pipeline's lock while its graphs run,
+    and they share buffers and device memory. `close` waits for the batch that is running; the calls that wait behind it
+    raise `RequestError`. Two pipelines of one process share nothing but ONNX Runtime's arena, which is thread-safe.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
@@ -211,6 +211,7 @@ class Pipeline:
             preview_scales: scales after which the images are also decoded as far as they are: computed ones before
                 the last. Each costs one run of the decoder, and the chain is then not launched as a CUDA graph.
             on_preview: called with each, in this thread and between two scales: what it does delays the images.
+                Neither it nor should_stop may use the pipeline, which is theirs to wait for.
             (cfg, temperature, top_k and top_p may be one value per image, None for the default.)
 
         Raises:
@@ -315,11 +316,11 @@ class Pipeline:
             thread.join()
 
     def warm_up(self) -> None:
-        """Draw one image per batch size, and encode one prompt where there is a text encoder: the first request of a
-        service then takes what the later ones take (on a GPU, chains are captured here).
+        """Draw one image per batch size; where there is a text encoder, load it and its tokenizer: the first request of
+        a service then takes what the later ones take (on a GPU, chains are captured here), and no file is read later.
 
         Raises:
-            BackendError: the backend failed.
+            BackendError: the backend failed, or prompts need a package that is not installed.
         """
         model = self.manifest.model
         for batch in self.manifest.batches:
@@ -328,6 +329,7 @@ class Pipeline:
             else:
                 self.generate(text_features=[np.zeros((1, model.text_width), dtype=np.float32)] * batch)
         if self.manifest.text_encoder is not None:
+            self._tokenizer.load()
             self.encode_tokens([0])
 
     def _check_previews(self, scales: Collection[int]) -> None:

@@ -189,7 +189,7 @@ class Service:
         self._queue: deque[_Entry] = deque()
         self._changed = threading.Condition()
         self._running: list[_Entry] = []
-        self._accepting, self._stopping = True, False
+        self._accepting, self._stopping, self._ended = True, False, False
         self._counts = dict.fromkeys(("accepted", "rejected", "completed", "cancelled", "failed", "batches"), 0)
         self._latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self._latency_counts = [0] * (len(LATENCY_BUCKETS_S) + 1)
@@ -246,6 +246,7 @@ class Service:
     def metrics(self) -> Metrics:
         """Where the service stands."""
         with self._changed:
+            self._drop_unwanted()
             latencies = list(self._latencies)
             p50, p99 = np.percentile(latencies, [50, 99]).tolist() if latencies else (None, None)
             return Metrics(
@@ -276,7 +277,9 @@ class Service:
             before = self._pipeline
             self._successor = pipeline
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._pipeline is pipeline)
+            self._changed.wait_for(lambda: self._pipeline is pipeline or self._ended)
+            if self._pipeline is not pipeline:
+                raise RequestError("the service is closed")
             return before
 
     def drain(self, timeout_s: float | None = None) -> bool:
@@ -301,13 +304,21 @@ class Service:
             self._drop_unwanted()
 
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            try:
-                self._draw(batch)
-            finally:
-                with self._changed:
-                    self._running = []
-                    self._changed.notify_all()
+        try:
+            while (batch := self._next_batch()) is not None:
+                try:
+                    self._draw(batch)
+                except Exception as error:  # no memory for the copies, say: the service goes on
+                    self._fail(batch, error)
+                finally:
+                    with self._changed:
+                        self._running = []
+                        self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._accepting = False
+                self._ended = True
+                self._changed.notify_all()
 
     def _next_batch(self) -> list[_Entry] | None:
         with self._changed:
@@ -327,12 +338,14 @@ class Service:
 
     def _drop_unwanted(self) -> None:
         """Settle what nobody waits for any more; with the lock held."""
-        kept = [entry for entry in self._queue if not entry.unwanted]
+        kept: deque[_Entry] = deque()
         for entry in self._queue:
-            if entry.unwanted:
+            if entry.unwanted:  # asked once: it may become so at any moment
                 self._settle_unwanted(entry)
+            else:
+                kept.append(entry)
         if len(kept) != len(self._queue):
-            self._queue = deque(kept)
+            self._queue = kept
             self._changed.notify_all()
 
     def _settle_unwanted(self, entry: _Entry) -> None:
@@ -371,26 +384,39 @@ class Service:
                 for entry in batch:
                     self._draw([entry])
                 return
-            with self._changed:
-                self._counts["failed"] += 1
-            _settle(batch[0], error)
+            self._fail(batch, error)
             return
         end = time.monotonic()
+        found = [
+            ImageResult(
+                result.images[i].copy(),
+                [step[i].copy() for step in result.tokens],
+                queued_ms=(begin - entry.submitted) * 1e3,
+                total_ms=(end - entry.submitted) * 1e3,
+                batch=len(batch),
+            )
+            for i, entry in enumerate(batch)
+        ]
         with self._changed:
             self._counts["batches"] += 1
             self._batch_sizes[len(batch)] += 1
-            for i, entry in enumerate(batch):
-                total_ms = (end - entry.submitted) * 1e3
+            for entry, picture in zip(batch, found, strict=True):
                 if entry.unwanted:
                     self._settle_unwanted(entry)
                     continue
                 self._counts["completed"] += 1
-                self._latencies.append(total_ms)
-                self._latency_counts[bisect.bisect_left(LATENCY_BUCKETS_S, total_ms / 1e3)] += 1
-                self._latency_sum += total_ms / 1e3
-                tokens = [step[i].copy() for step in result.tokens]
-                queued_ms = (begin - entry.submitted) * 1e3
-                _settle(entry, ImageResult(result.images[i].copy(), tokens, queued_ms, total_ms, len(batch)))
+                self._latencies.append(picture.total_ms)
+                self._latency_counts[bisect.bisect_left(LATENCY_BUCKETS_S, picture.total_ms / 1e3)] += 1
+                self._latency_sum += picture.total_ms / 1e3
+                _settle(entry, picture)
+
+    def _fail(self, batch: list[_Entry], error: Exception) -> None:
+        """Hand the error to those of a batch that have no answer yet."""
+        with self._changed:
+            for entry in batch:
+                if not entry.future.done():
+                    self._counts["failed"] += 1
+                    _settle(entry, error)
 
     def _encoded(self, requests: list[ImageRequest]) -> dict[str, Any]:
         """The requests as arguments of `Pipeline.generate`, prompts as the text encoder's features."""

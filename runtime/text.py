@@ -22,6 +22,17 @@ class PromptTokenizer:
         self._bundle, self._manifest = bundle, manifest
         self._tokenizer: Any = None
 
+    def load(self) -> None:
+        """Read the file, unless that has been done.
+
+        Raises:
+            UnavailableError: the package tokenizers is not installed.
+            BundleError: the file is damaged, or belongs to another bundle.
+        """
+        if self._tokenizer is None:
+            check_unreplaced(self._bundle, self._manifest)
+            self._tokenizer = _load_tokenizer(self._bundle / names.TOKENIZER_FILE)
+
     def token_ids(self, prompt: str, name: str = "prompt") -> list[int]:
         """The tokens of a prompt, the end mark included.
 
@@ -30,13 +41,12 @@ class PromptTokenizer:
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise RequestError(f"{name}: got {prompt!r}, expected some text")
-        if self._tokenizer is None:
-            check_unreplaced(self._bundle, self._manifest)
-            self._tokenizer = _load_tokenizer(self._bundle / names.TOKENIZER_FILE)
         try:
-            ids = list(self._tokenizer.encode(prompt).ids)
-        except UnicodeError as error:  # half of a surrogate pair
+            prompt.encode()
+        except UnicodeError as error:  # half of a surrogate pair, which JSON can say
             raise RequestError(f"{name}: is no text that can be encoded ({error})") from error
+        self.load()
+        ids = list(self._tokenizer.encode(prompt).ids)
         longest = self._manifest.model.text_length
         if len(ids) > longest:
             raise RequestError(

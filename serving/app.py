@@ -46,6 +46,8 @@ from fastvar_trt.serving.metrics import ServiceCollector
 
 _LOG = logging.getLogger(__name__)
 _CLIENT_CLOSED_REQUEST = 499  # as nginx calls it; nobody reads it but the metrics
+_MAX_PROMPT = 10_000  # characters; a bundle's limit in tokens is lower
+_MAX_CFG = 100.0  # far beyond what is of use; logits overflow much later, which would spoil a whole batch
 _PREVIEW_QUALITY = 80  # of JPEG: previews are looked at for a moment
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (RequestError, 422),
@@ -66,13 +68,11 @@ class ServerOptions:
         max_body_bytes: of a request.
         max_deadline_s: longest deadline of a request, and the default.
         rate: requests for pictures per client address; None for no limit.
-        drain_s: how long the requests that are there may take when the server stops.
     """
 
     max_body_bytes: int = 4 << 20
     max_deadline_s: float = 120.0
     rate: RateLimitItem | None = None
-    drain_s: float = 30.0
 
 
 class ImageBody(BaseModel):
@@ -81,13 +81,15 @@ class ImageBody(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     label: int | None = Field(None, description="Class index, for a model of classes.")
-    prompt: str | None = Field(None, description="Text, for a model of text whose bundle has its text encoder.")
-    negative_prompt: str | None = Field(None, description="Text to keep away from.")
+    prompt: str | None = Field(
+        None, max_length=_MAX_PROMPT, description="Text, for a model of text whose bundle has its text encoder."
+    )
+    negative_prompt: str | None = Field(None, max_length=_MAX_PROMPT, description="Text to keep away from.")
     text_features: list[list[float]] | None = Field(
         None, description="In place of a prompt: the text encoder's last hidden state, [tokens, width]."
     )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the noise; default: drawn, and returned.")
-    cfg: float | None = Field(None, description="Guidance scale.")
+    cfg: float | None = Field(None, ge=-_MAX_CFG, le=_MAX_CFG, description="Guidance scale.")
     temperature: float | None = Field(None, gt=0, description="Divides the logits.")
     top_k: int | None = Field(None, ge=0, description="Draw from the likeliest tokens.")
     top_p: float | None = Field(None, ge=0, le=1, description="Draw from the likeliest tokens of this probability.")
@@ -107,7 +109,7 @@ class StreamBody(ImageBody):
 def create_app(
     service: Service, options: ServerOptions | None = None, *, on_start: Callable[[], None] | None = None
 ) -> FastAPI:
-    """The ASGI application. When it stops it drains and closes the service, and closes its pipeline.
+    """The ASGI application. When it stops it closes the service and its pipeline.
 
     Args:
         service: what draws; the application takes it over.
@@ -121,9 +123,7 @@ def create_app(
         if on_start is not None:
             on_start()
         yield
-        if not await asyncio.to_thread(service.drain, options.drain_s):
-            _LOG.warning("requests were still there after %s s, and are cancelled", options.drain_s)
-        service.close()
+        await asyncio.to_thread(service.close)  # who serves the application has waited for the answers
         service.pipeline.close()
 
     version = metadata.version("fastvar-trt")
@@ -137,7 +137,7 @@ def create_app(
         "fastvar_http_responses", "Responses by path and status.", ["path", "status"], registry=registry
     )
     limiter = MovingWindowRateLimiter(MemoryStorage())
-    app.add_middleware(_Outermost, max_body_bytes=options.max_body_bytes, responses=responses)
+    app.add_middleware(_Gatekeeper, max_body_bytes=options.max_body_bytes, responses=responses)
 
     async def admit(request: Request) -> None:
         client = request.client.host if request.client else "unknown"
@@ -145,9 +145,11 @@ def create_app(
             window = await limiter.get_window_stats(options.rate, client)
             raise _RateError(f"more than {options.rate} from {client}; try again later", window.reset_time)
 
-    def submit(body: ImageBody, on_preview: Callable[[Preview], None] | None = None) -> tuple[Ticket, ImageRequest]:
+    async def submit(
+        body: ImageBody, on_preview: Callable[[Preview], None] | None = None
+    ) -> tuple[Ticket, ImageRequest]:
         request = _image_request(body, service.pipeline.manifest, options)
-        return service.submit(request, on_preview), request
+        return await asyncio.to_thread(service.submit, request, on_preview), request  # prompts take a while to check
 
     @app.post(
         "/v1/images",
@@ -160,7 +162,7 @@ def create_app(
     async def images(body: ImageBody, request: Request) -> Response:
         """Draw one picture. Requests that arrive together share a batch, which does not change their pictures."""
         await admit(request)
-        ticket, wanted = submit(body)
+        ticket, wanted = await submit(body)
         result = await _unless_gone(request, _result(ticket, wanted))
         if result is None:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
@@ -184,7 +186,7 @@ def create_app(
         await admit(request)
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[Preview | None] = asyncio.Queue()
-        ticket, wanted = submit(body, lambda preview: _hand_over(loop, items, preview))
+        ticket, wanted = await submit(body, lambda preview: _hand_over(loop, items, preview))
         return StreamingResponse(_events(ticket, wanted, body, items), media_type="text/event-stream")
 
     @app.get("/v1/model")
@@ -269,7 +271,7 @@ class _RateError(OverloadedError):
         self.seconds = max(1, round(reset_time - time.time()))
 
 
-class _Outermost:
+class _Gatekeeper:
     """Reads bodies up to a limit, whatever length they declare, refuses larger ones, and counts responses."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, responses: Counter) -> None:
@@ -282,8 +284,7 @@ class _Outermost:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")
-                self._responses.labels(getattr(route, "path", "other"), message["status"]).inc()
+                self._responses.labels(_path(scope), message["status"]).inc()
             await send(message)
 
         body = bytearray()
@@ -303,7 +304,24 @@ class _Outermost:
         async def replayed() -> Message:
             return whole.pop() if whole else await receive()
 
-        await self._app(scope, replayed, counted)
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await counted(message)
+
+        try:
+            await self._app(scope, replayed, noted)
+        except Exception:
+            if not started:  # answered further out, by Starlette
+                self._responses.labels(_path(scope), 500).inc()
+            raise
+
+
+def _path(scope: Scope) -> str:
+    """The path of the route, of which there are few; clients can think of many others."""
+    return str(getattr(scope.get("route"), "path", "other"))
 
 
 def _image_request(body: ImageBody, manifest: Manifest, options: ServerOptions) -> ImageRequest:

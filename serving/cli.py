@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -18,6 +19,7 @@ from fastvar_trt.runtime.errors import RequestError, UnavailableError
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.service import Service
 
+_ANSWER_S = 5  # to send the last answers, after the requests have been drained
 _BACKLOG = 2048  # connections that wait to be accepted
 _LOG = logging.getLogger(__name__)
 
@@ -88,15 +90,12 @@ def serve_command(
     """
     try:
         import uvicorn
-        from limits import parse
 
         from fastvar_trt.serving.app import ServerOptions, create_app
+        from fastvar_trt.serving.server import DrainingServer, parse_rate
     except ImportError as error:
         raise UnavailableError(f"{error.name} is not installed; pip install 'fastvar-trt[serve]'") from error
-    try:
-        limit = None if rate is None else parse(rate)
-    except ValueError as error:
-        raise RequestError(f"--rate: got {rate!r}, expected as in 60/minute") from error
+    limit = None if rate is None else parse_rate(rate)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
 
     def load() -> Pipeline:
@@ -110,9 +109,11 @@ def serve_command(
             raise
         return pipe
 
+    if hasattr(signal, "SIGHUP"):  # it would end the process while the bundle is loaded
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with _listen(host, port) as listening:  # before the bundle is loaded, which takes a while
         service = Service(load(), max_queue=max_queue, max_wait_s=max_wait_ms / 1e3)
-        options = ServerOptions(max_body_bytes=max_body, max_deadline_s=deadline, rate=limit, drain_s=drain)
+        options = ServerOptions(max_body_bytes=max_body, max_deadline_s=deadline, rate=limit)
 
         def on_start() -> None:
             reload_on_hangup(service, load)
@@ -120,9 +121,9 @@ def serve_command(
             _LOG.info("serving %s on http://%s:%d", bundle, shown, listening.getsockname()[1])
 
         app = create_app(service, options, on_start=on_start)
-        # One second more than the requests get, so that they are drained and not cut off.
-        config = uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=int(drain) + 1)
-        uvicorn.Server(config).run(sockets=[listening])
+        config = uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=int(drain) + _ANSWER_S)
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has ended well
+            DrainingServer(config, service, drain).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

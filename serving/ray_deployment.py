@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from limits import parse
 from ray import serve
 from ray.serve import Application
 
@@ -21,6 +20,7 @@ from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.service import Service
 from fastvar_trt.serving.app import ServerOptions, create_app
+from fastvar_trt.serving.server import parse_rate
 
 _INGRESS_QUEUE = 16  # requests beyond the service's own queue that a replica takes, to refuse them itself
 
@@ -32,7 +32,7 @@ class FastVARReplica:
         pipe = Pipeline.load(bundle, **load)
         pipe.warm_up()
         self._service = Service(pipe, max_queue=max_queue, max_wait_s=max_wait_s)
-        self._options = ServerOptions(rate=parse(rate) if rate else None)
+        self._options = ServerOptions(rate=parse_rate(rate) if rate else None)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """For Ray Serve, which runs it in the replica."""
@@ -65,6 +65,8 @@ def app(arguments: Mapping[str, Any]) -> Application:
     max_queue = _number("max_queue", given.pop("max_queue", 64), int)
     max_wait_s = _number("max_wait_s", given.pop("max_wait_s", 0.005), float)
     rate = str(given.pop("rate", ""))
+    if rate:
+        parse_rate(rate)
     num_replicas = _number("num_replicas", given.pop("num_replicas", 1), int)
     actor = {key: _number(key, given.pop(key), float) for key in ("num_cpus", "num_gpus") if key in given}
     if given:

@@ -6,7 +6,8 @@ import fcntl
 import json
 import os
 import pickle
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service as DriverService
 
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model
 from fastvar_trt.export.models.random_init import random_checkpoint, random_infinity_checkpoint
@@ -21,6 +24,9 @@ from fastvar_trt.export.sources import InfinitySource, VARSource
 from fastvar_trt.runtime.plan import PruningPlan
 
 GOLDEN_FOLDER = Path(__file__).parents[2] / "shared" / "golden"
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
 
 # Four scales to 8x8, two layers: seconds to export, and everything that a large model has.
 TINY_PATCH_NUMS = (1, 3, 5, 8)
@@ -90,6 +96,26 @@ def tiny_bundle(tiny_source: VARSource, export_once: Callable[..., tuple[Path, E
     """The tiny model, pruned, batch sizes 1 and 2."""
     path, _ = export_once("tiny", tiny_source, ExportOptions(plan=TINY_PLAN, batches=(1, 2)))
     return path
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    # No sandbox: it does not start as root, which CI is; the page is our own.
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path}/profile",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=DriverService(DRIVER))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture

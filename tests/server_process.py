@@ -1,17 +1,24 @@
-"""`fastvar serve` as a process of its own."""
+"""`fastvar serve` as a process of its own, and its page."""
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
+from PIL import Image
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 FASTVAR = (sys.executable, "-c", "from fastvar_trt.tools.cli import main; main()")
 FASTVAR_EXPORT = (sys.executable, "-c", "from fastvar_trt.export.cli import main; main()")
@@ -46,6 +53,13 @@ class ServerProcess:
             time.sleep(0.05)
         raise AssertionError(f"no {pattern!r} in:\n{self.log}")
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Ask again and again, for a limited time."""
+        limit = time.monotonic() + START_S
+        while not condition():
+            assert time.monotonic() < limit, self.log
+            time.sleep(0.01)
+
     def draw(self, **body: object) -> httpx.Response:
         """POST /v1/images."""
         return self.client.post("/v1/images", json=body)
@@ -54,6 +68,37 @@ class ServerProcess:
         """Send the signal, and wait for the exit code."""
         self.process.send_signal(number)
         return self.process.wait(START_S)
+
+
+class Page:
+    """The server's page in a browser, loaded."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self._browser = browser
+        browser.get(url + "/")
+        self._wait_until(lambda: self.field("bundle").text != "")
+
+    def field(self, name: str) -> Any:
+        """The element of that id."""
+        return self._browser.find_element(By.ID, name)
+
+    def enter(self, name: str, text: str) -> None:
+        """Type into a field in place of what is in it."""
+        self.field(name).clear()
+        self.field(name).send_keys(text)
+
+    def draw_and_wait(self, start: str) -> None:
+        """Press the button, and wait for a status that starts so."""
+        self.field("draw").click()
+        self._wait_until(lambda: self.field("status").text.startswith(start))
+
+    def picture(self) -> Any:
+        """What is shown: uint8 [H, W, 3]."""
+        source = self.field("image").get_attribute("src")
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        WebDriverWait(self._browser, START_S).until(lambda _: condition())
 
 
 @contextmanager

@@ -27,10 +27,11 @@ from PIL import Image
 from fastvar_trt.export.demo import demo_source
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.folders import replace_folder, temporary_folder
-from fastvar_trt.runtime import ImageRequest, Pipeline, Service
+from fastvar_trt.runtime import ImageRequest, Pipeline, RequestError, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileSpec
 from fastvar_trt.runtime.plan import PRESETS
 from fastvar_trt.serving.app import create_app
+from fastvar_trt.serving.server import DrainingServer, parse_rate
 from server_process import FASTVAR, FASTVAR_EXPORT, serving
 
 Export = Callable[..., tuple[Path, ExportReport]]
@@ -122,22 +123,22 @@ def test_a_server_that_is_killed_under_load_serves_again(tiny_bundle: Path, tmp_
             except httpx.TransportError:
                 return False
 
-        outcomes = [pool.submit(ask, seed) for seed in range(40)]
-        while server.client.get("/healthz").json()["queued"] == 0:
-            pass
+        outcomes = [pool.submit(ask, seed) for seed in range(400)]  # more than there is time for
+        server.wait_until(lambda: "fastvar_running_requests 1.0" in server.client.get("/metrics").text)
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
         found = [outcome.result(60) for outcome in outcomes]
     assert not all(found)
     with serving(tiny_bundle, tmp_path / "log2") as server:
         np.testing.assert_array_equal(decoded(server.draw(label=2, seed=5)), expected)
+        assert server.stop(signal.SIGINT) == 0  # as a person ends it
+        assert "Aborted" not in server.log
     assert {path: path.stat().st_mtime_ns for path in tiny_bundle.iterdir()} == before
 
 
 def test_a_server_that_is_told_to_stop_ends_its_requests(tiny_bundle: Path, tmp_path: Path) -> None:
     with serving(tiny_bundle, tmp_path / "log") as server, ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(server.draw, label=1, seed=i) for i in range(8)]
-        while server.client.get("/healthz").json()["queued"] < 3:
-            pass
+        server.wait_until(lambda: "fastvar_accepted_requests_total 8.0" in server.client.get("/metrics").text)
         assert server.stop() == -signal.SIGTERM  # uvicorn ends as the signal asks, after everything else
         assert "Application shutdown complete" in server.log
         assert [answer.result(60).status_code for answer in answers] == [200] * 8
@@ -153,9 +154,9 @@ def test_a_server_that_cannot_start_says_why(tiny_bundle: Path, tmp_path: Path) 
     missing = serve(str(tmp_path / "none"))
     assert missing.returncode == 1
     assert "no such folder; make one with fastvar-export" in missing.stderr
-    rate = serve(str(tiny_bundle), "--rate", "often")
-    assert rate.returncode == 1
-    assert "--rate: got 'often', expected as in 60/minute" in rate.stderr
+    for text in ("often", "0/minute", "10/minute;1000/hour"):
+        with pytest.raises(RequestError, match=r"--rate: got '.*', expected one as in 60/minute"):
+            parse_rate(text)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         busy = serve(str(tiny_bundle), "--port", str(taken.getsockname()[1]))
     assert busy.returncode == 1
@@ -163,9 +164,9 @@ def test_a_server_that_cannot_start_says_why(tiny_bundle: Path, tmp_path: Path) 
 
 
 @contextmanager
-def local_server(service: Service) -> Iterator[int]:
+def local_server(service: Service, drain_s: float = 30.0) -> Iterator[int]:
     """The application on a real socket, in a thread of this process; gives the port."""
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
+    server = DrainingServer(uvicorn.Config(create_app(service), port=0, log_level="warning"), service, drain_s)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -173,6 +174,30 @@ def local_server(service: Service) -> Iterator[int]:
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     thread.join(60)
+
+
+@pytest.mark.parametrize("path", ["/v1/images", "/v1/images/stream"])
+def test_a_request_that_outlasts_the_drain_is_answered(
+    tiny_bundle: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = Pipeline.load(tiny_bundle)
+    entered, leave = threading.Event(), threading.Event()
+    graph = pipe._chains[1]._bound[frozenset()][2]
+    held = graph.enqueue
+
+    def hold() -> None:
+        entered.set()
+        assert leave.wait(60)
+        held()
+
+    monkeypatch.setattr(graph, "enqueue", hold)
+    with ThreadPoolExecutor(1) as pool:
+        with local_server(Service(pipe, max_wait_s=0), drain_s=0.1) as port:
+            answer = pool.submit(httpx.post, f"http://127.0.0.1:{port}{path}", json={"label": 1}, timeout=60)
+            assert entered.wait(60)
+            answer.add_done_callback(lambda _: leave.set())
+        assert answer.result(60).status_code == (200 if path.endswith("stream") else 504)
+        assert "the service was closed before the picture was there" in answer.result().text
 
 
 @pytest.mark.parametrize("path", ["/v1/images", "/v1/images/stream"])
@@ -189,7 +214,8 @@ def test_a_client_that_disconnects(tiny_bundle: Path, path: str, monkeypatch: py
         assert leave.wait(60)
         held()
 
-    with local_server(Service(pipe, max_wait_s=0)) as port:
+    service = Service(pipe, max_wait_s=0)
+    with local_server(service) as port:
         with monkeypatch.context() as patch:
             patch.setattr(graphs[2], "enqueue", hold)
             patch.setattr(graphs[4], "enqueue", lambda: (ran_on.set(), later()))
@@ -201,7 +227,8 @@ def test_a_client_that_disconnects(tiny_bundle: Path, path: str, monkeypatch: py
                 client.sendall(head.encode() + b"\r\n\r\n" + body)
                 assert entered.wait(60)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as other:
-                time.sleep(0.2)  # for the server to see that the client has gone
+                while not service._running[0].future.cancelled():  # the server has seen that the client is gone
+                    time.sleep(0.01)
                 leave.set()
                 while (found := other.get("/healthz").json())["running"] or found["queued"]:
                     time.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import numpy as np
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fastvar_trt.runtime import FastVARError, Pipeline, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE
@@ -121,12 +123,9 @@ def test_senseless_requests(tiny_bundle: Path) -> None:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             answer = client.post(path, content=content, headers={"content-type": "application/json"})
             statuses[answer.status_code] += 1
-            # 500 only where guidance is so large that the logits overflow; 504 where the deadline is that short.
             allowed = {200, 400, 413, 422}
             if isinstance(body, dict) and isinstance(body.get("deadline_s"), float) and body["deadline_s"] < 1:
                 allowed.add(504)
-            if isinstance(body, dict) and isinstance(body.get("cfg"), int | float) and abs(body["cfg"]) > 1e6:
-                allowed.add(500)
             assert answer.status_code in allowed, (body, answer.text)
             if answer.status_code != 200:
                 assert set(answer.json()["error"]) == {"type", "message"}
@@ -135,8 +134,7 @@ def test_senseless_requests(tiny_bundle: Path) -> None:
         assert service.healthy
         assert statuses[200] > 20
         assert statuses[422] > 100
-        ticket = client.post("/v1/images", json={"label": 1, "seed": 1})
-        assert ticket.status_code == 200
-    with Pipeline.load(tiny_bundle) as again:
-        np.testing.assert_array_equal(again.generate([1], seeds=[1]).images[0], expected)
+        answer = client.post("/v1/images", json={"label": 1, "seed": 1})
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), expected)
+    assert service.metrics().failed == 0
     assert math.isfinite(service.metrics().latency_sum_s)

@@ -124,11 +124,12 @@ def test_pipelines_run_in_turns() -> None:
         def run(self, number: int, *, counts: bool) -> None:
             order.append((self.name, number, counts))
 
-        def profile(self, warmup: int, ceiling: dict[str, float]) -> tuple[str, int, dict[str, float]]:
-            return self.name, warmup, ceiling
+        def profile(self, warmup: int) -> Profile:
+            return _profile(**{self.name: float(warmup)})
 
     recorders: Any = [Recorder("a"), Recorder("b")]
-    assert profiling.measure(recorders, warmup=1, runs=2) == [("a", 1, {}), ("b", 1, {})]
+    found = profiling.measure(recorders, warmup=1, runs=2)
+    assert [(p.graphs[0].name, p.total_ms, p.ceiling) for p in found] == [("a", 1.0, {}), ("b", 1.0, {})]
     assert order == [(name, number, number > 0) for number in range(3) for name in "ab"]
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def shared_client(tiny_bundle: Path) -> Iterator[TestClient]:
         ({"label": 1, "seed": 2**64}, "body.seed: Input should be less than or equal to"),
         ({"label": 1, "cfgs": 2}, "body.cfgs: Extra inputs are not permitted"),
         ({"label": 1, "top_k": 1000}, "top_k: got"),
+        ({"label": 1, "cfg": 1e38}, "body.cfg: Input should be less than or equal to 100"),
+        ({"prompt": "x" * 10_001}, "body.prompt: String should have at most 10000 characters"),
         ({"label": 1, "temperature": 1e-9}, "temperature: got"),
         ({"label": 1, "format": "gif"}, "body.format: Input should be 'png', 'jpeg' or 'webp'"),
         ({"label": 1, "quality": 0}, "body.quality"),
@@ -221,7 +224,7 @@ def test_a_full_queue_and_deadlines(serve: Serve, pipe: Pipeline, monkeypatch: p
     second = threading.Thread(target=ask)
     second.start()
     while client.get("/healthz").json()["queued"] == 0:
-        pass
+        time.sleep(0.01)
     ask()
     assert answers[1].status_code == 503
     assert answers[1].headers["retry-after"] == "1"
@@ -266,6 +269,7 @@ def test_a_backend_that_fails(
     else:
         assert answer.status_code == status
         found = answer.json()["error"]
+        assert f'fastvar_http_responses_total{{path="{path}",status="{status}"}} 1.0' in client.get("/metrics").text
     assert found["type"] == kind
     assert message in found["message"]
     assert "internal detail" not in answer.text
@@ -277,6 +281,8 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
     client = serve()
     for body in ({"label": 1}, {"label": 2}, {"label": 10}):
         client.post("/v1/images", json=body)
+    while client.get("/healthz").json()["running"]:  # the answer is there a moment before the batch has ended
+        time.sleep(0.01)
     client.get("/nowhere/at/all")
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")

@@ -20,6 +20,7 @@ from fastvar_trt.runtime import (
     RequestError,
     Service,
 )
+from fastvar_trt.runtime import service as service_module
 from fastvar_trt.runtime.service import LATENCY_BUCKETS_S
 
 
@@ -173,6 +174,73 @@ def _raising(error: Exception) -> Callable[[], None]:
     return enqueue
 
 
+def test_no_memory_for_the_copies_of_a_picture(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the backend has done its part: the clients are told, and the worker lives."""
+    expected = pipe.generate([5], seeds=[5]).images[0]
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with Service(pipe, max_wait_s=1.0) as service:
+        with monkeypatch.context() as patch:
+            patch.setattr(service_module, "ImageResult", full)
+            tickets = [service.submit(ImageRequest(label=i)) for i in (0, 1)]
+            for ticket in tickets:
+                with pytest.raises(MemoryError):
+                    ticket.result(60)
+        assert service.healthy
+        np.testing.assert_array_equal(service.submit(ImageRequest(label=5, seed=5)).result(60).image, expected)
+        metrics = service.metrics()
+    assert (metrics.failed, metrics.completed, metrics.accepted) == (2, 1, 3)
+
+
+def test_replacing_and_closing_at_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes first, neither waits for the other for ever."""
+    service = Service(pipe, max_wait_s=5.0)
+    ticket = service.submit(ImageRequest(label=1))  # the worker waits for another to join it
+    outcomes: list[object] = []
+
+    def replace() -> None:
+        try:
+            outcomes.append(service.replace(pipe_like))
+        except RequestError as error:
+            outcomes.append(error)
+
+    pipe_like: Any = _Proxy(pipe)
+    threads = [threading.Thread(target=replace), threading.Thread(target=service.close)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(outcomes) == 1
+    with pytest.raises(CancelledError, match="closed before the picture was there"):
+        ticket.result(10)
+
+
+class _Proxy:
+    """Another pipeline, as far as a service can tell."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self._pipe = pipe
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+
+def test_abandoned_requests_do_not_wait(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(pipe, monkeypatch)
+    with Service(pipe, max_wait_s=0) as service:
+        service.submit(ImageRequest(label=0))
+        assert gate.entered.wait(10)
+        abandoned = service.submit(ImageRequest(label=1))
+        assert service.metrics().queued == 1
+        abandoned.cancel()
+        metrics = service.metrics()
+        assert (metrics.queued, metrics.cancelled) == (0, 1)
+        gate.open()
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -228,6 +296,8 @@ def test_a_service_changes_its_pipeline_between_two_batches(
         before: list[Pipeline] = []
         thread = threading.Thread(target=lambda: before.append(service.replace(successor)))
         thread.start()
+        while service._successor is not successor:
+            time.sleep(0.002)
         assert not drawn
         gate.open()
         thread.join(10)

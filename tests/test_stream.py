@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,30 @@ def test_a_reader_that_goes_stops_the_drawing(pipe: Pipeline, monkeypatch: pytes
     held, last = graphs[2].enqueue, graphs[-1].enqueue
     monkeypatch.setattr(graphs[2], "enqueue", lambda: (gate.wait(10), held()))
     monkeypatch.setattr(graphs[-1], "enqueue", lambda: (ran.append(True), last()))
+    stopped = threading.Event()
+    original = pipe.generate
+    monkeypatch.setattr(
+        pipe,
+        "generate",
+        lambda *a, should_stop, **o: original(*a, should_stop=lambda: _noted(should_stop, stopped), **o),
+    )
     stream = pipe.stream([2], preview_scales=[0])
     assert next(stream).scale == 0
-    threading.Timer(0.1, gate.set).start()  # `close` waits for the scale that runs
-    stream.close()
+    closing = threading.Thread(target=stream.close)  # which waits for the scale that runs
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive()
+    gate.set()
+    closing.join(60)
     assert not ran
+    assert stopped.is_set()
     assert not any(thread.name == "fastvar-stream" for thread in threading.enumerate())
+
+
+def _noted(should_stop: Callable[[], bool], stopped: threading.Event) -> bool:
+    if should_stop():
+        stopped.set()
+    return stopped.is_set()
 
 
 @pytest.mark.parametrize("scales", [[3], [-1], [99], ["1"], [True]])

@@ -30,6 +30,7 @@ from fastvar_trt.export.weights_file import map_weights
 from fastvar_trt.runtime import BundleError, CheckpointError, ImageRequest, Pipeline, RequestError, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE
 from fastvar_trt.runtime.verify import TOLERANCE, verify_bundle
+from server_process import Page, serving
 
 Export = Callable[..., tuple[Path, ExportReport]]
 
@@ -132,6 +133,32 @@ def test_a_service_takes_prompts_and_features_in_one_batch(bundle: Path) -> None
         np.testing.assert_array_equal(result.image, image)
 
 
+def test_a_person_draws_from_a_prompt(bundle: Path, tmp_path: Path, browser: Any) -> None:
+    with Pipeline.load(bundle) as pipe:
+        expected = pipe.generate(prompts=["a fox"], negative_prompts=["blurry"], seeds=[7]).images[0]
+    with serving(bundle, tmp_path / "log") as server:
+        page = Page(browser, server.url)
+        assert not page.field("label").is_displayed()
+        for name, text in (("prompt", "a fox"), ("negative", "blurry"), ("seed", "7")):
+            page.enter(name, text)
+        page.draw_and_wait("Seed 7, ")
+        np.testing.assert_array_equal(page.picture(), expected)
+        page.enter("prompt", "a " * 10)
+        page.draw_and_wait("prompt 0: got 11 tokens")
+        refused = server.draw(prompt="a \ud800")  # half of a surrogate pair
+        assert refused.status_code == 422
+
+
+def test_a_warm_pipeline_reads_no_file_later(bundle: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(bundle, tmp_path / "b")
+    with Pipeline.load(copied) as pipe:
+        expected = pipe.generate(prompts=["a fox"]).images
+    with Pipeline.load(copied) as pipe:
+        pipe.warm_up()
+        shutil.rmtree(copied)
+        np.testing.assert_array_equal(pipe.generate(prompts=["a fox"]).images, expected)
+
+
 def test_a_text_encoder_that_was_replaced_is_not_used(bundle: Path, tmp_path: Path) -> None:
     """It is read at the first prompt, and must be the one that belongs to the loaded graphs."""
     copied = shutil.copytree(bundle, tmp_path / "b")
@@ -152,6 +179,7 @@ def test_a_text_encoder_that_was_replaced_is_not_used(bundle: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         ({"prompts": ["a " * 10]}, "prompt 0: got 11 tokens, this bundle takes up to 10; shorten it"),
+        ({"prompts": ["a \ud800"]}, "prompt 0: is no text that can be encoded"),
         ({"prompts": ["a", " "]}, "prompt 1: got ' ', expected some text"),
         ({"prompts": "a fox"}, "expected a list of at least one text"),
         ({"prompts": []}, "expected a list of at least one text"),

@@ -151,8 +151,8 @@ class Recorder:
                 self._times[name].append(ms)
             self._overheads.append(total - sum(result.timings.values()))
 
-    def profile(self, warmup: int, ceiling: Mapping[str, float]) -> Profile:
-        """What the runs that counted say."""
+    def profile(self, warmup: int) -> Profile:
+        """What the runs that counted say, and the memory of this process now."""
         manifest = self._pipe.manifest
         plan = manifest.resolved_plan
         sum_of_means = sum(float(np.mean(samples)) for samples in self._times.values())
@@ -174,7 +174,7 @@ class Recorder:
             conditions={**machine(), **self._conditions, **runs},
             graphs=tuple(graphs),
             overhead_ms=round(float(np.median(self._overheads)), 4),
-            ceiling=ceiling,
+            ceiling={},
             memory_mib=_memory(self._pipe, self._batch),
             operators={},
         )
@@ -195,8 +195,9 @@ def measure(
         for recorder in recorders:
             recorder.run(number, counts=number >= warmup)
             progress(1)
+    profiles = [recorder.profile(warmup) for recorder in recorders]  # their memory, before the ceiling takes its own
     top = ceiling() if recorders[0].on_cpu else {}
-    return [recorder.profile(warmup, top) for recorder in recorders]
+    return [dataclasses.replace(profile, ceiling=top) for profile in profiles]
 
 
 def machine() -> dict[str, Any]:
@@ -298,7 +299,8 @@ def to_markdown(profile: Profile, title: str) -> str:
     lines += [
         f"Beyond the graphs, a call takes {profile.overhead_ms:.2f} ms ({profile.overhead_ms / profile.total_ms:.1%}).",
         "",
-        "Memory, MiB: " + ", ".join(f"{key} {value}" for key, value in profile.memory_mib.items()),
+        "Memory, MiB (peak_rss and pss are the whole process's): "
+        + ", ".join(f"{key} {value}" for key, value in profile.memory_mib.items()),
         "",
     ]
     for name, operators in profile.operators.items():
