@@ -439,10 +439,10 @@ class Service:
 def _settle(entry: _Entry, outcome: ImageResult | Exception) -> None:
     """Hand out a result or an error; nothing where the client has given the request up in the meantime."""
     with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, ImageResult):
-            entry.future.set_result(outcome)
-        else:
+        if isinstance(outcome, Exception):
             entry.future.set_exception(outcome)
+        else:
+            entry.future.set_result(outcome)
 
 
 def _arguments(requests: list[ImageRequest]) -> dict[str, Any]:

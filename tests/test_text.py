@@ -145,8 +145,6 @@ def test_a_person_draws_from_a_prompt(bundle: Path, tmp_path: Path, browser: Any
         np.testing.assert_array_equal(page.picture(), expected)
         page.enter("prompt", "a " * 10)
         page.draw_and_wait("prompt 0: got 11 tokens")
-        refused = server.draw(prompt="a \ud800")  # half of a surrogate pair
-        assert refused.status_code == 422
 
 
 def test_a_warm_pipeline_reads_no_file_later(bundle: Path, tmp_path: Path) -> None:
