@@ -1,13 +1,18 @@
-"""What the commands share: errors become messages and exit codes, comma-separated options become tuples."""
+"""What the commands share: errors become messages and exit codes, options become tuples or a way to load a bundle."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
+from fastvar_trt.runtime.backends import BACKENDS
 from fastvar_trt.runtime.errors import FastVARError
+from fastvar_trt.runtime.pipeline import Pipeline
 
 
 class ErrorCommand(click.Command):
@@ -43,3 +48,58 @@ def integers() -> click.ParamType:
 def numbers() -> click.ParamType:
     """`0.4,0.5` -> (0.4, 0.5)."""
     return _List(float, "X,X,...", "numbers")
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeOptions:
+    """Where and how a command runs a bundle: arguments of `Pipeline.load`."""
+
+    backend: str
+    device: str | None
+    num_threads: int | None
+    engines: str
+    capture: bool | None
+
+    def load(self, bundle: Path) -> Pipeline:
+        """`Pipeline.load` with them."""
+        return Pipeline.load(
+            bundle,
+            backend=self.backend,
+            device=self.device,
+            num_threads=self.num_threads,
+            engines=self.engines,
+            capture=self.capture,
+        )
+
+
+def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command these options; it gets them as `runtime: RuntimeOptions`."""
+
+    @functools.wraps(command)
+    def collected(
+        *args: Any,
+        backend: str,
+        device: str | None,
+        threads: int | None,
+        engines: str,
+        capture: bool | None,
+        **others: Any,
+    ) -> Any:
+        return command(*args, runtime=RuntimeOptions(backend, device, threads, engines, capture), **others)
+
+    result: Callable[..., Any] = collected
+    for option in (
+        click.option(
+            "--engines",
+            type=click.Choice(["auto", "off", "require"]),
+            default="auto",
+            show_default=True,
+            help="Whether onnxruntime uses what `fastvar build --target cpu` made.",
+        ),
+        click.option("--threads", type=click.IntRange(1), help="Threads per operator; default: one per core."),
+        click.option("--capture/--no-capture", default=None, help="On a GPU: run the chain as one CUDA graph."),
+        click.option("--device", help="cpu, cuda or cuda:N; default: what the backend runs on."),
+        click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True),
+    ):
+        result = option(result)
+    return result

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import click
 
-from fastvar_trt.runtime.backends import BACKENDS
-from fastvar_trt.runtime.command import ErrorCommand
+from fastvar_trt.runtime.command import ErrorCommand, RuntimeOptions, runtime_options
 from fastvar_trt.runtime.errors import RequestError, UnavailableError
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.service import Service
@@ -62,11 +61,7 @@ Examples:
     show_default=True,
     help="Seconds that running requests get when the server is told to stop.",
 )
-@click.option("--engines", type=click.Choice(["auto", "off", "require"]), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Threads per operator; default: one per core.")
-@click.option("--capture/--no-capture", default=None, help="On a GPU: run the chain as one CUDA graph.")
-@click.option("--device", help="cpu, cuda or cuda:N; default: what the backend runs on.")
-@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True)
+@runtime_options
 def serve_command(
     bundle: Path,
     host: str,
@@ -77,11 +72,7 @@ def serve_command(
     rate: str | None,
     deadline: float,
     drain: float,
-    engines: str,
-    threads: int | None,
-    capture: bool | None,
-    device: str | None,
-    backend: str,
+    runtime: RuntimeOptions,
 ) -> None:
     """Serve a bundle over HTTP: pictures, previews, health, metrics, and a page to try it.
 
@@ -99,9 +90,7 @@ def serve_command(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
 
     def load() -> Pipeline:
-        pipe = Pipeline.load(
-            bundle, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
-        )
+        pipe = runtime.load(bundle)
         try:
             pipe.warm_up()
         except BaseException:

@@ -14,12 +14,11 @@ import click
 import numpy as np
 from PIL import Image
 
-from fastvar_trt.runtime.backends import BACKENDS
-from fastvar_trt.runtime.command import ErrorCommand, numbers
+from fastvar_trt.runtime.command import ErrorCommand, RuntimeOptions, numbers, runtime_options
 from fastvar_trt.runtime.engines import EngineRecord, read_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, check_files, read_manifest
-from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline
+from fastvar_trt.runtime.pipeline import GenerationResult
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.serving.cli import serve_command
 from fastvar_trt.tools.cli_profile import profile_command
@@ -35,24 +34,6 @@ _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 
 class _Group(click.Group):
     command_class = ErrorCommand
-
-
-def _runtime_options(command: Any) -> Any:
-    for option in (
-        click.option(
-            "--engines",
-            type=click.Choice(["auto", "off", "require"]),
-            default="auto",
-            show_default=True,
-            help="Whether onnxruntime uses what `fastvar build --target cpu` made.",
-        ),
-        click.option("--threads", type=click.IntRange(1), help="Threads per operator; default: one per core."),
-        click.option("--capture/--no-capture", default=None, help="On a GPU: run the chain as one CUDA graph."),
-        click.option("--device", help="cpu, cuda or cuda:N; default: what the backend runs on."),
-        click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True),
-    ):
-        command = option(command)
-    return command
 
 
 @click.group(cls=_Group)
@@ -97,7 +78,7 @@ Examples:
 @click.option("--greedy", is_flag=True, help="Take the likeliest token instead of drawing.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG; several images make a grid.")
 @click.option("--save-tokens", type=click.Path(path_type=Path), help="NPZ with step_00, ..., f_hat and image.")
-@_runtime_options
+@runtime_options
 def generate(
     bundle: Path,
     labels: tuple[int, ...],
@@ -113,11 +94,7 @@ def generate(
     greedy: bool,
     out: Path,
     save_tokens: Path | None,
-    backend: str,
-    device: str | None,
-    capture: bool | None,
-    threads: int | None,
-    engines: str,
+    runtime: RuntimeOptions,
 ) -> None:
     """Draw images of the given classes or texts."""
     if sum((bool(labels), bool(prompts), text_features is not None)) != 1:
@@ -127,9 +104,7 @@ def generate(
     for path in (out, save_tokens):
         if path is not None:
             check_writable(path)
-    with Pipeline.load(
-        bundle, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
-    ) as pipe:
+    with runtime.load(bundle) as pipe:
         result = pipe.generate(
             labels or None,
             prompts=prompts or None,
@@ -227,14 +202,10 @@ Examples:
 """
 )
 @_BUNDLE
-@_runtime_options
-def verify(
-    bundle: Path, backend: str, device: str | None, capture: bool | None, threads: int | None, engines: str
-) -> None:
+@runtime_options
+def verify(bundle: Path, runtime: RuntimeOptions) -> None:
     """Check every file's hash, then draw the images that PyTorch drew at export and compare."""
-    with Pipeline.load(
-        bundle, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
-    ) as pipe:
+    with runtime.load(bundle) as pipe:
         outcome = verify_bundle(pipe)
         num_files = len(pipe.manifest.files)
 

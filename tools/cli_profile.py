@@ -17,9 +17,9 @@ import numpy as np
 from fastvar_trt.runtime.backends import BACKENDS, Backend
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
-from fastvar_trt.runtime.command import ErrorCommand
+from fastvar_trt.runtime.command import ErrorCommand, RuntimeOptions, runtime_options
 from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
-from fastvar_trt.runtime.manifest import read_manifest
+from fastvar_trt.runtime.manifest import Manifest, read_manifest
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools import profiling
 from fastvar_trt.tools.files import check_writable, write_text
@@ -51,11 +51,7 @@ Examples:
 )
 @click.option("--compare", type=click.Path(path_type=Path), nargs=2, help="Compare two profile.json; no bundle then.")
 @click.option("--out", type=click.Path(path_type=Path), help=f"Folder for {', '.join((*_FILES, _BESIDE))}.")
-@click.option("--engines", type=click.Choice(["auto", "off", "require"]), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Threads per operator; default: one per core.")
-@click.option("--capture/--no-capture", default=None, help="On a GPU: run the chain as one CUDA graph.")
-@click.option("--device", help="cpu, cuda or cuda:N; default: what the backend runs on.")
-@click.option("--backend", type=click.Choice(BACKENDS), default=BACKENDS[0], show_default=True)
+@runtime_options
 def profile_command(
     bundle: Path | None,
     runs: int,
@@ -65,11 +61,7 @@ def profile_command(
     beside: Path | None,
     compare: tuple[Path, Path] | None,
     out: Path | None,
-    engines: str,
-    threads: int | None,
-    capture: bool | None,
-    device: str | None,
-    backend: str,
+    runtime: RuntimeOptions,
 ) -> None:
     """Time every graph of a bundle, against its counted work and what this machine reaches.
 
@@ -84,36 +76,33 @@ def profile_command(
         return
     assert bundle is not None
     bundles = [bundle] if beside is None else [bundle, beside]
-    if operators and backend == BACKENDS[0] and (device or "cpu") != "cpu":
+    if operators and runtime.backend == BACKENDS[0] and (runtime.device or "cpu") != "cpu":
         raise click.UsageError("--operators: ONNX Runtime's profiler is read on the CPU only")
     if out is not None:
         if importlib.util.find_spec("matplotlib") is None:  # before minutes of work
             raise BackendError("matplotlib is not installed; pip install 'fastvar-trt[quality]', or leave out --out")
         for name in (*_FILES, *([_BESIDE] if beside is not None else [])):
             check_writable(out / name)
-        if beside is not None and _label(_conditions_of(beside)) == _label(_conditions_of(bundle)):
+        if beside is not None and _label(_conditions(beside, read_manifest(beside))) == _label(
+            _conditions(bundle, read_manifest(bundle))
+        ):
             raise RequestError(f"--beside {beside}: has the name and the plan of {bundle}; give another")
     with contextlib.ExitStack() as stack:
         recorders = []
         for path in bundles:
-            pipe = stack.enter_context(
-                Pipeline.load(
-                    path, backend=backend, device=device, num_threads=threads, engines=engines, capture=capture
-                )
-            )
+            pipe = stack.enter_context(runtime.load(path))
             size = batch or pipe.manifest.batches[0]
             if size not in pipe.manifest.batches:
                 sizes = ", ".join(map(str, pipe.manifest.batches))
                 raise RequestError(f"--batch {size}: {path} holds {sizes}; export with --batch {size}")
-            conditions: dict[str, Any] = {**_conditions_of(path), "backend": pipe.backend.name}
+            conditions: dict[str, Any] = {**_conditions(path, pipe.manifest), "backend": pipe.backend.name}
             if isinstance(pipe.backend, OnnxRuntimeBackend):
                 conditions["prepacked"] = pipe.backend.prepacked
             recorders.append(profiling.Recorder(pipe, _drawer(pipe, size), size, conditions))
         with click.progressbar(length=(runs + warmup) * len(bundles), label="profile", width=24) as bar:
             profile, *others = profiling.measure(recorders, warmup, runs, bar.update)
     if operators:
-        measuring = _measuring_backend(backend, device, threads, engines)
-        profile = _with_operators(profile, bundle, measuring)
+        profile = _with_operators(profile, bundle, runtime)
     click.echo(profiling.to_table(profile))
     click.echo(f"beyond the graphs {profile.overhead_ms:.2f} ms per call")
     for name, by_operator in profile.operators.items():
@@ -149,28 +138,25 @@ def _drawer(pipe: Pipeline, batch: int) -> Callable[[int], Any]:
 
 
 @contextlib.contextmanager
-def _measuring_backend(name: str, device: str | None, threads: int | None, engines: str) -> Iterator[Backend]:
+def _measuring_backend(runtime: RuntimeOptions) -> Iterator[Backend]:
     """A backend that takes the times of operators, which costs time itself: for runs that are not timed otherwise."""
-    if name != BACKENDS[0]:
-        yield TensorRTBackend(name, device=device or "cuda", profile_layers=True)
+    if runtime.backend != BACKENDS[0]:
+        yield TensorRTBackend(runtime.backend, device=runtime.device or "cuda", profile_layers=True)
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield OnnxRuntimeBackend(num_threads=threads, engines=engines, profile_to=Path(folder))
+        yield OnnxRuntimeBackend(num_threads=runtime.num_threads, engines=runtime.engines, profile_to=Path(folder))
 
 
-def _with_operators(
-    profile: profiling.Profile, bundle: Path, measuring: contextlib.AbstractContextManager[Backend]
-) -> profiling.Profile:
+def _with_operators(profile: profiling.Profile, bundle: Path, runtime: RuntimeOptions) -> profiling.Profile:
     batch = int(profile.conditions["batch"])
-    with measuring as backend, Pipeline.load(bundle, backend=backend, check="size") as pipe:
+    with _measuring_backend(runtime) as backend, Pipeline.load(bundle, backend=backend, check="size") as pipe:
         draw = _drawer(pipe, batch)
         for run in range(_OPERATOR_RUNS):
             draw(run)
         return dataclasses.replace(profile, operators=profiling.operators_of(pipe, batch, _OPERATOR_RUNS))
 
 
-def _conditions_of(bundle: Path) -> dict[str, Any]:
-    manifest = read_manifest(bundle)
+def _conditions(bundle: Path, manifest: Manifest) -> dict[str, Any]:
     return {"bundle": str(bundle), "plan": manifest.plan.name, "precision": manifest.precision}
 
 

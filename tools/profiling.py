@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastvar_trt.runtime import Pipeline
-from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend, num_cores
+from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend, cpu_fields, num_cores
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest
 from fastvar_trt.tools.tables import format_table
@@ -202,11 +202,7 @@ def measure(
 
 def machine() -> dict[str, Any]:
     """What times depend on."""
-    name = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    name = cpu_fields().get("model name", platform.processor())
     return {"cpu": name, "cores": num_cores(), "system": platform.platform(), "python": platform.python_version()}
 
 

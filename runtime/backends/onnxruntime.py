@@ -73,13 +73,19 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def cpu_fields() -> dict[str, str]:
+    """What Linux says of the processor (`model name`, `flags`, ...); nothing on other systems."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return {}
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
 def cpu_description(onnxruntime: Any) -> dict[str, str]:
     """What a prepacked engine depends on: the processor's name and the version of ONNX Runtime."""
-    model = ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = cpu_fields()
+    if fields:
         # The flags decide which kernels, and so which packing, ONNX Runtime picks.
         model = f"{fields.get('model name', '')} {fields.get('flags', fields.get('Features', ''))}"
     else:
