@@ -25,6 +25,7 @@ from typing import Any
 import click
 
 from fastvar_trt.runtime import Pipeline, load_plan
+from fastvar_trt.runtime.backends.onnxruntime import cpu_fields
 from fastvar_trt.runtime.manifest import LABELS, WEIGHTS_FILE
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.tools.tables import format_table
@@ -87,13 +88,6 @@ class RuntimeVariant:
 
     def memory(self) -> dict[str, float]:
         return {"buffers_mib": self._pipe.num_buffer_bytes / 2**20, **memory_mib()}
-
-
-def processor_name() -> str:
-    """The processor as the system names it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def worker(kind: str, bundle: Path) -> None:
@@ -230,7 +224,7 @@ def compare(depth: int, width: int, schedule: str, prune: str, runs: int, work_d
     }
     click.echo(
         f"## {depth} layers x {width}, {schedule}x{schedule} pixels, plan {prune}\n\n"
-        f"Batch 1 with guidance, fp32, {runs} runs, transformer only. {processor_name()}, "
+        f"Batch 1 with guidance, fp32, {runs} runs, transformer only. {processor}, "
         f"{len(os.sched_getaffinity(0))} cores.\n"
     )
     rows: list[list[object]] = [

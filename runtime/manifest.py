@@ -216,6 +216,11 @@ class Manifest:
         return self.plan.resolve(self.schedule, self.model.depth)
 
     @property
+    def preview_scales(self) -> tuple[int, ...]:
+        """The scales after which there is something to look at besides the result: computed ones before the last."""
+        return self.resolved_plan.steps[:-1]
+
+    @property
     def text_encoder(self) -> GraphSpec | None:
         """The graph that encodes one prompt, of text models that were exported with their encoder."""
         return next((g for g in self.graphs if g.kind == "text_encoder"), None)
@@ -250,7 +255,8 @@ class Manifest:
             raise ValueError(f"precision: got {self.precision!r}")
         if not self.batches:
             raise ValueError("batches: got none")
-        steps = self.resolved_plan.steps
+        plan = self.resolved_plan
+        steps = plan.steps
         of_one_batch = [("condition", None), *(("step", k) for k in steps), ("decoder", None)]
         expected = [(batch, kind, scale) for batch in self.batches for kind, scale in of_one_batch]
         if self.text_encoder is not None:
@@ -261,15 +267,15 @@ class Manifest:
                 raise ValueError(f"graphs: got {found.count(graph)} of {graph}, expected {expected.count(graph)}")
         for step in self.graphs:
             if step.scale is not None:
-                self._check_step(step, step.scale)
+                self._check_step(step, step.scale, plan)
         tokenizer = () if self.text_encoder is None else (TOKENIZER_FILE,)
         for name in (WEIGHTS_FILE, REFERENCE_FILE, *tokenizer, *(g.file for g in self.graphs)):
             if name not in self.files:
                 raise ValueError(f"files: {name} is missing")
 
-    def _check_step(self, graph: GraphSpec, scale: int) -> None:
+    @staticmethod
+    def _check_step(graph: GraphSpec, scale: int, plan: ResolvedPlan) -> None:
         """That a step's tokens, keys and values are as many as schedule and plan say: buffers are sized by these."""
-        plan = self.resolved_plan
         for spec in (*graph.inputs, *graph.outputs):
             kind, _, layer = spec.name.rpartition("_")
             if spec.name in (UNIFORM, TOKENS):

@@ -220,15 +220,7 @@ class Pipeline:
             CancelledError: `should_stop` said so.
         """
         self._check_aspect(h_div_w)
-        if prompts is not None or negative_prompts is not None:
-            if text_features is not None or negative_text_features is not None:
-                raise RequestError("give prompts or text_features, not both")
-            if prompts is not None and not isinstance(prompts, str):  # before the work of the text encoder
-                self._request(len(prompts), cfg, temperature, top_k, top_p, greedy)
-                self._seeds(seeds, len(prompts))
-            text_features, negative_text_features = self.encode(prompts, negative_prompts)
-        condition = self._condition(labels, text_features, negative_text_features)
-        count = len(condition)
+        count, condition_of = self._subjects(labels, prompts, negative_prompts, text_features, negative_text_features)
         request = self._request(count, cfg, temperature, top_k, top_p, greedy)
         seed_list = self._seeds(seeds, count)
         optional = [
@@ -236,6 +228,7 @@ class Pipeline:
         ]
         self._check_previews(preview_scales)
         given = None if noise is None else self._given_noise(noise, count)
+        condition = condition_of()
         outputs: list[ChainOutputs] = []
         start = 0
         for batch in plan_batches(count, self.manifest.batches):
@@ -333,7 +326,7 @@ class Pipeline:
             self.encode_tokens([0])
 
     def _check_previews(self, scales: Collection[int]) -> None:
-        allowed = self.manifest.resolved_plan.steps[:-1]
+        allowed = self.manifest.preview_scales
         wrong = [scale for scale in scales if scale not in allowed or isinstance(scale, bool)]
         if wrong:
             raise RequestError(
@@ -377,16 +370,29 @@ class Pipeline:
         Raises:
             RequestError: a value out of range.
         """
-        if prompts is not None or negative_prompts is not None:
-            if labels is not None or text_features is not None or negative_text_features is not None:
-                raise RequestError("give labels, prompts or text_features, and only one of them")
-            ids, _ = self._token_ids(prompts, negative_prompts)
-            count = len(ids)
-        else:
-            count = len(self._condition(labels, text_features, negative_text_features))
+        count, _ = self._subjects(labels, prompts, negative_prompts, text_features, negative_text_features)
         self._request(count, cfg, temperature, top_k, top_p, greedy=False)
         self._seeds(seeds, count)
         self._check_previews(preview_scales)
+
+    def _subjects(
+        self,
+        labels: Sequence[int] | None,
+        prompts: Sequence[str] | None,
+        negative_prompts: Sequence[str | None] | None,
+        text_features: Sequence[NDArray[Any]] | None,
+        negative_text_features: Sequence[NDArray[Any] | None] | None,
+    ) -> tuple[int, Callable[[], Condition]]:
+        """How many images are asked for, and what makes their condition: of prompts, the text encoder's work."""
+        if prompts is None and negative_prompts is None:
+            condition = self._condition(labels, text_features, negative_text_features)
+            return len(condition), lambda: condition
+        if text_features is not None or negative_text_features is not None:
+            raise RequestError("give prompts or text_features, not both")
+        ids, negative_ids = self._token_ids(prompts, negative_prompts)
+        if labels is not None:
+            raise RequestError("this bundle draws from text: give prompts or text_features, and no labels")
+        return len(ids), lambda: self._condition(None, *self._encode(ids, negative_ids))
 
     def _check_aspect(self, h_div_w: float | None) -> None:
         model = self.manifest.model
@@ -408,7 +414,11 @@ class Pipeline:
             RequestError: a bundle without text encoder, or a prompt that is empty or too long.
             BackendError: the text encoder cannot be loaded or run.
         """
-        ids, negative_ids = self._token_ids(prompts, negative_prompts)
+        return self._encode(*self._token_ids(prompts, negative_prompts))
+
+    def _encode(
+        self, ids: list[list[int]], negative_ids: list[list[int] | None] | None
+    ) -> tuple[list[NDArray[Any]], list[NDArray[Any] | None] | None]:
         features = [self.encode_tokens(item) for item in ids]
         if negative_ids is None:
             return features, None

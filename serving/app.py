@@ -186,7 +186,11 @@ def create_app(
         await admit(request)
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[Preview | None] = asyncio.Queue()
-        ticket, wanted = await submit(body, lambda preview: _hand_over(loop, items, preview))
+
+        def hand_over(preview: Preview) -> None:  # from the service's thread
+            loop.call_soon_threadsafe(items.put_nowait, preview)
+
+        ticket, wanted = await submit(body, hand_over)
         return StreamingResponse(_events(ticket, wanted, body, items), media_type="text/event-stream")
 
     @app.get("/v1/model")
@@ -351,7 +355,7 @@ def _image_request(body: ImageBody, manifest: Manifest, options: ServerOptions) 
 
 def _default_scales(manifest: Manifest) -> tuple[int, ...]:
     """Three of the scales that have previews, evenly spread, the last of them included."""
-    allowed = manifest.resolved_plan.steps[:-1]
+    allowed = manifest.preview_scales
     return tuple(sorted({allowed[(i * len(allowed) - 1) // 3] for i in (1, 2, 3)} if len(allowed) > 2 else allowed))
 
 
@@ -382,10 +386,6 @@ async def _result(ticket: Ticket, wanted: ImageRequest) -> ImageResult:
             return await ticket
     except TimeoutError as error:
         raise CancelledError(f"the deadline of {wanted.deadline_s:g} s has passed") from error
-
-
-def _hand_over(loop: asyncio.AbstractEventLoop, items: asyncio.Queue[Preview | None], item: Preview | None) -> None:
-    loop.call_soon_threadsafe(items.put_nowait, item)
 
 
 async def _events(
@@ -447,7 +447,7 @@ def _error(error: Exception) -> tuple[int, dict[str, dict[str, str]]]:
 
 
 def _describe(manifest: Manifest) -> dict[str, Any]:
-    model, plan = manifest.model, manifest.resolved_plan
+    model = manifest.model
     takes = ["label"] if model.family == "var" else ["text_features"]
     if manifest.text_encoder is not None:
         takes = ["prompt", *takes]
@@ -462,6 +462,6 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         "plan": manifest.plan.name,
         "batches": list(manifest.batches),
         "scales": [list(size) for size in manifest.schedule],
-        "preview_scales": list(plan.steps[:-1]),
+        "preview_scales": list(manifest.preview_scales),
         "sampling": dataclasses.asdict(manifest.sampling),
     }
