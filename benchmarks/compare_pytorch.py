@@ -222,6 +222,7 @@ def compare(depth: int, width: int, schedule: str, prune: str, runs: int, work_d
     ratios = {
         name: statistics.median(b / r["total"] for b, r in zip(base, rows, strict=True)) for name, rows in times.items()
     }
+    processor = cpu_fields().get("model name", platform.machine())
     click.echo(
         f"## {depth} layers x {width}, {schedule}x{schedule} pixels, plan {prune}\n\n"
         f"Batch 1 with guidance, fp32, {runs} runs, transformer only. {processor}, "

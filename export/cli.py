@@ -168,14 +168,14 @@ def main(
         from fastvar_trt.export.models.var import DEFAULT_TOP_K
         from fastvar_trt.export.sources import InfinitySource, Source, VARSource
         from fastvar_trt.export.targets import build_targets, parse_targets
-        from fastvar_trt.export.triton import check_free
+        from fastvar_trt.export.triton import check_free, model_folder
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
 
     if targets is not None:
         parse_targets(targets)  # an error before minutes of work
     if triton is not None:
-        check_free(triton, out, force=force)
+        check_free(model_folder(triton, out), force=force)
     begin = time.perf_counter()
     progress = _Progress()
     try:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvar_trt.export.folders import recover, replace_folder, temporary_folder
+from fastvar_trt.export.folders import new_folder
 from fastvar_trt.export.models.base import NextScaleModel, Request
 from fastvar_trt.export.models.infinity import Infinity
 from fastvar_trt.export.models.reference import ChainState
@@ -339,21 +338,10 @@ def _tool_versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-@contextlib.contextmanager
-def _new_bundle(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
+def _new_bundle(out: Path, force: bool) -> contextlib.AbstractContextManager[Path]:
+    """A folder that becomes the bundle `out` when the block ends well."""
     out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow a link that --force should replace
-    try:
-        recover(out)
-        _check_free(out, force)
-        with temporary_folder(out) as folder:
-            yield folder
-            _check_free(out, force)  # minutes have passed
-            replace_folder(folder, out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(f"--out {out}: the disk is full: {error.strerror}; nothing was kept") from error
-        raise ExportError(f"--out {out}: cannot be written: {error}; nothing was kept") from error
+    return new_folder(out, "--out", lambda: _check_free(out, force))
 
 
 def _check_free(out: Path, force: bool) -> None:

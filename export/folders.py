@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from fastvar_trt.runtime.errors import ExportError
 
 _NAME_LENGTH = 8
 
@@ -35,6 +38,38 @@ def temporary_folder(target: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
         lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, option: str, check_free: Callable[[], object]) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: an absolute path.
+        option: of the command line, for messages.
+        check_free: raises where `target` is there and may not be replaced; called before the block and after it.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+    with disk_errors(option, target):
+        recover(target)
+        check_free()
+        with temporary_folder(target) as folder:
+            yield folder
+            check_free()  # minutes have passed
+            replace_folder(folder, target)
+
+
+@contextlib.contextmanager
+def disk_errors(option: str, target: Path) -> Iterator[None]:
+    """What the disk refuses, as an `ExportError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ExportError(f"{option} {target}: the disk is full: {error.strerror}; nothing was kept") from error
+        raise ExportError(f"{option} {target}: cannot be written: {error}; nothing was kept") from error
 
 
 def replace_folder(folder: Path, target: Path) -> None:

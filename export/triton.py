@@ -14,7 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
-from fastvar_trt.export.folders import recover, replace_folder, temporary_folder
+from fastvar_trt.export.folders import disk_errors, new_folder, recover
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
 
@@ -27,22 +27,28 @@ __all__ = ["TritonPythonModel"]
 _QUEUE_DELAY_US = 5000  # as Service's default
 
 
-def check_free(repository: Path, bundle: Path, *, force: bool) -> Path:
-    """The folder of a bundle's model, which does not exist, or is one of ours and may be replaced.
+def check_free(target: Path, *, force: bool) -> None:
+    """That the folder of a model does not exist, or is one of ours and may be replaced.
 
     Raises:
         ExportError: it is there already.
     """
-    # resolve() would follow links: the model is named like the link.
-    target = Path(os.path.abspath(repository)) / Path(os.path.abspath(bundle)).name  # noqa: PTH100
-    recover(target)
-    if not os.path.lexists(target):
-        return target
-    if not force:
-        raise ExportError(f"--triton: {target} exists already; give another folder, or --force to replace the model")
-    if not (target / "1" / "bundle" / MANIFEST_FILE).is_file():
-        raise ExportError(f"--triton: {target} exists and holds no bundle, so --force does not replace it")
-    return target
+    with disk_errors("--triton", target):
+        recover(target)
+        if not os.path.lexists(target):
+            return
+        if not force:
+            raise ExportError(
+                f"--triton: {target} exists already; give another folder, or --force to replace the model"
+            )
+        if not (target / "1" / "bundle" / MANIFEST_FILE).is_file():
+            raise ExportError(f"--triton: {target} exists and holds no bundle, so --force does not replace it")
+
+
+def model_folder(repository: Path, bundle: Path) -> Path:
+    """Where a bundle's model goes: it is named like the bundle."""
+    # resolve() would follow links: the model of a link is named like the link.
+    return Path(os.path.abspath(repository)) / Path(os.path.abspath(bundle)).name  # noqa: PTH100
 
 
 def write_triton_model(bundle: Path, repository: Path, *, force: bool = False) -> Path:
@@ -62,17 +68,12 @@ def write_triton_model(bundle: Path, repository: Path, *, force: bool = False) -
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=False)
-    try:
-        target = check_free(repository, bundle, force=force)
-        with temporary_folder(target) as folder:
-            (folder / "config.pbtxt").write_text(triton_config(target.name, manifest), encoding="utf-8")
-            (folder / "1").mkdir()
-            (folder / "1" / "model.py").write_text(_MODEL, encoding="utf-8")
-            shutil.copytree(bundle, folder / "1" / "bundle", copy_function=_link_or_copy)
-            check_free(repository, bundle, force=force)
-            replace_folder(folder, target)
-    except OSError as error:
-        raise ExportError(f"--triton {repository}: cannot be written: {error}; nothing was kept") from error
+    target = model_folder(repository, bundle)
+    with new_folder(target, "--triton", lambda: check_free(target, force=force)) as folder:
+        (folder / "config.pbtxt").write_text(triton_config(target.name, manifest), encoding="utf-8")
+        (folder / "1").mkdir()
+        (folder / "1" / "model.py").write_text(_MODEL, encoding="utf-8")
+        shutil.copytree(bundle, folder / "1" / "bundle", copy_function=_link_or_copy)
     return target
 
 

@@ -42,13 +42,13 @@ class ServerProcess:
         """What it wrote."""
         return self._log.read_text()
 
-    def wait_for(self, pattern: str, count: int = 1) -> re.Match[str]:
-        """The `count`-th place of the log with the pattern, as soon as it is there."""
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The first place of the log with the pattern, as soon as it is there."""
         limit = time.monotonic() + START_S
         while time.monotonic() < limit:
-            found = list(re.finditer(pattern, self.log))
-            if len(found) >= count:
-                return found[count - 1]
+            found = re.search(pattern, self.log)
+            if found is not None:
+                return found
             assert self.process.poll() is None, self.log
             time.sleep(0.05)
         raise AssertionError(f"no {pattern!r} in:\n{self.log}")
