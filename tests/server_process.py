@@ -1,4 +1,4 @@
-"""`fastvar serve` as a process of its own, and its page."""
+"""`fastvar serve` as a process of its own, its page, and a gate that holds what it draws."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+
+from fastvar_trt.runtime import Pipeline
 
 FASTVAR = (sys.executable, "-c", "from fastvar_trt.tools.cli import main; main()")
 FASTVAR_EXPORT = (sys.executable, "-c", "from fastvar_trt.export.cli import main; main()")
@@ -68,6 +72,22 @@ class ServerProcess:
         """Send the signal, and wait for the exit code."""
         self.process.send_signal(number)
         return self.process.wait(START_S)
+
+
+class Gate:
+    """Holds one graph of every chain of a pipeline until it is opened: by default the first."""
+
+    def __init__(self, pipe: Pipeline, patch: pytest.MonkeyPatch, number: int = 0) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+        for chain in pipe._chains.values():
+            graph = chain._bound[frozenset()][number]
+
+            def held(original: Callable[[], None] = graph.enqueue) -> None:
+                self.entered.set()
+                assert self.open.wait(60)
+                original()
+
+            patch.setattr(graph, "enqueue", held)
 
 
 class Page:

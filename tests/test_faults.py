@@ -32,7 +32,7 @@ from fastvar_trt.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileSpec
 from fastvar_trt.runtime.plan import PRESETS
 from fastvar_trt.serving.app import create_app
 from fastvar_trt.serving.server import DrainingServer, parse_rate
-from server_process import FASTVAR, FASTVAR_EXPORT, serving
+from server_process import FASTVAR, FASTVAR_EXPORT, Gate, serving
 
 Export = Callable[..., tuple[Path, ExportReport]]
 
@@ -181,21 +181,12 @@ def test_a_request_that_outlasts_the_drain_is_answered(
     tiny_bundle: Path, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = Pipeline.load(tiny_bundle)
-    entered, leave = threading.Event(), threading.Event()
-    graph = pipe._chains[1]._bound[frozenset()][2]
-    held = graph.enqueue
-
-    def hold() -> None:
-        entered.set()
-        assert leave.wait(60)
-        held()
-
-    monkeypatch.setattr(graph, "enqueue", hold)
+    gate = Gate(pipe, monkeypatch, 2)
     with ThreadPoolExecutor(1) as pool:
         with local_server(Service(pipe, max_wait_s=0), drain_s=0.1) as port:
             answer = pool.submit(httpx.post, f"http://127.0.0.1:{port}{path}", json={"label": 1}, timeout=60)
-            assert entered.wait(60)
-            answer.add_done_callback(lambda _: leave.set())
+            assert gate.entered.wait(60)
+            answer.add_done_callback(lambda _: gate.open.set())
         assert answer.result(60).status_code == (200 if path.endswith("stream") else 504)
         assert "the service was closed before the picture was there" in answer.result().text
 
@@ -205,31 +196,25 @@ def test_a_client_that_disconnects(tiny_bundle: Path, path: str, monkeypatch: py
     """What it asked for is not drawn to the end: the batch stops before its next scale."""
     pipe = Pipeline.load(tiny_bundle)
     expected = pipe.generate([1], seeds=[3]).images[0]
-    entered, leave, ran_on = threading.Event(), threading.Event(), threading.Event()
-    graphs = pipe._chains[1]._bound[frozenset()]
-    held, later = graphs[2].enqueue, graphs[4].enqueue
-
-    def hold() -> None:
-        entered.set()
-        assert leave.wait(60)
-        held()
-
+    ran_on = threading.Event()
+    graph = pipe._chains[1]._bound[frozenset()][4]
+    later = graph.enqueue
     service = Service(pipe, max_wait_s=0)
     with local_server(service) as port:
         with monkeypatch.context() as patch:
-            patch.setattr(graphs[2], "enqueue", hold)
-            patch.setattr(graphs[4], "enqueue", lambda: (ran_on.set(), later()))
+            gate = Gate(pipe, patch, 2)
+            patch.setattr(graph, "enqueue", lambda: (ran_on.set(), later()))
             body = b'{"label": 1, "seed": 3}'
             with socket.create_connection(("127.0.0.1", port)) as client:
                 head = (
                     f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
                 )
                 client.sendall(head.encode() + b"\r\n\r\n" + body)
-                assert entered.wait(60)
+                assert gate.entered.wait(60)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as other:
                 while not service._running[0].future.cancelled():  # the server has seen that the client is gone
                     time.sleep(0.01)
-                leave.set()
+                gate.open.set()
                 while (found := other.get("/healthz").json())["running"] or found["queued"]:
                     time.sleep(0.01)
                 assert not ran_on.is_set()

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fastvar_trt.runtime import BackendError, Pipeline, Service
 from fastvar_trt.serving.app import ServerOptions, create_app
+from server_process import Gate
 
 Serve = Callable[..., TestClient]
 
@@ -189,22 +190,6 @@ def test_a_client_that_asks_too_often(serve: Serve) -> None:
     assert answer.status_code == 429
     assert 3000 < int(answer.headers["retry-after"]) <= 3600
     assert client.get("/healthz").status_code == 200
-
-
-class Gate:
-    """Holds the first graph of every chain until it is opened."""
-
-    def __init__(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.entered, self.open = threading.Event(), threading.Event()
-        for chain in pipe._chains.values():
-            graph = chain._bound[frozenset()][0]
-
-            def held(original: Callable[[], None] = graph.enqueue) -> None:
-                self.entered.set()
-                assert self.open.wait(60)
-                original()
-
-            monkeypatch.setattr(graph, "enqueue", held)
 
 
 def test_a_full_queue_and_deadlines(serve: Serve, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
