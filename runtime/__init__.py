@@ -21,7 +21,9 @@ from fastvar_trt.runtime.errors import (
 )
 from fastvar_trt.runtime.manifest import Manifest, read_manifest
 from fastvar_trt.runtime.pipeline import GenerationResult, Pipeline, Preview
-from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan, load_plan
+from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
+from fastvar_trt.runtime.precision import Precision
+from fastvar_trt.runtime.request import Request
 from fastvar_trt.runtime.service import ImageRequest, ImageResult, Metrics, Service, Ticket
 
 __all__ = [
@@ -39,12 +41,13 @@ __all__ = [
     "OverloadedError",
     "Pipeline",
     "PlanError",
+    "Precision",
     "Preview",
     "PruningPlan",
+    "Request",
     "RequestError",
     "ResolvedPlan",
     "Service",
     "Ticket",
-    "load_plan",
     "read_manifest",
 ]

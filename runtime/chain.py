@@ -1,24 +1,25 @@
-"""The scale loop: one chain of graphs for one batch size, with every buffer allocated and bound once.
+"""One chain of graphs for one batch size, with every buffer allocated and bound once.
 
-The host only binds buffers between steps. Keys and values live in one buffer per layer, [S_total, B2, H, D]:
-a step reads its head as `past` and writes its tail as `new`, so appending copies nothing.
+The host only binds buffers between graphs. Keys and values live in one buffer per layer, [S_total, B2, H, D]: a graph
+reads its head and writes its tail, so appending copies nothing. Which buffer a tensor is bound to follows from its
+role, layer and scale, and from the order in which the graphs run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, CapturedChain, View
 from fastvar_trt.runtime.errors import BackendError, BundleError, CancelledError
-from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec
-from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.manifest import OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
+from fastvar_trt.runtime.request import BatchInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,30 +29,89 @@ class ChainOutputs:
     tokens: list[NDArray[Any]]  # per step: int32 [B, L] or uint8 [B, L, bits]
     f_hat: NDArray[Any]  # fp32 [B, C_vae, h_K, w_K]
     pixels: NDArray[Any]  # uint8 [B, H, W, 3]
+    finite: NDArray[Any]  # bool [B], whether an image's logits are, at every step
     logits: list[NDArray[Any]] | None  # per step: fp32 [B, L, V] or [B, L, bits, 2]
     image: NDArray[Any] | None  # fp32 [B, 3, H, W]
     timings: dict[str, float]  # graph name -> ms
 
 
-class Chain:
-    """Condition, steps and decoder of one batch size, bound to their buffers on an open backend."""
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor lives: a buffer, and of keys and values the first of its rows there."""
 
-    def __init__(self, backend: Backend, manifest: Manifest, batch: int) -> None:
+    key: str
+    first_row: int | None = None
+
+
+_F_HAT_BUFFERS = (f"{Role.F_HAT}@0", f"{Role.F_HAT}@1")
+
+
+class _Layout:
+    """The places of all tensors of a chain; see the module's first lines."""
+
+    def __init__(self, graphs: Sequence[GraphSpec]) -> None:
+        self.inputs: list[dict[str, _Place]] = []
+        self.outputs: list[dict[str, _Place]] = []
+        self.num_rows: dict[str, int] = defaultdict(int)  # of buffers of keys and values
+        self.by_role: dict[Role, dict[str, TensorSpec]] = defaultdict(dict)  # buffer -> the tensor that it holds
+        self.f_hat_after: dict[int, str] = {}  # scale -> buffer
+        self.f_hat = _F_HAT_BUFFERS[0]  # what the next graph reads
+        for graph in graphs:
+            self._add(graph)
+
+    def _add(self, graph: GraphSpec) -> None:
+        inputs, outputs = {}, {}
+        for spec in graph.inputs:
+            place = _Place(self.f_hat) if spec.role is Role.F_HAT else _place(spec, first_row=0)
+            inputs[spec.name] = place
+            self.by_role[spec.role].setdefault(place.key, spec)
+        for spec in graph.outputs:
+            if spec.role is Role.F_HAT:
+                # Two buffers in turn: a graph reads the one and writes the other.
+                self.f_hat = _F_HAT_BUFFERS[1 - _F_HAT_BUFFERS.index(self.f_hat)]
+                place = _Place(self.f_hat)
+                if graph.scale is not None:
+                    self.f_hat_after[graph.scale] = self.f_hat
+            else:
+                place = _place(spec, first_row=self.num_rows[_place(spec).key])
+            outputs[spec.name] = place
+            self.by_role[spec.role].setdefault(place.key, spec)
+            if place.first_row is not None:
+                self.num_rows[place.key] += spec.shape[0]
+        self.inputs.append(inputs)
+        self.outputs.append(outputs)
+
+
+def _place(spec: TensorSpec, first_row: int | None = None) -> _Place:
+    """The buffer behind a tensor: of its layer, of its scale, or shared by name."""
+    if spec.role in (Role.KEYS, Role.VALUES):
+        return _Place(f"{spec.role}_{spec.layer}", first_row)
+    return _Place(spec.name if spec.scale is None else f"{spec.name}@{spec.scale}")
+
+
+class Chain:
+    """The graphs of one batch size, in the order in which they run, bound to their buffers on an open backend."""
+
+    def __init__(self, backend: Backend, graphs: Sequence[GraphSpec]) -> None:
         self._backend = backend
-        self._graphs = manifest.chain(batch)
-        self._plan = manifest.resolved_plan
-        self.batch = batch
-        for graph in self._graphs:
+        self._graphs = tuple(graphs)
+        self._layout = _Layout(graphs)
+        for graph in graphs:
             backend.load(graph)
         self._buffers: dict[str, Buffer] = {}
-        self._bound: dict[frozenset[str], list[BoundGraph]] = {}
-        self._captured: dict[frozenset[str], CapturedChain] = {}
+        self._bound: dict[frozenset[Role], list[BoundGraph]] = {}
+        self._captured: dict[frozenset[Role], CapturedChain] = {}
         self._decoders: dict[str, BoundGraph] = {}  # of previews, by the buffer that they read
         self._bind(frozenset())
 
     @property
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every buffer: requests, modulations, keys and values, caches, results, noise."""
+        return {key: buffer.shape for key, buffer in self._buffers.items()}
+
+    @property
     def num_buffer_bytes(self) -> int:
-        """Memory of all buffers: requests, modulations, keys and values, caches, results, noise."""
+        """Memory of all buffers."""
         return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
 
     def close(self) -> None:
@@ -62,10 +122,8 @@ class Chain:
 
     def run(
         self,
-        condition: Mapping[str, NDArray[Any]],
-        noise: Mapping[int, NDArray[Any]],
-        request: Mapping[str, NDArray[Any]],
-        optional: Collection[str] = (),
+        inputs: BatchInputs,
+        optional: Collection[Role] = (),
         should_stop: Callable[[], bool] = lambda: False,
         preview_scales: Collection[int] = (),
         on_preview: Callable[[int, NDArray[Any]], None] = lambda scale, pixels: None,
@@ -73,10 +131,8 @@ class Chain:
         """One batch of images.
 
         Args:
-            condition: inputs of the condition graph, each [B or B2, ...].
-            noise: scale -> fp32 [B, L] or [B, L, bits], U[0, 1).
-            request: the `REQUEST_INPUTS`: those of `PER_SCALE_REQUEST` [B, number of scales], the others [B].
-            optional: those of `OPTIONAL_OUTPUTS` that shall be returned.
+            inputs: of as many images as the batch has.
+            optional: those of `OPTIONAL_ROLES` that shall be returned.
             should_stop: asked before every graph, or before the launch of a captured chain.
             preview_scales: steps after which the decoder runs on what there is; such a run is not captured.
             on_preview: called with each of them and its uint8 [B, H, W, 3].
@@ -89,17 +145,7 @@ class Chain:
         wanted = frozenset(optional)
         if wanted not in self._bound:
             self._bind(wanted)
-        for name, array in condition.items():
-            backend.upload(self._buffers[name], array)
-        for name in names.REQUEST_INPUTS:
-            if name in self._buffers:
-                backend.upload(self._buffers[name], request[name])
-        for scale, uniform in noise.items():
-            backend.upload(self._buffers[_at(names.UNIFORM, scale)], uniform)
-            for name in names.PER_SCALE_REQUEST:
-                if _at(name, scale) in self._buffers:
-                    backend.upload(self._buffers[_at(name, scale)], np.ascontiguousarray(request[name][:, scale]))
-
+        self._upload(inputs)
         captured = self._captured.get(wanted)
         if captured is not None and not preview_scales:
             _stop_if(should_stop)
@@ -114,7 +160,7 @@ class Chain:
                 bound.enqueue()
                 marks.append(backend.mark())
                 spans.append((marks[-2], marks[-1]))
-                if graph.scale is not None and graph.scale in preview_scales:
+                if graph.scale is not None and graph.scale in preview_scales and graph.output(Role.F_HAT) is not None:
                     on_preview(graph.scale, self._preview(graph.scale))
                     marks.append(backend.mark())  # a preview is no part of the next graph's time
             outputs = self._outputs(wanted, spans)
@@ -125,19 +171,29 @@ class Chain:
             self._capture(wanted, outputs)
         return outputs
 
+    def _upload(self, inputs: BatchInputs) -> None:
+        for key, spec in self._layout.by_role[Role.CONDITION].items():
+            self._backend.upload(self._buffers[key], inputs.condition[spec.name])
+        for key, spec in self._layout.by_role[Role.REQUEST].items():
+            values = inputs.request[spec.name]
+            of_scale = values if spec.scale is None else np.ascontiguousarray(values[:, spec.scale])
+            self._backend.upload(self._buffers[key], of_scale)
+        for key, spec in self._layout.by_role[Role.NOISE].items():
+            assert spec.scale is not None
+            self._backend.upload(self._buffers[key], inputs.noise[spec.scale])
+
     def _preview(self, scale: int) -> NDArray[Any]:
         """What the decoder makes of `f_hat` after a step: uint8 [B, H, W, 3]."""
-        key = _f_hat_after(self._plan.steps, scale)
+        key, decoder = self._layout.f_hat_after[scale], self._graphs[-1]
+        pixels = self._buffer_of(Role.PIXELS)
         if key not in self._decoders:
-            decoder = self._graphs[-1]
             inputs = {spec.name: self._buffers[key].view() for spec in decoder.inputs}
-            self._decoders[key] = self._backend.bind(
-                decoder, inputs, {names.PIXELS: self._buffers[names.PIXELS].view()}
-            )
+            outputs = {spec.name: pixels.view() for spec in decoder.outputs if spec.role is Role.PIXELS}
+            self._decoders[key] = self._backend.bind(decoder, inputs, outputs)
         self._decoders[key].enqueue()
-        return self._backend.download(self._buffers[names.PIXELS])
+        return self._backend.download(pixels)
 
-    def _capture(self, wanted: frozenset[str], expected: ChainOutputs) -> None:
+    def _capture(self, wanted: frozenset[Role], expected: ChainOutputs) -> None:
         """Capture the chain that has just run, run it so, and compare: the inputs are still in their buffers.
 
         The results are wiped before: a capture that recorded nothing would otherwise find them there.
@@ -153,11 +209,9 @@ class Chain:
             raise
         self._captured[wanted] = captured
 
-    def _compare_captured(self, captured: CapturedChain, wanted: frozenset[str], expected: ChainOutputs) -> None:
-        steps = self._plan.steps
-        results = [names.PIXELS, *(_f_hat_after(steps, k) for k in steps[:2]), *(_at(names.TOKENS, k) for k in steps)]
-        for key in results:
-            if key in self._buffers:
+    def _compare_captured(self, captured: CapturedChain, wanted: frozenset[Role], expected: ChainOutputs) -> None:
+        for role in (Role.PIXELS, Role.F_HAT, Role.TOKENS):
+            for key in self._layout.by_role[role]:
                 self._backend.upload(self._buffers[key], np.zeros_like(self._backend.download(self._buffers[key])))
         captured.launch()
         got = self._outputs(wanted, list(itertools.pairwise(captured.marks)))
@@ -168,44 +222,50 @@ class Chain:
                 "uncaptured; load with capture=False (--no-capture), and report it"
             )
 
-    def _outputs(self, wanted: frozenset[str], spans: Sequence[tuple[Any, Any]]) -> ChainOutputs:
-        backend, steps = self._backend, self._plan.steps
+    def _outputs(self, wanted: frozenset[Role], spans: Sequence[tuple[Any, Any]]) -> ChainOutputs:
+        download, layout = self._backend.download, self._layout
 
-        def per_step(name: str) -> list[NDArray[Any]]:
-            return [backend.download(self._buffers[_at(name, k)]) for k in steps]
+        def per_step(role: Role) -> list[NDArray[Any]]:
+            return [download(self._buffers[key]) for key in layout.by_role[role]]
 
         return ChainOutputs(
-            tokens=per_step(names.TOKENS),
-            f_hat=backend.download(self._buffers[_f_hat_after(steps, steps[-1])]),
-            pixels=backend.download(self._buffers[names.PIXELS]),
-            logits=per_step(names.LOGITS) if names.LOGITS in wanted else None,
-            image=backend.download(self._buffers[names.IMAGE]) if names.IMAGE in wanted else None,
+            tokens=per_step(Role.TOKENS),
+            f_hat=download(self._buffers[layout.f_hat]),
+            pixels=download(self._buffer_of(Role.PIXELS)),
+            finite=np.all(per_step(Role.FINITE), axis=0),
+            logits=per_step(Role.LOGITS) if Role.LOGITS in wanted else None,
+            image=download(self._buffer_of(Role.IMAGE)) if Role.IMAGE in wanted else None,
             timings={
-                graph.name: backend.elapsed_ms(start, stop)
+                graph.name: self._backend.elapsed_ms(start, stop)
                 for graph, (start, stop) in zip(self._graphs, spans, strict=True)
             },
         )
 
-    def _bind(self, optional: frozenset[str]) -> None:
+    def _buffer_of(self, role: Role) -> Buffer:
+        """The one buffer of a role."""
+        (key,) = self._layout.by_role[role]
+        return self._buffers[key]
+
+    def _bind(self, optional: frozenset[Role]) -> None:
         bound = []
-        for graph in self._graphs:
-            inputs = {spec.name: self._view(graph, spec) for spec in graph.inputs}
-            outputs = {
-                spec.name: self._view(graph, spec)
+        for graph, inputs, outputs in zip(self._graphs, self._layout.inputs, self._layout.outputs, strict=True):
+            read = {spec.name: self._view(graph, spec, inputs[spec.name]) for spec in graph.inputs}
+            written = {
+                spec.name: self._view(graph, spec, outputs[spec.name])
                 for spec in graph.outputs
-                if spec.name not in names.OPTIONAL_OUTPUTS or spec.name in optional
+                if spec.role not in OPTIONAL_ROLES or spec.role in optional
             }
-            bound.append(self._backend.bind(graph, inputs, outputs))
+            bound.append(self._backend.bind(graph, read, written))
         self._bound[optional] = bound
 
-    def _view(self, graph: GraphSpec, spec: TensorSpec) -> View:
+    def _view(self, graph: GraphSpec, spec: TensorSpec, place: _Place) -> View:
         """The part of a buffer that a graph's tensor is bound to; allocates the buffer at its first use."""
-        view = self._key_value_view(graph, spec)
-        if view is None:
-            key = _buffer_key(graph, spec.name, self._plan)
-            if key not in self._buffers:
-                self._buffers[key] = self._backend.allocate(spec.shape, spec.dtype)
-            view = self._buffers[key].view()
+        if place.key not in self._buffers:
+            # Keys and values: [S_total, B2, H, D].
+            shape = spec.shape if place.first_row is None else (self._layout.num_rows[place.key], *spec.shape[1:])
+            self._buffers[place.key] = self._backend.allocate(shape, spec.dtype)
+        buffer = self._buffers[place.key]
+        view = buffer.view() if place.first_row is None else buffer.rows(place.first_row, spec.shape[0])
         if not view.matches(spec):
             raise BundleError(
                 f"{graph.file}: tensor {spec.name}: got {spec.dtype} {spec.shape}, but the graphs before it give "
@@ -213,51 +273,10 @@ class Chain:
             )
         return view
 
-    def _key_value_view(self, graph: GraphSpec, spec: TensorSpec) -> View | None:
-        kind, _, layer_text = spec.name.rpartition("_")
-        if kind not in ("past_k", "past_v", "new_k", "new_v"):
-            return None
-        assert graph.scale is not None
-        layer, scale = int(layer_text), graph.scale
-        start = self._plan.num_past(scale, layer)
-        key = f"{kind[-1]}_{layer}"
-        if key not in self._buffers:
-            last = self._plan.steps[-1]  # emits no keys: nothing follows that would read them
-            shape = (self._plan.num_past(last, layer), *spec.shape[1:])  # [S_total, B2, H, D]
-            self._buffers[key] = self._backend.allocate(shape, spec.dtype)
-        buffer = self._buffers[key]
-        if kind.startswith("past"):
-            return buffer.rows(0, start)
-        return buffer.rows(start, self._plan.kept(scale, layer))
-
 
 def _stop_if(should_stop: Callable[[], bool]) -> None:
     if should_stop():
         raise CancelledError("the request was cancelled between two scales")
-
-
-def _at(name: str, scale: int) -> str:
-    return f"{name}@{scale}"
-
-
-def _f_hat_after(steps: Sequence[int], scale: int) -> str:
-    # Two buffers in turn: a step reads the one and writes the other.
-    return f"{names.F_HAT}@{steps.index(scale) % 2}"
-
-
-def _buffer_key(graph: GraphSpec, tensor: str, plan: ResolvedPlan) -> str:
-    """The buffer behind a tensor: shared by name, except what every step has its own of."""
-    if tensor == names.F_HAT:
-        # The decoder reads what the last step wrote, a step what the step before it wrote.
-        before = plan.steps[-1] if graph.scale is None else plan.steps[plan.steps.index(graph.scale) - 1]
-        return _f_hat_after(plan.steps, before)
-    if graph.scale is None:
-        return tensor
-    if tensor == names.F_HAT_OUT:
-        return _f_hat_after(plan.steps, graph.scale)
-    if tensor in (names.UNIFORM, names.TOKENS, names.LOGITS, *names.PER_SCALE_REQUEST):
-        return _at(tensor, graph.scale)
-    return tensor
 
 
 def plan_batches(count: int, sizes: Collection[int]) -> list[int]:

@@ -1,11 +1,13 @@
-"""The record of a bundle's TensorRT engines, `engines/<flavour>/engines.json`: what each was built from and for."""
+"""What was built of a bundle for one target: `engines/<folder>/engines.json` says of what, with what and for what.
+
+One schema for all targets: the prepacked graphs of ONNX Runtime, its graphs for CUDA, TensorRT's engines.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +19,34 @@ from fastvar_trt.runtime.manifest import (
     FileSpec,
     Manifest,
     TensorSpec,
-    file_sha256,
 )
 
-_FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineRecord:
-    """One engine.
+    """One engine: whatever a backend loads in place of a graph.
 
     Attributes:
         graph: the graph file that it computes.
         file: the engine file, in the same folder as the record.
         content: size and hash of the engine file.
-        flavour: `tensorrt_rtx` or `tensorrt`.
-        version: of TensorRT; no other version may load it.
-        targets: the compute capabilities that it runs on.
+        built_with: what it depends on besides graph and weights -> version: another one must not load it.
+        targets: what it runs on.
         graph_sha256: hash of the graph file.
         weights_sha256: hash of the weights file; small weights are inside the engine.
         weights: inputs that are tensors of the weights file.
         inputs: what the engine reads, weights among it.
         outputs: what it writes.
-        kernels: counts: `total`, `attention` (fused), `gemm_bias_gelu` (fused).
+        kernels: counts by kind, where the builder tells them: `total`, `attention` (fused), `gemm_bias_gelu` (fused).
         seconds: that the build took.
     """
 
     graph: str
     file: str
     content: FileSpec
-    flavour: str
-    version: str
+    built_with: Mapping[str, str]
     targets: tuple[str, ...]
     graph_sha256: str
     weights_sha256: str
@@ -57,25 +56,10 @@ class EngineRecord:
     kernels: Mapping[str, int]
     seconds: float
 
-    def stale_reason(self, manifest: Manifest, folder: Path, *, check_hash: bool) -> str:
-        """Why the engine must not be used for this bundle; empty where it may."""
-        if self.graph not in manifest.files or self.graph_sha256 != manifest.files[self.graph].sha256:
-            return f"{self.file} was built from another {self.graph}"
-        if self.weights_sha256 != manifest.files[WEIGHTS_FILE].sha256:
-            return f"{self.file} was built from another {WEIGHTS_FILE}"
-        path = folder / self.file
-        if not path.is_file():
-            return f"{self.file} is missing"
-        size = path.stat().st_size
-        if size != self.content.num_bytes:
-            return f"{self.file} has {size} bytes, expected {self.content.num_bytes}"
-        if check_hash and file_sha256(path) != self.content.sha256:
-            return f"{self.file} is damaged: its SHA-256 is not the recorded one"
-        return ""
-
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
-        return dataclasses.asdict(self)
+        tensors = {"inputs": self.inputs, "outputs": self.outputs}
+        return dataclasses.asdict(self) | {name: [t.to_json() for t in specs] for name, specs in tensors.items()}
 
     @classmethod
     def from_json(cls, data: Any) -> EngineRecord:
@@ -84,100 +68,149 @@ class EngineRecord:
         Raises:
             KeyError, TypeError, ValueError: not such an object.
         """
-
-        def specs(entries: Any) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(str(e["name"]), tuple(map(int, e["shape"])), str(e["dtype"])) for e in entries)
-
-        file = str(data["file"])
-        if Path(file).name != file:
-            raise ValueError(f"engine file {file!r}: expected a plain file name")
         return cls(
             graph=str(data["graph"]),
-            file=file,
+            file=_plain_name(data["file"]),
             content=FileSpec(int(data["content"]["num_bytes"]), str(data["content"]["sha256"])),
-            flavour=str(data["flavour"]),
-            version=str(data["version"]),
+            built_with={str(name): str(version) for name, version in data["built_with"].items()},
             targets=tuple(map(str, data["targets"])),
             graph_sha256=str(data["graph_sha256"]),
             weights_sha256=str(data["weights_sha256"]),
             weights=tuple(map(str, data["weights"])),
-            inputs=specs(data["inputs"]),
-            outputs=specs(data["outputs"]),
+            inputs=tuple(map(TensorSpec.from_json, data["inputs"])),
+            outputs=tuple(map(TensorSpec.from_json, data["outputs"])),
             kernels={str(name): int(count) for name, count in data["kernels"].items()},
             seconds=float(data["seconds"]),
         )
 
 
-def engines_folder(bundle: Path, flavour: str) -> Path:
-    """Where the engines of one TensorRT package lie."""
-    return bundle / ENGINES_FOLDER / flavour
+def _plain_name(value: Any) -> str:
+    name = str(value)
+    if Path(name).name != name:
+        raise ValueError(f"engine file {name!r}: expected a plain file name")
+    return name
 
 
-def read_engines(bundle: Path, flavour: str) -> dict[str, EngineRecord]:
-    """The recorded engines by graph file; empty where none were built.
+@dataclasses.dataclass(frozen=True)
+class EngineSet:
+    """All that was built in one folder.
+
+    Attributes:
+        folder: where it lies.
+        records: by graph file.
+        shared: files that several engines read.
+    """
+
+    folder: Path
+    records: Mapping[str, EngineRecord] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, FileSpec] = dataclasses.field(default_factory=dict)
+
+    def problem(
+        self, manifest: Manifest, graph: str, built_with: Mapping[str, str], target: str, *, check_hash: bool
+    ) -> str:
+        """Why the engine of a graph must not be used for a bundle; empty where it may.
+
+        Args:
+            manifest: of the bundle.
+            graph: the graph file.
+            built_with: what is here.
+            target: what it shall run on.
+            check_hash: compare its content with the record, too; else its size only.
+        """
+        record = self.records.get(graph)
+        if record is None:
+            return f"there is none for {graph}"
+        if graph not in manifest.files or record.graph_sha256 != manifest.files[graph].sha256:
+            return f"{record.file} was built from another {graph}"
+        if record.weights_sha256 != manifest.files[WEIGHTS_FILE].sha256:
+            return f"{record.file} was built from another {WEIGHTS_FILE}"
+        for name in sorted({*record.built_with, *built_with}):
+            ours, theirs = built_with.get(name, "none"), record.built_with.get(name, "none")
+            if ours != theirs:
+                return f"{record.file} was built with {name} {theirs}, here is {ours}"
+        if target not in record.targets:
+            return f"{record.file} was built for {', '.join(record.targets)}, here is {target}"
+        return record.content.problem(self.folder / record.file, check_hash=check_hash)
+
+    def shared_problem(self, *, check_hash: bool) -> str:
+        """What is wrong with the files that several engines read; empty where nothing is."""
+        problems = (spec.problem(self.folder / name, check_hash=check_hash) for name, spec in self.shared.items())
+        return next((problem for problem in problems if problem), "")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "shared": {name: dataclasses.asdict(spec) for name, spec in self.shared.items()},
+            "engines": [record.to_json() for record in self.records.values()],
+        }
+
+
+def engines_folder(bundle: Path, name: str) -> Path:
+    """Where what was built for one kind of target lies."""
+    return bundle / ENGINES_FOLDER / name
+
+
+def read_engines(bundle: Path, name: str) -> EngineSet:
+    """What was built in that folder; empty where nothing was.
 
     Raises:
         BundleError: a record that cannot be read.
     """
-    path = engines_folder(bundle, flavour) / ENGINES_FILE
+    folder = engines_folder(bundle, name)
+    path = folder / ENGINES_FILE
     if not path.is_file():
-        return {}
+        return EngineSet(folder)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format_version"] != _FORMAT_VERSION:
-            raise ValueError(f"format version {data['format_version']!r}, expected {_FORMAT_VERSION}")
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {data['format_version']!r}, expected {FORMAT_VERSION}")
         records = [EngineRecord.from_json(entry) for entry in data["engines"]]
+        shared = {_plain_name(file): FileSpec(**spec) for file, spec in data["shared"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(
-            f"{path}: damaged ({type(error).__name__}: {error}); remove it and run `fastvar build {bundle}` again"
+            f"{path}: damaged ({type(error).__name__}: {error}); run `fastvar build {bundle}` again"
         ) from error
-    return {record.graph: record for record in records}
+    return EngineSet(folder, {record.graph: record for record in records}, shared)
 
 
-def write_records(folder: Path, records: Sequence[EngineRecord]) -> None:
-    """Replace the record in a folder of engines in one step."""
-    data = {"format_version": _FORMAT_VERSION, "engines": [record.to_json() for record in records]}
-    partial = folder / f".{ENGINES_FILE}.{uuid.uuid4().hex[:8]}"
-    try:
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / ENGINES_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+def engine_folders(bundle: Path) -> list[str]:
+    """The folders in which something was built."""
+    return sorted(path.parent.name for path in (bundle / ENGINES_FOLDER).glob(f"[!.]*/{ENGINES_FILE}"))
 
 
 def usable_engines(
-    bundle: Path, manifest: Manifest, flavour: str, version: str, target: str, *, check_hashes: bool
-) -> dict[str, EngineRecord]:
-    """The engines for every graph of the bundle, by graph file.
+    bundle: Path,
+    manifest: Manifest,
+    name: str,
+    built_with: Mapping[str, str],
+    target: str,
+    *,
+    build_target: str = "",
+    check_hashes: bool,
+) -> EngineSet:
+    """The engines of every graph of the bundle.
 
     Args:
         bundle: its folder.
         manifest: its manifest.
-        flavour: the TensorRT package that will load them.
-        version: its version.
-        target: the compute capability of the GPU, as in `sm86`.
+        name: the folder of the engines.
+        built_with: what is here of what they depend on, as in their records.
+        target: what they shall run on.
+        build_target: what `fastvar build --target` calls it, where that is something else.
         check_hashes: compare their content with the record, too.
 
     Raises:
-        BundleError: an engine that is missing, stale, damaged, or of another version or GPU; with the command that
+        BundleError: an engine that is missing, stale, damaged, or of another version or target; with the command that
             builds it.
     """
-    # Enterprise TensorRT builds for the GPU that it finds, and for no other.
-    command = f"run `fastvar build {bundle} --target {'current' if flavour == 'tensorrt' else target}`"
-    records = read_engines(bundle, flavour)
-    if not records:
-        raise BundleError(f"bundle {bundle}: no engines of {flavour} were built; {command}")
-    usable = {}
+    command = f"run `fastvar build {bundle} --target {build_target or target}`"
+    engines = read_engines(bundle, name)
+    if not engines.records:
+        raise BundleError(f"bundle {bundle}: no engines of {name} were built; {command}")
+    problem = engines.shared_problem(check_hash=check_hashes)
     for graph in manifest.graphs:
-        record = records.get(graph.file)
-        if record is None:
-            raise BundleError(f"bundle {bundle}: no {flavour} engine for {graph.file}; {command}")
-        reason = record.stale_reason(manifest, engines_folder(bundle, flavour), check_hash=check_hashes)
-        if not reason and record.version != version:
-            reason = f"{record.file} was built by {flavour} {record.version}, {version} is installed"
-        if not reason and target not in record.targets:
-            reason = f"{record.file} was built for {', '.join(record.targets)}, this GPU is {target}"
-        if reason:
-            raise BundleError(f"bundle {bundle}: {reason}; {command}")
-        usable[graph.file] = record
-    return usable
+        problem = problem or engines.problem(manifest, graph.file, built_with, target, check_hash=check_hashes)
+    if problem:
+        raise BundleError(f"bundle {bundle}: {problem}; {command}")
+    return engines

@@ -1,30 +1,68 @@
 """The manifest: the one contract between the exporter and the runtime. Standard library only.
 
-Tensor names that both sides use are defined here and nowhere else. Dimension letters: B images, B2 = 2B
-rows with classifier-free guidance (conditional rows first), L tokens, K kept tokens, S keys seen so far,
-T cached tokens, H heads, D head dim, C channels, V vocabulary.
+Tensor names that both sides use are defined here and nowhere else; what a tensor is to the runtime, its role, layer and
+scale say. Dimension letters: B images, B2 = 2B rows with classifier-free guidance (conditional rows first), L tokens,
+K kept tokens, S keys seen so far, T cached tokens, H heads, D head dim, C channels, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastvar_trt.runtime.errors import BundleError, PlanError
 from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
+from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 REFERENCE_FILE = "reference.npz"  # what PyTorch computed at export; `fastvar verify` compares with it
 TOKENIZER_FILE = "tokenizer.json"  # of the text encoder
 ENGINES_FOLDER = "engines"
 ENGINES_FILE = "engines.json"
+ENGINES_FOLDER = "engines"
+
+# Kinds of graphs. A family may have others: a chain runs whatever graphs it lists.
+TEXT_ENCODER = "text_encoder"
+CONDITION_GRAPH = "condition"
+STEP = "step"
+DECODER = "decoder"
+
+
+class Role(enum.StrEnum):
+    """What a graph's tensor is to the runtime."""
+
+    CONDITION = "condition"  # input: what the image is of; set by the request
+    REQUEST = "request"  # input: a run-time value [B], by its name in `runtime.request.Request`; of a scale or of all
+    NOISE = "noise"  # input: U[0, 1), one number per draw; of a scale
+    F_HAT = "f_hat"  # what the graph before wrote; as an output, the same after this graph
+    KEYS = "keys"  # of a layer: those of all graphs before; as an output, those that this graph adds
+    VALUES = "values"  # likewise
+    # Written by one graph and read by later ones under the same name:
+    STATE = "state"
+    MODULATION = "modulation"
+    TEXT = "text"
+    CACHE = "cache"
+    # Results:
+    TOKENS = "tokens"  # of a scale
+    LOGITS = "logits"  # of a scale; bound on request only
+    FINITE = "finite"  # bool [B], whether an image's logits are; of a scale
+    IMAGE = "image"  # bound on request only
+    PIXELS = "pixels"
+
+
+_PER_SCALE = (Role.NOISE, Role.TOKENS, Role.LOGITS, Role.FINITE)  # every step has its own
+_PER_LAYER = (Role.KEYS, Role.VALUES)
+OPTIONAL_ROLES = (Role.LOGITS, Role.IMAGE)
 
 # Graph inputs and outputs.
 LABELS = "labels"  # int64 [B], class indices
@@ -40,39 +78,11 @@ TOKEN_IDS = "token_ids"  # int64 [1, T], of one prompt, padded
 TOKEN_COUNT = "token_count"  # int64 [1], how many of them are tokens
 ENCODED = "encoded"  # fp32 [1, T, C_text], what the text encoder makes of them
 UNIFORM = "uniform"  # fp32 [B, L] or [B, L, bits], U(0, 1), one per draw
-CFG = "cfg"  # fp32 [B]
-TEMPERATURE = "temperature"  # fp32 [B]
-TOP_K = "top_k"  # int64 [B], 1..max_top_k
-TOP_P = "top_p"  # fp32 [B]; at least 1 keeps everything
-GREEDY = "greedy"  # bool [B]
 TOKENS = "tokens"  # int32 [B, L], or bits uint8 [B, L, bits]
-LOGITS = "logits"  # fp32 [B, L, V] or [B, L, bits, 2], after guidance, before temperature; bound on request only
-IMAGE = "image"  # fp32 [B, 3, H, W] in [0, 1], RGB; bound on request only
+LOGITS = "logits"  # fp32 [B, L, V] or [B, L, bits, 2], after guidance, before temperature
+FINITE = "finite"  # bool [B]
+IMAGE = "image"  # fp32 [B, 3, H, W] in [0, 1], RGB
 PIXELS = "pixels"  # uint8 [B, H, W, 3], RGB
-
-REQUEST_DTYPES: Mapping[str, str] = {
-    CFG: "float32",
-    TEMPERATURE: "float32",
-    TOP_K: "int64",
-    TOP_P: "float32",
-    GREEDY: "bool",
-}
-REQUEST_INPUTS = tuple(REQUEST_DTYPES)
-PER_SCALE_REQUEST = (CFG, TEMPERATURE)  # each step has its own
-OPTIONAL_OUTPUTS = (LOGITS, IMAGE)
-
-FAMILIES = ("var", "infinity")
-_OF_FAMILY = {"num_classes": "var", "text_width": "infinity", "text_length": "infinity"}
-
-DTYPE_BYTES: Mapping[str, int] = {
-    "bool": 1,
-    "uint8": 1,
-    "float16": 2,
-    "bfloat16": 2,
-    "float32": 4,
-    "int32": 4,
-    "int64": 8,
-}
 
 
 def modulation(layer: int) -> str:
@@ -115,29 +125,96 @@ def cache(layer: int, sublayer: str) -> str:
     return f"cache_{layer}_{sublayer}"
 
 
+def graph_name(kind: str, scale: int | None = None) -> str:
+    """`condition`, `step_00`, ...: a graph in timings and messages, and a step's tokens in files."""
+    return kind if scale is None else f"{kind}_{scale:02d}"
+
+
+def logits_name(scale: int) -> str:
+    """A step's logits in the reference file."""
+    return f"logits_{scale:02d}"
+
+
 def graph_file(kind: str, batch: int, scale: int | None = None) -> str:
     """File name of a graph; only batch sizes other than 1 are part of the name."""
-    stem = kind if scale is None else f"{kind}_{scale:02d}"
-    return f"{stem}.onnx" if batch == 1 else f"{stem}_b{batch}.onnx"
+    return f"{graph_name(kind, scale)}{'' if batch == 1 else f'_b{batch}'}.onnx"
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """Name, static shape and dtype (a numpy name, or `bfloat16`) of a graph's input or output."""
+    """A graph's input or output.
+
+    Attributes:
+        name: of the ONNX graph's tensor.
+        shape: static.
+        dtype: of `precision.DTYPES`.
+        role: what it is to the runtime.
+        layer: which it belongs to, of keys, values, caches, modulations.
+        scale: which it belongs to, where every step has its own.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    role: Role = Role.STATE
+    layer: int | None = None
+    scale: int | None = None
 
     @property
     def num_bytes(self) -> int:
         """Size of the dense tensor in bytes."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].num_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object, without what is None."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
+        """Read a JSON object.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such an object.
+        """
+        spec = cls(
+            name=str(data["name"]),
+            shape=tuple(map(int, data["shape"])),
+            dtype=str(data["dtype"]),
+            role=Role(data["role"]),
+            layer=_optional_int(data.get("layer")),
+            scale=_optional_int(data.get("scale")),
+        )
+        if spec.dtype not in DTYPES:
+            raise ValueError(f"tensor {spec.name}: unknown dtype {spec.dtype!r}")
+        if (spec.role in _PER_SCALE and spec.scale is None) or (spec.role in _PER_LAYER and spec.layer is None):
+            raise ValueError(f"tensor {spec.name}: its {spec.role} belong to no scale or layer")
+        return spec
+
+
+def _optional_int(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def check_same_tensors(
+    what: str, expected: tuple[TensorSpec, ...], got: tuple[TensorSpec, ...], error: type[Exception]
+) -> None:
+    """That two lists have the same names, shapes and dtypes.
+
+    Raises:
+        error: naming the first that only one of them has.
+    """
+    ours, theirs = ({(spec.name, spec.shape, spec.dtype) for spec in specs} for specs in (expected, got))
+    for name, shape, dtype in sorted(ours ^ theirs, key=str):
+        where = "manifest" if (name, shape, dtype) in ours else "graph"
+        raise error(
+            f"{what}: only the {where} has the tensor {name}, {dtype} {shape}; copy the bundle again, or export it "
+            "again"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class GraphSpec:
-    """One ONNX graph of the bundle: `kind` is text_encoder, condition, step or decoder; `scale` is set for steps."""
+    """One ONNX graph of the bundle; `scale` is set for steps, and for others that belong to one scale."""
 
     file: str
     kind: str
@@ -149,25 +226,96 @@ class GraphSpec:
     @property
     def name(self) -> str:
         """`condition`, `step_00`, ..., `decoder`: the graph's name in timings and messages."""
-        return self.kind if self.scale is None else f"{self.kind}_{self.scale:02d}"
+        return graph_name(self.kind, self.scale)
+
+    def input(self, role: Role) -> TensorSpec | None:
+        """The first input of that role."""
+        return next((spec for spec in self.inputs if spec.role is role), None)
+
+    def output(self, role: Role) -> TensorSpec | None:
+        """The first output of that role."""
+        return next((spec for spec in self.outputs if spec.role is role), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "file": self.file,
+            "kind": self.kind,
+            "batch": self.batch,
+            "scale": self.scale,
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GraphSpec:
+        """Read a JSON object.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such an object.
+        """
+        return cls(
+            file=str(data["file"]),
+            kind=str(data["kind"]),
+            batch=int(data["batch"]),
+            scale=_optional_int(data["scale"]),
+            inputs=tuple(map(TensorSpec.from_json, data["inputs"])),
+            outputs=tuple(map(TensorSpec.from_json, data["outputs"])),
+        )
+
+
+class Condition(enum.StrEnum):
+    """What a model draws from."""
+
+    CLASS = "class"
+    TEXT = "text"
+
+
+class Tokens(enum.StrEnum):
+    """What a model draws at a position."""
+
+    INDEX = "index"  # one of a vocabulary
+    BITS = "bits"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of the exported model."""
+    """What the exported model takes and draws, and its sizes. `family` is for people and for the exporter."""
 
-    family: str  # var or infinity
+    family: str
+    condition: Condition
+    tokens: Tokens
     depth: int
     width: int
     num_heads: int
     mlp_width: int
     vocab_size: int  # outputs of the head per token: V, or 2 per bit
     code_channels: int  # inputs of the embedding per token
-    image_height: int
-    image_width: int
-    num_classes: int = 0  # var
-    text_width: int = 0  # infinity: C_text
-    text_length: int = 0  # infinity: T, the longest prompt in tokens
+    num_classes: int = 0  # where the condition is a class
+    text_width: int = 0  # C_text, where it is text
+    text_length: int = 0  # T, the longest prompt in tokens
+
+    def _check(self) -> None:
+        wanted = {Condition.CLASS: ("num_classes",), Condition.TEXT: ("text_width", "text_length")}
+        elsewhere = {name for condition, names in wanted.items() if condition is not self.condition for name in names}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type != "int" or field.name in elsewhere:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"model.{field.name}: got {value!r}, expected a positive whole number")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
+        """Read a JSON object.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such an object.
+        """
+        enums = {"condition": Condition(data["condition"]), "tokens": Tokens(data["tokens"])}
+        model = cls(**{**data, **enums})
+        model._check()
+        return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +327,21 @@ class SamplingSpec:
     top_k: int
     top_p: float
     temperature: float = 1.0
+
+    def check(self, vocab_size: int) -> None:
+        """That the values can be used.
+
+        Raises:
+            ValueError: one cannot.
+        """
+        for name in ("max_top_k", "top_k"):
+            value, least = getattr(self, name), int(name == "max_top_k")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= vocab_size:
+                raise ValueError(f"sampling.{name}: got {value!r}, expected {least} to {vocab_size}")
+        for name in ("cfg", "top_p", "temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"sampling.{name}: got {value!r}, expected a finite number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,27 +356,161 @@ class FileSpec:
         """The file as it lies there."""
         return cls(path.stat().st_size, file_sha256(path))
 
+    def problem(self, path: Path, *, check_hash: bool) -> str:
+        """What is wrong with the file that lies there; empty where nothing is."""
+        if not path.is_file():
+            return f"{path.name} is missing"
+        size = path.stat().st_size
+        if size != self.num_bytes:
+            return f"{path.name}: got {size} bytes, expected {self.num_bytes} (an incomplete copy?)"
+        if check_hash and file_sha256(path) != self.sha256:
+            return f"{path.name}: its SHA-256 is not that on record (damaged or changed)"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One size and pruning plan over the bundle's weights.
+
+    Attributes:
+        name: by which it is asked for.
+        image_height, image_width: pixels.
+        schedule: (height, width) of the token map per scale, skipped ones included.
+        plan: what is pruned.
+        graphs: of all batch sizes; those of one batch size in the order in which they run.
+    """
+
+    name: str
+    image_height: int
+    image_width: int
+    schedule: tuple[tuple[int, int], ...]
+    plan: PruningPlan
+    graphs: tuple[GraphSpec, ...]
+
+    @property
+    def h_div_w(self) -> float:
+        """Height over width of the pictures."""
+        return self.image_height / self.image_width
+
+    def resolve(self, depth: int) -> ResolvedPlan:
+        """The plan for a model of that many layers."""
+        return self.plan.resolve(self.schedule, depth)
+
+    def chain(self, batch: int) -> tuple[GraphSpec, ...]:
+        """The graphs of one batch size, in the order in which they run."""
+        return tuple(graph for graph in self.graphs if graph.batch == batch)
+
+    def steps(self, batch: int) -> tuple[GraphSpec, ...]:
+        """Those of the chain that draw tokens."""
+        return tuple(graph for graph in self.chain(batch) if graph.kind == STEP)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "name": self.name,
+            "image_height": self.image_height,
+            "image_width": self.image_width,
+            "schedule": [list(size) for size in self.schedule],
+            "plan": self.plan.to_json(),
+            "graphs": [graph.to_json() for graph in self.graphs],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Variant:
+        """Read a JSON object.
+
+        Raises:
+            KeyError, TypeError, ValueError, PlanError: not such an object.
+        """
+        variant = cls(
+            name=str(data["name"]),
+            image_height=int(data["image_height"]),
+            image_width=int(data["image_width"]),
+            schedule=tuple((int(h), int(w)) for h, w in data["schedule"]),
+            plan=PruningPlan.from_json(data["plan"]),
+            graphs=tuple(map(GraphSpec.from_json, data["graphs"])),
+        )
+        if variant.image_height < 1 or variant.image_width < 1:
+            raise ValueError(f"image: got {variant.image_width}x{variant.image_height}")
+        return variant
+
+    def check(self, depth: int, batches: tuple[int, ...]) -> None:
+        """That graphs, schedule and plan fit together, so that nothing later has to doubt it.
+
+        Raises:
+            ValueError: what does not.
+            PlanError: the plan does not fit the schedule.
+        """
+        plan = self.resolve(depth)
+        of_one_batch = [(CONDITION_GRAPH, None), *((STEP, k) for k in plan.steps), (DECODER, None)]
+        known = {kind for kind, _ in of_one_batch}
+        for batch in {*batches, *(graph.batch for graph in self.graphs)}:
+            expected = of_one_batch if batch in batches else []
+            found = [(graph.kind, graph.scale) for graph in self.chain(batch) if graph.kind in known]
+            for kind, scale in dict.fromkeys([*expected, *found]):
+                got, wanted = found.count((kind, scale)), expected.count((kind, scale))
+                if got != wanted:
+                    raise ValueError(
+                        f"graphs: got {got} of {graph_name(kind, scale)} for batch {batch}, expected {wanted}"
+                    )
+            if found != expected:
+                raise ValueError(f"graphs: those of batch {batch} are not in the order in which they run")
+            self._check_chain(batch, plan)
+
+    def _check_chain(self, batch: int, plan: ResolvedPlan) -> None:
+        """That tokens, keys and values are as many as schedule and plan say: buffers are sized by these."""
+        rows: dict[tuple[Role, int | None], int] = defaultdict(int)
+        for graph in self.chain(batch):
+            for spec in graph.inputs:
+                if spec.role in _PER_LAYER:
+                    _check_axis(graph, spec, 0, rows[spec.role, spec.layer])
+            for spec in (*graph.inputs, *graph.outputs):
+                if spec.scale is not None and not 0 <= spec.scale < len(self.schedule):
+                    raise ValueError(f"{graph.file}: {spec.name}: there is no scale {spec.scale}")
+                if spec.role in (Role.NOISE, Role.TOKENS) and spec.scale is not None:
+                    _check_axis(graph, spec, 1, plan.num_tokens(spec.scale))
+            for spec in graph.outputs:
+                if spec.role in _PER_LAYER:
+                    if graph.kind == STEP and graph.scale is not None and spec.layer is not None:
+                        _check_axis(graph, spec, 0, plan.kept(graph.scale, spec.layer))
+                    rows[spec.role, spec.layer] += spec.shape[0]
+
+
+def _check_axis(graph: GraphSpec, spec: TensorSpec, axis: int, expected: int) -> None:
+    if spec.shape[axis : axis + 1] != (expected,):
+        raise ValueError(f"{graph.file}: {spec.name}: got {spec.shape}, expected {expected} in axis {axis}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """All that is known of a bundle without opening another file."""
 
     model: ModelSpec
-    schedule: tuple[tuple[int, int], ...]
-    plan: PruningPlan
     precision: str
     batches: tuple[int, ...]
     sampling: SamplingSpec
-    graphs: tuple[GraphSpec, ...]
+    variants: tuple[Variant, ...]  # the first is the default
+    auxiliary: tuple[GraphSpec, ...]  # graphs outside of the chains: a text encoder
     files: Mapping[str, FileSpec]
     operators: Mapping[str, int]
     tools: Mapping[str, str]
     configs: Mapping[str, Any]  # the exporter's: what it needs to trace these weights again
 
     @property
+    def default(self) -> Variant:
+        """The variant that is drawn with where none is asked for."""
+        return self.variants[0]
+
+    @functools.cached_property
     def resolved_plan(self) -> ResolvedPlan:
-        """The pruning plan in absolute terms."""
-        return self.plan.resolve(self.schedule, self.model.depth)
+        """The default variant's plan in absolute terms."""
+        return self.default.resolve(self.model.depth)
+
+    @functools.cached_property
+    def graphs(self) -> tuple[GraphSpec, ...]:
+        """Every graph, once; variants may share some."""
+        graphs = [*self.auxiliary, *(graph for variant in self.variants for graph in variant.graphs)]
+        return tuple({graph.file: graph for graph in graphs}.values())
 
     @property
     def preview_scales(self) -> tuple[int, ...]:
@@ -223,83 +520,42 @@ class Manifest:
     @property
     def text_encoder(self) -> GraphSpec | None:
         """The graph that encodes one prompt, of text models that were exported with their encoder."""
-        return next((g for g in self.graphs if g.kind == "text_encoder"), None)
-
-    def chain(self, batch: int) -> tuple[GraphSpec, ...]:
-        """Condition, steps in order, decoder, for one batch size."""
-        graphs = [g for g in self.graphs if g.batch == batch]
-        steps = sorted((g for g in graphs if g.kind == "step"), key=lambda g: g.scale or 0)
-        condition = next(g for g in graphs if g.kind == "condition")
-        decoder = next(g for g in graphs if g.kind == "decoder")
-        return (condition, *steps, decoder)
+        return next((graph for graph in self.auxiliary if graph.kind == TEXT_ENCODER), None)
 
     def _check(self) -> None:
         """That the fields fit together, so that nothing later has to doubt it.
 
         Raises:
             ValueError: what does not.
-            PlanError: the plan does not fit the schedule.
+            PlanError: a plan does not fit its schedule.
         """
-        if self.model.family not in FAMILIES:
-            raise ValueError(f"model.family: got {self.model.family!r}, expected one of {', '.join(FAMILIES)}")
-        for field in dataclasses.fields(self.model):
-            value = getattr(self.model, field.name)
-            if field.name == "family" or (field.name in _OF_FAMILY and self.model.family != _OF_FAMILY[field.name]):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"model.{field.name}: got {value!r}, expected a positive whole number")
-        sampling = self.sampling
-        if not isinstance(sampling.max_top_k, int) or not 1 <= sampling.max_top_k <= self.model.vocab_size:
-            raise ValueError(f"sampling.max_top_k: got {sampling.max_top_k!r}, expected 1 to {self.model.vocab_size}")
-        if self.precision not in ("fp32", "fp16", "bf16"):
-            raise ValueError(f"precision: got {self.precision!r}")
+        self.sampling.check(self.model.vocab_size)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: got {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
         if not self.batches:
             raise ValueError("batches: got none")
-        plan = self.resolved_plan
-        steps = plan.steps
-        of_one_batch = [("condition", None), *(("step", k) for k in steps), ("decoder", None)]
-        expected = [(batch, kind, scale) for batch in self.batches for kind, scale in of_one_batch]
-        if self.text_encoder is not None:
-            expected.append((1, "text_encoder", None))
-        found = [(g.batch, g.kind, g.scale) for g in self.graphs]
-        for graph in [*expected, *found]:
-            if found.count(graph) != expected.count(graph):
-                raise ValueError(f"graphs: got {found.count(graph)} of {graph}, expected {expected.count(graph)}")
-        for step in self.graphs:
-            if step.scale is not None:
-                self._check_step(step, step.scale, plan)
+        if not self.variants or len({variant.name for variant in self.variants}) != len(self.variants):
+            raise ValueError("variants: expected one or more, each with a name of its own")
+        for variant in self.variants:
+            variant.check(self.model.depth, self.batches)
         tokenizer = () if self.text_encoder is None else (TOKENIZER_FILE,)
-        for name in (WEIGHTS_FILE, REFERENCE_FILE, *tokenizer, *(g.file for g in self.graphs)):
+        for name in (WEIGHTS_FILE, REFERENCE_FILE, *tokenizer, *(graph.file for graph in self.graphs)):
             if name not in self.files:
                 raise ValueError(f"files: {name} is missing")
-
-    @staticmethod
-    def _check_step(graph: GraphSpec, scale: int, plan: ResolvedPlan) -> None:
-        """That a step's tokens, keys and values are as many as schedule and plan say: buffers are sized by these."""
-        for spec in (*graph.inputs, *graph.outputs):
-            kind, _, layer = spec.name.rpartition("_")
-            if spec.name in (UNIFORM, TOKENS):
-                axis, expected = 1, plan.num_tokens(scale)
-            elif kind in ("past_k", "past_v"):
-                axis, expected = 0, plan.num_past(scale, int(layer))
-            elif kind in ("new_k", "new_v"):
-                axis, expected = 0, plan.kept(scale, int(layer))
-            else:
-                continue
-            if spec.shape[axis : axis + 1] != (expected,):
-                raise ValueError(f"{graph.file}: {spec.name}: got {spec.shape}, expected {expected} in axis {axis}")
+        for name in self.files:
+            if Path(name).name != name:
+                raise ValueError(f"files: {name!r} is no plain file name")
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object."""
         return {
             "format_version": FORMAT_VERSION,
             "model": dataclasses.asdict(self.model),
-            "schedule": [list(size) for size in self.schedule],
-            "plan": self.plan.to_json(),
             "precision": self.precision,
             "batches": list(self.batches),
             "sampling": dataclasses.asdict(self.sampling),
-            "graphs": [dataclasses.asdict(graph) for graph in self.graphs],
+            "variants": [variant.to_json() for variant in self.variants],
+            "auxiliary": [graph.to_json() for graph in self.auxiliary],
             "files": {name: dataclasses.asdict(spec) for name, spec in self.files.items()},
             "operators": dict(self.operators),
             "tools": dict(self.tools),
@@ -319,44 +575,38 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise BundleError(
                 f"{where}: format version: got {version!r}, this release reads {FORMAT_VERSION}; export the bundle "
-                "again with fastvar-export of this release"
+                f"again{_how_to_export(data, where)}"
             )
-
-        def tensors(entries: Any) -> tuple[TensorSpec, ...]:
-            specs = tuple(TensorSpec(str(e["name"]), tuple(map(int, e["shape"])), str(e["dtype"])) for e in entries)
-            for spec in specs:
-                if spec.dtype not in DTYPE_BYTES:
-                    raise ValueError(f"tensor {spec.name}: unknown dtype {spec.dtype!r}")
-            return specs
-
         try:
             manifest = cls(
-                model=ModelSpec(**data["model"]),
-                schedule=tuple((int(h), int(w)) for h, w in data["schedule"]),
-                plan=PruningPlan.from_json(data["plan"]),
+                model=ModelSpec.from_json(data["model"]),
                 precision=str(data["precision"]),
                 batches=tuple(map(int, data["batches"])),
                 sampling=SamplingSpec(**data["sampling"]),
-                graphs=tuple(
-                    GraphSpec(
-                        file=str(g["file"]),
-                        kind=str(g["kind"]),
-                        batch=int(g["batch"]),
-                        scale=None if g["scale"] is None else int(g["scale"]),
-                        inputs=tensors(g["inputs"]),
-                        outputs=tensors(g["outputs"]),
-                    )
-                    for g in data["graphs"]
-                ),
+                variants=tuple(map(Variant.from_json, data["variants"])),
+                auxiliary=tuple(map(GraphSpec.from_json, data["auxiliary"])),
                 files={str(name): FileSpec(**spec) for name, spec in data["files"].items()},
                 operators={str(name): int(version) for name, version in data["operators"].items()},
                 tools={str(name): str(version) for name, version in data["tools"].items()},
                 configs=dict(data["configs"]),
             )
             manifest._check()
-        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PlanError) as error:
             raise BundleError(f"{where}: damaged ({type(error).__name__}: {error}); export the bundle again") from error
         return manifest
+
+
+def _how_to_export(data: Mapping[str, Any], where: str) -> str:
+    """The command that makes a bundle of format 1 anew, as far as its manifest tells."""
+    try:
+        batches = ",".join(str(int(batch)) for batch in data["batches"])
+        family, plan, precision = (str(v) for v in (data["model"]["family"], data["plan"]["name"], data["precision"]))
+    except (KeyError, TypeError, ValueError):
+        return " with fastvar-export of this release"
+    return (
+        f": fastvar-export {family} --checkpoint FILE --vae FILE --prune {plan} --precision {precision} --batch "
+        f"{batches} --out {Path(where).parent} --force"
+    )
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -372,7 +622,7 @@ def read_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"bundle {bundle}: no {MANIFEST_FILE} in it: not a bundle, or an incomplete copy")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: cannot be read as JSON ({error}); export the bundle again") from error
     return Manifest.from_json(data, str(path))
 
@@ -390,17 +640,6 @@ def check_files(bundle: Path, manifest: Manifest, *, hashes: bool) -> None:
         BundleError: naming the first file that is missing, truncated or changed.
     """
     for name, spec in manifest.files.items():
-        path = bundle / name
-        if not path.is_file():
-            raise BundleError(f"bundle {bundle}: {name} is missing; copy the bundle again, or export it again")
-        size = path.stat().st_size
-        if size != spec.num_bytes:
-            raise BundleError(
-                f"bundle {bundle}: {name}: got {size} bytes, expected {spec.num_bytes} (an incomplete copy?); copy "
-                "the bundle again, or export it again"
-            )
-        if hashes and file_sha256(path) != spec.sha256:
-            raise BundleError(
-                f"bundle {bundle}: {name}: its SHA-256 is not that of the manifest (damaged or changed); copy the "
-                "bundle again, or export it again"
-            )
+        problem = spec.problem(bundle / name, check_hash=hashes)
+        if problem:
+            raise BundleError(f"bundle {bundle}: {problem}; copy the bundle again, or export it again")

@@ -8,15 +8,35 @@ schedule and gives the `ResolvedPlan` that the exporter and the runtime work wit
 from __future__ import annotations
 
 import dataclasses
-import json
+import enum
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastvar_trt.runtime.errors import PlanError
 
-SCORES = ("mse_to_mean",)
+_SCORE = "mse_to_mean"  # FastVAR's; plan files may name it, and none other exists
+
+
+class Work(enum.Enum):
+    """What one layer does with the tokens of one scale."""
+
+    FULL = "full"
+    PRUNED = "pruned"
+    SKIPPED = "skipped"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWork:
+    """What one layer does at one scale.
+
+    Attributes:
+        kind: whether it computes all tokens, the pivotal ones, or none.
+        num_computed: K, the tokens that it computes, and so the keys that it adds; L where it computes all.
+    """
+
+    kind: Work
+    num_computed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +55,18 @@ class ResolvedPlan:
         height, width = self.schedule[scale]
         return height * width
 
+    def work(self, scale: int, layer: int) -> LayerWork:
+        """What a layer does at a scale. Decided here and nowhere else."""
+        length, kept = self.num_tokens(scale), self.num_kept[scale]
+        if kept == 0:
+            return LayerWork(Work.SKIPPED, 0)
+        if kept < length and self._in_pruned_layers(layer):
+            return LayerWork(Work.PRUNED, kept)
+        return LayerWork(Work.FULL, length)
+
+    def _in_pruned_layers(self, layer: int) -> bool:
+        return self.first_layer <= layer <= self.last_layer
+
     @property
     def steps(self) -> tuple[int, ...]:
         """The scales that run, in order."""
@@ -42,23 +74,23 @@ class ResolvedPlan:
 
     def is_pruned(self, scale: int) -> bool:
         """True where some layer of the step computes a part of the tokens only."""
-        return 0 < self.num_kept[scale] < self.num_tokens(scale)
+        return self.prunes(scale, self.first_layer)
 
     def prunes(self, scale: int, layer: int) -> bool:
         """True where this layer of this step computes a part of the tokens only."""
-        return self.is_pruned(scale) and self.first_layer <= layer <= self.last_layer
+        return self.work(scale, layer).kind is Work.PRUNED
 
     def kept(self, scale: int, layer: int) -> int:
         """K, the tokens that `layer` computes at `scale`, and so the keys that it adds."""
-        return self.num_kept[scale] if self.prunes(scale, layer) else self.num_tokens(scale)
+        return self.work(scale, layer).num_computed
 
     def writes_cache(self, scale: int, layer: int) -> bool:
         """True where the layer's sublayer outputs are kept for the pruned scales."""
-        return scale == self.cache_scale and self.first_layer <= layer <= self.last_layer
+        return scale == self.cache_scale and self._in_pruned_layers(layer)
 
     def num_past(self, scale: int, layer: int) -> int:
         """S, the keys that `layer` has kept before `scale`."""
-        return sum(self.kept(k, layer) for k in self.steps if k < scale)
+        return sum(self.kept(k, layer) for k in range(scale))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +105,6 @@ class PruningPlan:
             pruned one. None where nothing is pruned.
         first_layer: first pruned layer (negative: from the end).
         last_layer: last pruned layer, inclusive (negative: from the end; beyond the model's depth: its last).
-        score: the selection score; `mse_to_mean` is FastVAR's.
     """
 
     name: str = "none"
@@ -81,7 +112,6 @@ class PruningPlan:
     cache_scale: int | None = None
     first_layer: int = 0
     last_layer: int = -1
-    score: str = "mse_to_mean"
 
     def resolve(self, schedule: Sequence[tuple[int, int]], depth: int) -> ResolvedPlan:
         """This plan for one model: `schedule` lists (height, width) per scale, `depth` counts layers.
@@ -105,8 +135,6 @@ class PruningPlan:
                 )
             num_kept[scale] -= int(lengths[scale] * fraction)
 
-        if self.score not in SCORES:
-            raise PlanError(f"plan {self.name!r}: score: got {self.score!r}, expected one of {', '.join(SCORES)}")
         first_layer = self._place("first_layer", self.first_layer, depth)
         last_layer = self._place("last_layer", min(self.last_layer, depth - 1), depth)
         if first_layer > last_layer:
@@ -161,7 +189,6 @@ class PruningPlan:
             "cache_scale": self.cache_scale,
             "first_layer": self.first_layer,
             "last_layer": self.last_layer,
-            "score": self.score,
         }
 
     @classmethod
@@ -198,77 +225,15 @@ class PruningPlan:
                 raise PlanError(f"plan {name!r}: fraction: got {fraction!r}, expected a number from 0 to 1")
             fractions.append((integer(entry["scale"], "scale"), float(fraction)))
         cache_scale = data.get("cache_scale")
-        score = data.get("score", "mse_to_mean")
-        if not isinstance(score, str):
-            raise PlanError(f"plan {name!r}: score: got {score!r}, expected a string")
+        if data.get("score", _SCORE) != _SCORE:
+            raise PlanError(f"plan {name!r}: score: got {data['score']!r}, expected {_SCORE!r}, or leave it out")
         return cls(
             name=name,
             fractions=tuple(fractions),
             cache_scale=None if cache_scale is None else integer(cache_scale, "cache_scale"),
             first_layer=integer(data.get("first_layer", 0), "first_layer"),
             last_layer=integer(data.get("last_layer", -1), "last_layer"),
-            score=score,
         )
 
 
-def _infinity(name: str, fractions: tuple[tuple[int, float], ...], cache_scale: int) -> PruningPlan:
-    return PruningPlan(name, fractions, cache_scale, first_layer=3, last_layer=27)
-
-
-# `fastvar-var`: FastVAR's fractions for Infinity's last two computed scales, on VAR's last two; the first layers stay
-# dense, as there. Chosen for speed on models of official size (benchmarks/results); what it costs in quality was
-# measured on the demo model only, where it is too much (benchmarks/results/tune_demo.md).
-# `fastvar-demo`: what `fastvar tune` chose on the demo model.
-# `fastvar-infinity`: as published for 1024x1024 (`fastvar_utils.py`: 0.4 of 32x32 and 0.5 of 40x40, cache of 24x24,
-# 48x48 and 64x64 skipped, layers 3 to 27), by place, so for every aspect ratio. The smaller sizes are what the
-# published code does there. For `-2K` and `-4M` nothing was published: what is skipped and pruned below them stays, and
-# of the last scale a quarter is computed.
-PRESETS: Mapping[str, PruningPlan] = {
-    plan.name: plan
-    for plan in (
-        PruningPlan(),
-        PruningPlan("fastvar-var", ((-2, 0.4), (-1, 0.5)), cache_scale=-3, first_layer=2),
-        PruningPlan("fastvar-demo", ((-1, 0.5),), cache_scale=-2, first_layer=4),
-        _infinity("fastvar-infinity", ((9, 0.4), (10, 0.5), (11, 1.0), (12, 1.0)), 8),
-        _infinity("fastvar-infinity-0.25M", ((9, 0.4),), 8),
-        _infinity("fastvar-infinity-0.60M", ((9, 0.4), (10, 0.5), (11, 1.0)), 8),
-        _infinity("fastvar-infinity-2K", ((9, 0.4), (10, 0.5), (11, 1.0), (12, 1.0), (13, 0.75)), 8),
-        _infinity("fastvar-infinity-4M", ((9, 0.4), (10, 0.5), (11, 1.0), (12, 1.0), (13, 1.0), (14, 0.75)), 8),
-    )
-}
-_OF_SIZE: Mapping[str, str] = {
-    "0.06M": "none",
-    "0.25M": "fastvar-infinity-0.25M",
-    "0.60M": "fastvar-infinity-0.60M",
-    "1M": "fastvar-infinity",
-    "2K": "fastvar-infinity-2K",
-    "4M": "fastvar-infinity-4M",
-}
-
-
-INFINITY_SIZES = tuple(_OF_SIZE)  # Infinity's `pn`, and two sizes beyond
-
-
-def infinity_preset(size: str) -> str:
-    """The preset for a size (`pn`) of Infinity."""
-    return _OF_SIZE[size]
-
-
-def load_plan(preset_or_file: str) -> PruningPlan:
-    """The preset of that name, or the plan in that JSON file.
-
-    Raises:
-        PlanError: neither a preset nor a readable plan file.
-    """
-    if preset_or_file in PRESETS:
-        return PRESETS[preset_or_file]
-    path = Path(preset_or_file)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PlanError(
-            f"--prune {preset_or_file!r}: neither a preset ({', '.join(PRESETS)}) nor a JSON file that exists"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise PlanError(f"--prune {preset_or_file!r}: not a readable JSON file: {error}") from error
-    return PruningPlan.from_json(data, name=path.stem)
+DENSE = PruningPlan()

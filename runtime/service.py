@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime.errors import CancelledError, FastVARError, OverloadedError, RequestError
 from fastvar_trt.runtime.pipeline import Pipeline, Preview
+from fastvar_trt.runtime.request import Request
 
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LATENCIES_KEPT = 1000
@@ -31,30 +32,14 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageRequest:
-    """One picture: the arguments of `Pipeline.generate` for a single image; None is the bundle's default.
+class ImageRequest(Request):
+    """One picture of a service: a `Request`, and how long and with what it is waited for.
 
     Attributes:
-        label: class index, for a model of classes.
-        prompt, negative_prompt: texts, for a model of text whose bundle has its text encoder.
-        text_features: [tokens, width], for a model of text (`Pipeline.encode` makes them of a prompt).
-        negative_text_features: of a negative prompt.
-        seed: of the noise.
-        cfg, temperature, top_k, top_p: sampling.
         deadline_s: seconds from submission after which the picture is not wanted any more.
         preview_scales: steps after which the picture in the making is decoded, for `Service.submit`'s `on_preview`.
     """
 
-    label: int | None = None
-    prompt: str | None = None
-    negative_prompt: str | None = None
-    text_features: NDArray[Any] | None = None
-    negative_text_features: NDArray[Any] | None = None
-    seed: int = 0
-    cfg: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
     deadline_s: float | None = None
     preview_scales: tuple[int, ...] = ()
 
@@ -229,7 +214,7 @@ class Service:
             RequestError: a value out of range; checked here, so that it cannot spoil a batch.
             OverloadedError: the queue is full, or the service is draining; try again later.
         """
-        self._pipeline.check(**_arguments([request]), preview_scales=request.preview_scales)
+        self._pipeline.check([request], preview_scales=request.preview_scales)
         entry = _Entry(request, Future(), time.monotonic(), on_preview)
         with self._changed:
             self._drop_unwanted()
@@ -367,8 +352,8 @@ class Service:
 
         wanted = [entry.request.preview_scales for entry in batch if entry.on_preview is not None]
         try:
-            result = self._pipeline.generate(
-                **self._encoded([entry.request for entry in batch]),
+            result = self._pipeline.draw(
+                [entry.request for entry in batch],
                 should_stop=lambda: all(entry.unwanted for entry in batch),
                 preview_scales=sorted(set().union(*wanted)),
                 on_preview=preview,
@@ -418,23 +403,6 @@ class Service:
                     self._counts["failed"] += 1
                     _settle(entry, error)
 
-    def _encoded(self, requests: list[ImageRequest]) -> dict[str, Any]:
-        """The requests as arguments of `Pipeline.generate`, prompts as the text encoder's features."""
-        features = []
-        for request in requests:
-            if request.prompt is not None:
-                of_prompts, of_negatives = self._pipeline.encode([request.prompt], [request.negative_prompt])
-                assert of_negatives is not None
-                request = dataclasses.replace(
-                    request,
-                    prompt=None,
-                    negative_prompt=None,
-                    text_features=of_prompts[0],
-                    negative_text_features=of_negatives[0],
-                )
-            features.append(request)
-        return _arguments(features)
-
 
 def _settle(entry: _Entry, outcome: ImageResult | Exception) -> None:
     """Hand out a result or an error; nothing where the client has given the request up in the meantime."""
@@ -443,29 +411,3 @@ def _settle(entry: _Entry, outcome: ImageResult | Exception) -> None:
             entry.future.set_exception(outcome)
         else:
             entry.future.set_result(outcome)
-
-
-def _arguments(requests: list[ImageRequest]) -> dict[str, Any]:
-    """The requests, all of one kind, as arguments of `Pipeline.generate`."""
-    arguments: dict[str, Any] = {"seeds": [request.seed for request in requests]}
-    first = requests[0]
-    for request in requests:
-        given = [name for name in ("label", "prompt", "text_features") if getattr(request, name) is not None]
-        if len(given) > 1:
-            raise RequestError(f"got {' and '.join(given)}: give one of them")
-        if request.negative_prompt is not None and request.prompt is None:
-            raise RequestError("negative_prompt: needs a prompt")
-        if request.negative_text_features is not None and request.text_features is None:
-            raise RequestError("negative_text_features: needs text_features")
-    if first.prompt is not None:
-        arguments["prompts"] = [request.prompt for request in requests]
-        arguments["negative_prompts"] = [request.negative_prompt for request in requests]
-    elif first.text_features is not None:
-        arguments["text_features"] = [request.text_features for request in requests]
-        arguments["negative_text_features"] = [request.negative_text_features for request in requests]
-    else:
-        arguments["labels"] = [request.label for request in requests]
-    per_image: Mapping[str, list[Any]] = {
-        name: [getattr(request, name) for request in requests] for name in ("cfg", "temperature", "top_k", "top_p")
-    }
-    return arguments | {name: values for name, values in per_image.items() if any(v is not None for v in values)}

@@ -34,17 +34,11 @@ class PromptTokenizer:
             self._tokenizer = _load_tokenizer(self._bundle / names.TOKENIZER_FILE)
 
     def token_ids(self, prompt: str, name: str = "prompt") -> list[int]:
-        """The tokens of a prompt, the end mark included.
+        """The tokens of a prompt that is some text, the end mark included.
 
         Raises:
-            RequestError: an empty prompt, or one that is too long.
+            RequestError: it is too long.
         """
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise RequestError(f"{name}: got {prompt!r}, expected some text")
-        try:
-            prompt.encode()
-        except UnicodeError as error:  # half of a surrogate pair, which JSON can say
-            raise RequestError(f"{name}: is no text that can be encoded ({error})") from error
         self.load()
         ids = list(self._tokenizer.encode(prompt).ids)
         longest = self._manifest.model.text_length

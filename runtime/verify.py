@@ -12,26 +12,12 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import BundleError
+from fastvar_trt.runtime.manifest import Condition, Tokens, graph_name, logits_name
 from fastvar_trt.runtime.pipeline import Pipeline
-
-# Largest error that may be due to rounding, as a share of the tensor's largest magnitude: both sides compute in the
-# bundle's precision, in another order of summation. About ten times what was measured on the test models.
-TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-# Share of the tokens of one step that may differ: those whose choice falls on the edge between two candidates.
-MAX_TOKENS_CHANGED: Mapping[str, float] = {"fp32": 0.01, "fp16": 0.2, "bf16": 0.5}
-# The same for bits, half of which agree by chance.
-MAX_BITS_CHANGED: Mapping[str, float] = {"fp32": 0.002, "fp16": 0.02, "bf16": 0.1}
-_ALWAYS_ALLOWED = 2  # tokens or bits that may differ however few a step has: the first has one token of a few bits
-# Share by which the scores of selected tokens may sum to less than those of the best ones: near-ties fall differently.
-MAX_SELECTION_SHORTFALL: Mapping[str, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}
-# Share of the positions of a pruned step whose logits may be off: those that a selection has swapped at some layer.
-MAX_POSITIONS_SWAPPED: Mapping[str, float] = {"fp32": 0.02, "fp16": 0.1, "bf16": 0.3}
+from fastvar_trt.runtime.precision import PRECISIONS, Tolerance
+from fastvar_trt.runtime.request import Request
 
 _GREY_LEVEL = 1 / 255  # in pictures that are nearly constant the decoder's normalisation magnifies rounding
-_NOT_PER_IMAGE = (
-    *(names.LABELS, names.TEXT_FEATURES, names.TEXT_LENGTHS, names.NEGATIVE),
-    *(names.TOKEN_IDS, names.TOKEN_COUNT, names.ENCODED),
-)
 _FORCING = 1e6  # a temperature at which both values of a bit are as likely, so that the noise alone decides
 
 
@@ -113,50 +99,30 @@ def verify_bundle(pipeline: Pipeline) -> Verification:
     )
 
 
-def may_change(count: int, are_bits: bool, precision: str) -> float:
-    """Share of a step's tokens, or bits, that may differ by rounding.
-
-    Args:
-        count: how many are compared.
-        are_bits: of a model that draws bits.
-        precision: of the bundle.
-    """
-    limits = MAX_BITS_CHANGED if are_bits else MAX_TOKENS_CHANGED
-    if precision == "fp32":
-        return limits[precision]
-    return max(limits[precision], _ALWAYS_ALLOWED / max(count, 1))
-
-
 def _verify_text(pipeline: Pipeline, reference: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
     """The text encoder on the reference's tokens."""
-    precision = pipeline.manifest.precision
+    precision = PRECISIONS[pipeline.manifest.precision]
     count = int(reference[names.TOKEN_COUNT][0])
     expected = reference[names.ENCODED][0, :count]
     error = float(np.abs(pipeline.encode_tokens(reference[names.TOKEN_IDS][0, :count].tolist()) - expected).max())
     relative = error / float(np.abs(expected).max())
-    if relative <= TOLERANCE[precision]:
+    limit = precision.tolerance.error
+    if relative <= limit:
         return ()
-    return (
-        f"text encoder: differs by {relative:.3g} of the largest value; {precision} allows {TOLERANCE[precision]:g}",
-    )
+    return (f"text encoder: differs by {relative:.3g} of the largest value; {precision.name} allows {limit:g}",)
 
 
 def _verify_batch(pipeline: Pipeline, batch: int, images: Mapping[str, NDArray[Any]]) -> Verification:
-    precision = pipeline.manifest.precision
-    tolerance = TOLERANCE[precision]
+    manifest = pipeline.manifest
+    precision = PRECISIONS[manifest.precision]
+    tolerance = precision.tolerance
     # The images of the reference, again and again until the batch is full.
-    rows = np.arange(batch) % len(images["f_hat"])
-    reference = {name: value[rows] for name, value in images.items() if name not in _NOT_PER_IMAGE}
-    plan = pipeline.manifest.resolved_plan
-    forced: dict[str, Any] = {"greedy": True}
-    if pipeline.manifest.model.family == "infinity":
-        # One of ten thousand bits that falls otherwise would leave nothing to compare: the noise makes them the
-        # reference's, and the logits tell what they would have been.
-        noise = {k: (reference[f"step_{k:02d}"] == 1) * np.float32(1 - 2**-24) for k in plan.steps}
-        forced = {"noise": noise, "temperature": _FORCING, "top_p": 1.0}
-    result = pipeline.generate(
-        **_condition(images, rows),
-        **forced,
+    rows = np.arange(batch) % len(images[names.F_HAT])
+    reference = _of_rows(pipeline, images, rows)
+    plan = manifest.resolved_plan
+    are_bits = manifest.model.tokens is Tokens.BITS
+    result = pipeline.draw(
+        [_request(pipeline, images, reference, i, row) for i, row in enumerate(rows.tolist())],
         return_logits=True,
         return_float_images=True,
     )
@@ -165,42 +131,66 @@ def _verify_batch(pipeline: Pipeline, batch: int, images: Mapping[str, NDArray[A
     steps: list[StepCheck] = []
     same = np.ones(batch, dtype=bool)  # images whose tokens agree so far
     for k, tokens, logits in zip(plan.steps, result.tokens, result.logits, strict=True):
-        step = _check_step(batch, k, tokens, logits, reference, same, tolerance)
+        step = _check_step(batch, k, tokens, logits, reference, same, tolerance, are_bits=are_bits)
         steps.append(step)
         if step.token_agreement is None or step.relative_error is None or step.positions_off is None:
             continue
-        may_be_off = MAX_POSITIONS_SWAPPED[precision] if plan.is_pruned(k) else 0.0
+        may_be_off = tolerance.positions_swapped if plan.is_pruned(k) else 0.0
         if step.positions_off > may_be_off:
             failures.append(
                 f"batch {batch}, step {k}: logits differ by {step.logits_error:.3g}, {step.relative_error:.2g} of the "
-                f"largest; at {step.positions_off:.1%} of the positions by more than the {tolerance:g} of {precision}, "
-                f"expected at most {may_be_off:.1%}"
+                f"largest; at {step.positions_off:.1%} of the positions by more than the {tolerance.error:g} of "
+                f"{precision.name}, expected at most {may_be_off:.1%}"
             )
-        if 1 - step.token_agreement > may_change(tokens[same].size, tokens.dtype == np.uint8, precision):
+        if 1 - step.token_agreement > tolerance.may_change(tokens[same].size, are_bits=are_bits):
             failures.append(f"batch {batch}, step {k}: only {step.token_agreement:.1%} of the tokens agree")
-        same &= (tokens == reference[f"step_{k:02d}"]).reshape(batch, -1).all(axis=1)
+        same &= (tokens == reference[graph_name(names.STEP, k)]).reshape(batch, -1).all(axis=1)
     f_hat_error = image_error = None
     if same.any():
-        f_hat = reference["f_hat"][same]
+        f_hat = reference[names.F_HAT][same]
         f_hat_error = float(np.abs(result.f_hat[same] - f_hat).max() / np.abs(f_hat).max())
-        image_error = float(np.abs(result.float_images - reference["image"])[same].max())
-        allowed = max(tolerance, _GREY_LEVEL)
-        for what, error, limit in (("f_hat", f_hat_error, tolerance), ("image", image_error, allowed)):
+        image_error = float(np.abs(result.float_images - reference[names.IMAGE])[same].max())
+        allowed = max(tolerance.error, _GREY_LEVEL)
+        for what, error, limit in (("f_hat", f_hat_error, tolerance.error), ("image", image_error, allowed)):
             if not error <= limit:
-                failures.append(f"batch {batch}, {what}: differs by {error:.3g}; {precision} allows {limit:.3g}")
+                failures.append(f"batch {batch}, {what}: differs by {error:.3g}; {precision.name} allows {limit:.3g}")
     return Verification(tuple(steps), f_hat_error, image_error, batch, int(same.sum()), tuple(failures))
 
 
-def _condition(images: Mapping[str, NDArray[Any]], rows: NDArray[Any]) -> dict[str, Any]:
-    """What the reference was drawn of, as arguments of `Pipeline.generate`."""
-    if names.LABELS in images:
-        return {"labels": images[names.LABELS][rows].tolist()}
+def _of_rows(pipeline: Pipeline, images: Mapping[str, NDArray[Any]], rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """What the reference has per image: tokens and logits of every step, f_hat and the picture."""
+    steps = pipeline.manifest.resolved_plan.steps
+    per_image = [names.F_HAT, names.IMAGE, *(graph_name(names.STEP, k) for k in steps), *map(logits_name, steps)]
+    return {name: images[name][rows] for name in per_image}
+
+
+def _request(
+    pipeline: Pipeline,
+    images: Mapping[str, NDArray[Any]],
+    reference: Mapping[str, NDArray[Any]],
+    image: int,
+    row: int,
+) -> Request:
+    """What draws the reference's picture `row` as number `image` of a batch."""
+    model = pipeline.manifest.model
+    drawn: dict[str, Any] = {"greedy": True}
+    if model.tokens is Tokens.BITS:
+        # One of ten thousand bits that falls otherwise would leave nothing to compare: the noise makes them the
+        # reference's, and the logits tell what they would have been.
+        forced = {
+            k: (reference[graph_name(names.STEP, k)][image] == 1) * np.float32(1 - 2**-24)
+            for k in pipeline.manifest.resolved_plan.steps
+        }
+        drawn = {"noise": forced, "temperature": _FORCING, "top_p": 1.0}
+    if model.condition is Condition.CLASS:
+        return Request(label=int(images[names.LABELS][row]), **drawn)
     features, lengths, negative = (images[name] for name in (names.TEXT_FEATURES, names.TEXT_LENGTHS, names.NEGATIVE))
-    count = len(negative)
-    return {
-        "text_features": [features[i, : lengths[i]] for i in rows],
-        "negative_text_features": [features[count + i, : lengths[count + i]] if negative[i] else None for i in rows],
-    }
+    other = len(negative) + row
+    return Request(
+        text_features=features[row, : lengths[row]],
+        negative_text_features=features[other, : lengths[other]] if negative[row] else None,
+        **drawn,
+    )
 
 
 def _check_step(
@@ -210,16 +200,18 @@ def _check_step(
     logits: NDArray[Any],
     reference: Mapping[str, NDArray[Any]],
     same: NDArray[Any],
-    tolerance: float,
+    tolerance: Tolerance,
+    *,
+    are_bits: bool,
 ) -> StepCheck:
     if not same.any():
         return StepCheck(batch, scale, 0, None, None, None, None)
-    expected, probe = reference[f"step_{scale:02d}"], reference[f"logits_{scale:02d}"]
+    expected, probe = reference[graph_name(names.STEP, scale)], reference[logits_name(scale)]
     errors = np.abs(logits[:, : probe.shape[1]] - probe)[same]
     errors = errors.reshape(*errors.shape[:2], -1).max(axis=-1)  # per position
     error, largest = float(errors.max()), max(float(np.abs(probe[same]).max()), 1e-6)
     agree = tokens == expected
-    if tokens.dtype == np.uint8:  # which were forced
+    if are_bits:  # which were forced
         agree = logits[:, : probe.shape[1]].argmax(-1) == expected[:, : probe.shape[1]]
     return StepCheck(
         batch=batch,
@@ -228,5 +220,5 @@ def _check_step(
         token_agreement=float(agree[same].mean()),
         logits_error=error,
         relative_error=error / largest,
-        positions_off=1.0 - float((errors <= tolerance * largest).mean()),  # NaN is off
+        positions_off=1.0 - float((errors <= tolerance.error * largest).mean()),  # NaN is off
     )

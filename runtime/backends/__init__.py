@@ -1,39 +1,58 @@
-"""Backends: one class each behind `Backend`, picked by name; their packages are imported on use only."""
+"""Backends: a module and a line each, behind `Backend`; their packages are imported on use only."""
 
 from __future__ import annotations
 
-from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, CapturedChain, View
+from typing import Any
+
+from fastvar_trt.runtime.backends import onnxruntime, tensorrt
+from fastvar_trt.runtime.backends.base import (
+    Backend,
+    BackendEntry,
+    BackendOption,
+    BoundGraph,
+    Buffer,
+    CapturedChain,
+    View,
+)
 from fastvar_trt.runtime.errors import BackendError
+from fastvar_trt.runtime.registry import Registry
 
-BACKENDS = ("onnxruntime", "tensorrt_rtx", "tensorrt")
+BACKENDS: Registry[BackendEntry] = Registry(onnxruntime.ENTRY, tensorrt.RTX, tensorrt.ENTERPRISE)
+DEFAULT_BACKEND = onnxruntime.ENTRY.name
 
-__all__ = ["BACKENDS", "Backend", "BoundGraph", "Buffer", "CapturedChain", "View", "create_backend"]
+__all__ = [
+    "BACKENDS",
+    "DEFAULT_BACKEND",
+    "Backend",
+    "BackendEntry",
+    "BackendOption",
+    "BoundGraph",
+    "Buffer",
+    "CapturedChain",
+    "View",
+    "create_backend",
+]
 
 
-def create_backend(
-    name: str, device: str | None, num_threads: int | None, engines: str, capture: bool | None = None
-) -> Backend:
+def create_backend(name: str, device: str | None = None, *, profile: bool = False, **options: Any) -> Backend:
     """The backend of that name, not yet opened.
 
+    Args:
+        name: one of `BACKENDS`.
+        device: where it runs; default: its own.
+        profile: take the times of single operators, for `Backend.operator_times`.
+        options: the backend's own; those that are None count as not given.
+
     Raises:
-        BackendError: an unknown backend, or a device that it does not run on.
+        BackendError: an unknown backend or option, or a device that it does not run on.
     """
     if name not in BACKENDS:
         raise BackendError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    if name != "onnxruntime":
-        from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
-
-        if num_threads is not None or engines == "off":
-            raise BackendError(f"backend {name}: takes neither num_threads nor engines='off'; leave them out")
-        return TensorRTBackend(name, device=device or "cuda", capture=capture is not False)
-    if device is not None and device.startswith("cuda"):
-        from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-
-        if num_threads is not None or engines == "off":
-            raise BackendError(
-                f"backend {name} on {device}: takes neither num_threads nor engines='off'; leave them out"
-            )
-        return OnnxRuntimeCudaBackend(device=device, capture=capture is True)
-    from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend(device=device or "cpu", num_threads=num_threads, engines=engines)
+    entry = BACKENDS[name]
+    given = {key: value for key, value in options.items() if value is not None}
+    known = [option.name for option in entry.options]
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        takes = f"it takes {', '.join(known)}" if known else "it takes no options"
+        raise BackendError(f"backend {name}: takes no {unknown[0]}; {takes}")
+    return entry.create(device, profile, **given)

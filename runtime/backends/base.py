@@ -5,14 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime.errors import BackendError
-from fastvar_trt.runtime.manifest import DTYPE_BYTES, GraphSpec, TensorSpec
+from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec
+from fastvar_trt.runtime.precision import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Buffer:
     def rows(self, start: int, count: int) -> View:
         """`count` entries of the first axis from `start`; a view, nothing is copied."""
         assert start >= 0 and start + count <= self.shape[0], (start, count, self.shape)
-        row_bytes = math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
+        row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].num_bytes
         return View(self, (count, *self.shape[1:]), self.pointer + start * row_bytes)
 
 
@@ -84,12 +85,12 @@ class Backend(abc.ABC):
     name: str
 
     @abc.abstractmethod
-    def open(self, bundle: Path, precision: str, *, check_hashes: bool) -> None:
+    def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
         """Acquire the device for the graphs of one bundle.
 
         Args:
-            bundle: its folder; the files of the manifest have been checked.
-            precision: what its graphs compute in: `fp32`, `fp16` or `bf16`.
+            bundle: its folder.
+            manifest: its manifest, whose files have been checked.
             check_hashes: whether engine files are compared by their content, or by their sizes only.
         """
 
@@ -131,6 +132,15 @@ class Backend(abc.ABC):
     def release(self, mark: Any) -> None:  # noqa: B027  # most marks are plain numbers
         """Give back what a mark holds."""
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether this machine's processor computes the graphs."""
+        return False
+
+    def describe(self) -> dict[str, Any]:
+        """What a report on its times should say of it."""
+        return {"backend": self.name}
+
     def operator_times(self) -> dict[str, dict[str, float]]:
         """Graph file -> operator or kernel -> ms, summed over all runs; of a backend that was made to take them.
 
@@ -147,3 +157,38 @@ class Backend(abc.ABC):
     def capture(self, bound: Sequence[BoundGraph]) -> CapturedChain:
         """Record the graphs, which have run before, as one launch."""
         raise NotImplementedError(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendOption:
+    """An option of a backend: a keyword of `Pipeline.load`, and with dashes an option of the command line.
+
+    Attributes:
+        name: the keyword.
+        kind: `int`, `str` or `bool`.
+        description: for people.
+        choices: of a string.
+        flag: on the command line, where it is not the keyword with dashes.
+    """
+
+    name: str
+    kind: type
+    description: str
+    choices: tuple[str, ...] = ()
+    flag: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendEntry:
+    """A backend in the registry.
+
+    Attributes:
+        name: by which it is asked for.
+        create: makes one that is not yet opened: `create(device, profile, **options)`, device as the user gave it or
+            None; profile: take the times of single operators, for `Backend.operator_times`.
+        options: the keywords that `create` takes.
+    """
+
+    name: str
+    create: Callable[..., Backend]
+    options: tuple[BackendOption, ...] = ()

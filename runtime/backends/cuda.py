@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
+from fastvar_trt.runtime.precision import DTYPES
 
 _INSTALL = "pip install cuda-bindings (the extras gpu, rtx and tensorrt bring it)"
 
@@ -171,4 +172,4 @@ class CudaDevice:
 
 def host_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """An array to download into; bfloat16 as its bits."""
-    return np.empty(shape, dtype="uint16" if dtype == "bfloat16" else dtype)
+    return np.empty(shape, dtype=DTYPES[dtype].host)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, CapturedChain
 from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError, host_array
-from fastvar_trt.runtime.engines import EngineRecord, usable_engines
+from fastvar_trt.runtime.engines import EngineSet, usable_engines
 from fastvar_trt.runtime.errors import BackendError
-from fastvar_trt.runtime.manifest import WEIGHTS_FILE, TensorSpec, read_manifest
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, TensorSpec
+from fastvar_trt.runtime.weights import TensorPlace, read_layout
 
 _ALIGNMENT = 256  # bytes, of every tensor on the device: what cudaMalloc gives, and what vector loads want
 
@@ -54,7 +54,7 @@ class CudaBackend(Backend):
         self._capture = capture
         self._device: Any = cuda
         self._bundle = Path()
-        self._records: dict[str, EngineRecord] = {}
+        self._engines = EngineSet(Path())
         self._weights: dict[str, int] = {}  # tensor -> device address
         self._allocations: list[int] = []
         self._scratch: dict[str, Buffer] = {}
@@ -120,26 +120,42 @@ class CudaBackend(Backend):
             raise
         return _GraphOfChain(self._device, captured, marks)
 
-    def _open(self, bundle: Path, version: str, *, check_hashes: bool, target: str | None = None) -> None:
+    def _open(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        built_with: Mapping[str, str],
+        *,
+        check_hashes: bool,
+        target: str = "",
+        build_target: str = "",
+    ) -> None:
         """Take the GPU, check what the bundle has for it and whether it fits, and upload the weights.
 
         Args:
             bundle: its folder.
-            version: of the package that runs the engines.
+            manifest: its manifest.
+            built_with: what is here of what the engines depend on.
             check_hashes: compare their content with the record.
             target: what they must have been built for; default: this GPU.
+            build_target: what `fastvar build` calls it; default: the same.
         """
         if self._device is None:
             self._device = CudaDevice(self._ordinal)
         self._device.activate()
         self._bundle = bundle
-        manifest = read_manifest(bundle)
-        self._records = usable_engines(
-            bundle, manifest, self._flavour, version, target or self._device.target, check_hashes=check_hashes
+        self._engines = usable_engines(
+            bundle,
+            manifest,
+            self._flavour,
+            built_with,
+            target or self._device.target,
+            build_target=build_target,
+            check_hashes=check_hashes,
         )
-        places = self._weight_places()
-        used = sorted({name for record in self._records.values() for name in record.weights})
-        weights = sum(places[name][1] for name in used)
+        places = read_layout(bundle / WEIGHTS_FILE)
+        used = sorted({name for record in self._engines.records.values() for name in record.weights})
+        weights = sum(places[name].num_bytes for name in used)
         buffers = sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs)
         free = self._device.free_bytes()
         if weights + buffers > free:
@@ -155,26 +171,17 @@ class CudaBackend(Backend):
         self._allocations.append(pointer)
         return pointer
 
-    def _weight_places(self) -> dict[str, tuple[int, int]]:
-        """Offset in the weights file and size of every tensor, bytes."""
-        with (self._bundle / WEIGHTS_FILE).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        spans = {name: entry["data_offsets"] for name, entry in entries.items()}
-        return {name: (8 + length + start, end - start) for name, (start, end) in spans.items()}
-
-    def _upload_weights(self, used: Sequence[str], places: Mapping[str, tuple[int, int]]) -> None:
+    def _upload_weights(self, used: Sequence[str], places: Mapping[str, TensorPlace]) -> None:
         """One copy of what the engines read, for all scales and batch sizes."""
         offsets, total = {}, 0
         for name in used:
             offsets[name] = total
-            total += math.ceil(places[name][1] / _ALIGNMENT) * _ALIGNMENT
+            total += math.ceil(places[name].num_bytes / _ALIGNMENT) * _ALIGNMENT
         pointer = self._allocate(total)
         mapped = np.memmap(self._bundle / WEIGHTS_FILE, dtype=np.uint8, mode="r")
         for name in used:
-            start, num_bytes = places[name]
-            self._device.upload(pointer + offsets[name], mapped[start : start + num_bytes])
+            place = places[name]
+            self._device.upload(pointer + offsets[name], mapped[place.offset : place.offset + place.num_bytes])
             self._weights[name] = pointer + offsets[name]
 
     def _scratch_for(self, spec: TensorSpec) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
 import json
 import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,38 +17,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, View
+from fastvar_trt.runtime.backends.base import Backend, BackendEntry, BackendOption, BoundGraph, Buffer, View
+from fastvar_trt.runtime.engines import EngineSet, engines_folder, usable_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, UnavailableError
-from fastvar_trt.runtime.manifest import (
-    DTYPE_BYTES,
-    ENGINES_FILE,
-    ENGINES_FOLDER,
-    WEIGHTS_FILE,
-    FileSpec,
-    GraphSpec,
-    file_sha256,
-    read_manifest,
-)
+from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_same_tensors
+from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 
 CPU_TARGET = "cpu"
 
-# ONNX TensorProto.DataType numbers: bound by pointer, so bfloat16 needs no numpy dtype.
-ELEMENT_TYPE: Mapping[str, int] = {
-    "float32": 1,
-    "uint8": 2,
-    "int32": 6,
-    "int64": 7,
-    "bool": 9,
-    "float16": 10,
-    "bfloat16": 16,
-}
-_ORT_TYPE: Mapping[str, str] = {name: f"tensor({name})" for name in ELEMENT_TYPE} | {"float32": "tensor(float)"}
-_NUMPY_DTYPE: Mapping[str, Any] = {name: name for name in DTYPE_BYTES} | {"bfloat16": "uint16"}
+# As ONNX Runtime calls the dtypes of sessions' inputs and outputs.
+_ORT_TYPE: Mapping[str, str] = {f"tensor({name})": name for name in DTYPES} | {"tensor(float)": "float32"}
 _ALIGNMENT = 64  # bytes; one cache line, and the widest vector load
 
 _HALF_ON_CPU: Mapping[str, str] = {
-    "bf16": "ONNX Runtime has no bfloat16 kernels for the CPU",
-    "fp16": "ONNX Runtime computes it in fp32 on the CPU, with an fp32 copy of the weights for every graph",
+    "bfloat16": "ONNX Runtime has no bfloat16 kernels for the CPU",
+    "float16": "ONNX Runtime computes it in fp32 on the CPU, with an fp32 copy of the weights for every graph",
 }
 
 _env_allocator_registered = False
@@ -82,17 +69,18 @@ def cpu_fields() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def cpu_description(onnxruntime: Any) -> dict[str, str]:
-    """What a prepacked engine depends on: the processor's name and the version of ONNX Runtime."""
+def cpu_built_with(onnxruntime: Any) -> dict[str, str]:
+    """What a prepacked graph depends on: the processor and the version of ONNX Runtime."""
     fields = cpu_fields()
     if fields:
         # The flags decide which kernels, and so which packing, ONNX Runtime picks.
-        model = f"{fields.get('model name', '')} {fields.get('flags', fields.get('Features', ''))}"
+        flags = fields.get("flags", fields.get("Features", ""))
+        model = f"{fields.get('model name', '')} (flags {hashlib.sha256(flags.encode()).hexdigest()[:12]})"
     else:
         import platform
 
         model = f"{platform.machine()} {platform.processor()}"
-    return {"onnxruntime": str(onnxruntime.__version__), "cpu": model}
+    return {"onnxruntime": str(onnxruntime.__version__), "processor": model}
 
 
 class _BoundSession(BoundGraph):
@@ -120,7 +108,7 @@ class OnnxRuntimeBackend(Backend):
         num_threads: threads of one operator; default: one per core that this process may use.
         engines: `auto` takes fresh prepacked graphs where there are any, `off` never does, `require` raises
             where there are none.
-        profile_to: a folder for ONNX Runtime's profiles of the operators, one file per graph; slower.
+        profile: take ONNX Runtime's times of the operators; slower.
     """
 
     name = "onnxruntime"
@@ -131,7 +119,7 @@ class OnnxRuntimeBackend(Backend):
         device: str = "cpu",
         num_threads: int | None = None,
         engines: str = "auto",
-        profile_to: Path | None = None,
+        profile: bool = False,
     ) -> None:
         if device != "cpu":
             raise BackendError(f"backend onnxruntime: device: got {device!r}, expected 'cpu'")
@@ -141,35 +129,47 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError(f"backend onnxruntime: engines: got {engines!r}, expected auto, off or require")
         self._num_threads = num_threads or num_cores()
         self._engines_mode = engines
-        self._profile_to = profile_to
+        self._profiles = tempfile.TemporaryDirectory() if profile else None  # one file per graph
         self._ort: Any = None
         self._bundle = Path()
-        self._prepacked: dict[str, str] = {}
+        self._prepacked: EngineSet | None = None
         self._sessions: dict[str, Any] = {}
 
     @property
-    def prepacked(self) -> bool:
-        """True where the prepacked graphs of `engines/cpu` are in use."""
-        return bool(self._prepacked)
+    def on_cpu(self) -> bool:
+        return True
 
-    def open(self, bundle: Path, precision: str, *, check_hashes: bool) -> None:
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "prepacked": self._prepacked is not None}
+
+    def open_graphs(self, folder: Path) -> None:
+        """Run the graphs of a folder as they are, whatever their precision: for checks of single graphs."""
         self._ort = import_onnxruntime()
-        self._bundle = bundle
-        if self._engines_mode != "off":
-            self._prepacked, reason = prepacked_graphs(bundle, self._ort, check_hashes=check_hashes)
-            if reason and (self._engines_mode == "require" or (bundle / ENGINES_FOLDER / CPU_TARGET).exists()):
-                raise BackendError(
-                    f"bundle {bundle}: the engines for the target cpu cannot be used: {reason}; run "
-                    f"`fastvar build {bundle} --target cpu`, or load with engines='off' (--engines off)"
+        self._bundle = folder
+
+    def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
+        self.open_graphs(bundle)
+        if self._engines_mode == "require" or (
+            self._engines_mode == "auto" and engines_folder(bundle, CPU_TARGET).exists()
+        ):
+            try:
+                self._prepacked = usable_engines(
+                    bundle, manifest, CPU_TARGET, cpu_built_with(self._ort), CPU_TARGET, check_hashes=check_hashes
                 )
-        if precision != "fp32" and not self._prepacked:
+            except BundleError as error:
+                raise BackendError(f"{error}, or load with engines='off' (--engines off)") from error
+        precision = PRECISIONS[manifest.precision]
+        if precision.computed in _HALF_ON_CPU and self._prepacked is None:
             raise BackendError(
-                f"bundle {bundle}: {precision}: {_HALF_ON_CPU[precision]}; run `fastvar build {bundle} --target cpu` "
-                "(its graphs compute in fp32, over one copy of the weights), or export with --precision fp32"
+                f"bundle {bundle}: {precision.name}: {_HALF_ON_CPU[precision.computed]}; run `fastvar build {bundle} "
+                "--target cpu` (its graphs compute in fp32, over one copy of the weights), or export with --precision "
+                "fp32"
             )
 
     def close(self) -> None:
         self._sessions.clear()
+        if self._profiles is not None:
+            self._profiles.cleanup()
 
     def load(self, graph: GraphSpec) -> None:
         if graph.file in self._sessions:
@@ -183,12 +183,12 @@ class OnnxRuntimeBackend(Backend):
         options.add_session_config_entry("session.use_env_allocators", "1")
         # One pool per session: a finished session that goes on spinning takes the cores from the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if self._profile_to is not None:
+        if self._profiles is not None:
             options.enable_profiling = True
-            options.profile_file_prefix = str(self._profile_to / Path(graph.file).stem)
+            options.profile_file_prefix = str(Path(self._profiles.name) / Path(graph.file).stem)
         path = self._bundle / graph.file
-        if self._prepacked:
-            path = self._bundle / ENGINES_FOLDER / CPU_TARGET / self._prepacked[graph.file]
+        if self._prepacked is not None:
+            path = self._prepacked.folder / self._prepacked.records[graph.file].file
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         else:
             # Prepacking would give every session its own copy of the weights.
@@ -199,10 +199,11 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError(f"{path.name}: ONNX Runtime cannot load it: {error}") from error
         _check_tensors(graph, session)
         self._sessions[graph.file] = session
+        _return_freed_memory()
 
     def operator_times(self) -> dict[str, dict[str, float]]:
-        """By the operators' types; needs `profile_to`, and ends the profiling."""
-        if self._profile_to is None:
+        """By the operators' types; needs `profile`, and ends the profiling."""
+        if self._profiles is None:
             return super().operator_times()
         result = {}
         for file, session in self._sessions.items():
@@ -214,7 +215,7 @@ class OnnxRuntimeBackend(Backend):
         return result
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        array: NDArray[Any] = np.empty(shape, dtype=_NUMPY_DTYPE[dtype])
+        array: NDArray[Any] = np.empty(shape, dtype=DTYPES[dtype].host)
         num_bytes = max(array.nbytes, 1)
         raw = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
         offset = -raw.ctypes.data % _ALIGNMENT
@@ -226,7 +227,7 @@ class OnnxRuntimeBackend(Backend):
         binding = session.io_binding()
         for views, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
             for name, view in views.items():
-                bind(name, "cpu", 0, ELEMENT_TYPE[view.buffer.dtype], list(view.shape), view.pointer)
+                bind(name, "cpu", 0, DTYPES[view.buffer.dtype].onnx, list(view.shape), view.pointer)
         keep = [view.buffer for view in (*inputs.values(), *outputs.values())]
         return _BoundSession(session, binding, graph.file, self._ort.RunOptions(), keep)
 
@@ -260,6 +261,15 @@ class OnnxRuntimeBackend(Backend):
         _env_allocator_registered = True
 
 
+def _return_freed_memory() -> None:
+    """Give back to the system what a session has freed while it was made; does nothing where the C library cannot.
+
+    glibc would keep it: per session, up to the size of its largest matrix.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _check_tensors(graph: GraphSpec, session: Any) -> None:
     """That the graph has the tensors of the manifest: they are bound by their addresses.
 
@@ -267,57 +277,32 @@ def _check_tensors(graph: GraphSpec, session: Any) -> None:
         BundleError: it has others.
     """
     for specs, found in ((graph.inputs, session.get_inputs()), (graph.outputs, session.get_outputs())):
-        expected = {(spec.name, spec.shape, _ORT_TYPE[spec.dtype]) for spec in specs}
-        got = {(tensor.name, tuple(tensor.shape), tensor.type) for tensor in found}
-        for name, shape, kind in sorted(expected ^ got, key=str):
-            where = "manifest" if (name, shape, kind) in expected else "graph"
-            raise BundleError(
-                f"{graph.file}: only the {where} has the tensor {name}, {kind} of {shape}; copy the bundle again, or "
-                "export it again"
-            )
+        got = tuple(TensorSpec(t.name, tuple(t.shape), _ORT_TYPE.get(t.type, t.type)) for t in found)
+        check_same_tensors(graph.file, specs, got, BundleError)
 
 
-def prepacked_graphs(bundle: Path, onnxruntime: Any, *, check_hashes: bool) -> tuple[dict[str, str], str]:
-    """The usable prepacked graphs of `engines/cpu` by the graph file they were built from.
+def _create(device: str | None, profile: bool, **options: Any) -> Backend:
+    if device is None or not device.startswith("cuda"):
+        if "capture" in options:
+            raise BackendError("backend onnxruntime on the CPU: takes no capture; leave it out")
+        return OnnxRuntimeBackend(device=device or "cpu", profile=profile, **options)
+    from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
-    Args:
-        bundle: its folder.
-        onnxruntime: the module.
-        check_hashes: compare the SHA-256 of the files, too; else their sizes only.
+    if profile:
+        raise BackendError("ONNX Runtime's profiler is read on the CPU only")
+    if "num_threads" in options or options.pop("engines", "auto") == "off":
+        raise BackendError(
+            f"backend onnxruntime on {device}: takes neither num_threads nor engines='off'; leave them out"
+        )
+    return OnnxRuntimeCudaBackend(device=device, **options)
 
-    Returns:
-        ({graph file: prepacked file}, "") or ({}, why there are none).
-    """
-    folder = bundle / ENGINES_FOLDER / CPU_TARGET
-    record = folder / ENGINES_FILE
-    if not record.is_file():
-        return {}, "none were built"
-    try:
-        data = json.loads(record.read_text(encoding="utf-8"))
-        built_for, weights_sha256 = dict(data["built_for"]), str(data["weights_sha256"])
-        files = {str(entry["graph"]): str(entry["file"]) for entry in data["engines"]}
-        sources = {str(entry["graph"]): str(entry["graph_sha256"]) for entry in data["engines"]}
-        built = {str(name): FileSpec(**spec) for name, spec in data["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, f"{record.name} is damaged ({error})"
-    here = cpu_description(onnxruntime)
-    for key, value in here.items():
-        if built_for.get(key) != value:
-            return {}, f"built for another {key}"
-    for name, spec in built.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != spec.num_bytes:
-            return {}, f"{name} is missing or truncated"
-        if check_hashes and file_sha256(path) != spec.sha256:
-            return {}, f"{name} is damaged"
-    if not set(files.values()) <= set(built):
-        return {}, f"{record.name} is damaged (an engine is not among its files)"
-    manifest = read_manifest(bundle)
-    if weights_sha256 != manifest.files[WEIGHTS_FILE].sha256:
-        return {}, "built from other weights"
-    for graph in manifest.graphs:
-        if graph.file not in sources:
-            return {}, f"there is none of {graph.file}"
-        if sources[graph.file] != manifest.files[graph.file].sha256:
-            return {}, f"{graph.file} has changed since"
-    return files, ""
+
+NUM_THREADS = BackendOption("num_threads", int, "Threads per operator; default: one per core.", flag="--threads")
+ENGINES = BackendOption(
+    "engines",
+    str,
+    "On the CPU: whether to use what `fastvar build --target cpu` made; default: auto.",
+    ("auto", "off", "require"),
+)
+CAPTURE = BackendOption("capture", bool, "On a GPU: run the chain as one CUDA graph.")
+ENTRY = BackendEntry("onnxruntime", _create, (NUM_THREADS, ENGINES, CAPTURE))

@@ -11,14 +11,14 @@ from typing import Any
 
 from fastvar_trt.runtime.backends.base import BoundGraph, Buffer, View
 from fastvar_trt.runtime.backends.on_cuda import CudaBackend
-from fastvar_trt.runtime.backends.onnxruntime import ELEMENT_TYPE, import_onnxruntime
-from fastvar_trt.runtime.engines import EngineRecord, engines_folder
+from fastvar_trt.runtime.backends.onnxruntime import import_onnxruntime
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
-from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec
+from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec
+from fastvar_trt.runtime.precision import DTYPES
 
 FLAVOUR = "onnxruntime_cuda"
 CUDA_TARGET = "cuda"
-GRAPH_VERSION = "1"  # of the graphs that `fastvar build --target cuda` writes
+BUILT_WITH = {"fastvar graphs": "1"}  # those that `fastvar build --target cuda` writes
 _PROVIDER = "CUDAExecutionProvider"
 
 
@@ -53,7 +53,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         self._ort: Any = onnxruntime
         self._sessions: dict[str, Any] = {}
 
-    def open(self, bundle: Path, precision: str, *, check_hashes: bool) -> None:
+    def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
         if self._ort is None:
             self._ort = import_onnxruntime()
         available = self._ort.get_available_providers()
@@ -62,7 +62,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
                 f"onnxruntime {self._ort.__version__} has no {_PROVIDER} (it has {', '.join(available)}); uninstall "
                 "onnxruntime, then pip install 'fastvar-trt[gpu]'"
             )
-        self._open(bundle, GRAPH_VERSION, check_hashes=check_hashes, target=CUDA_TARGET)
+        self._open(bundle, manifest, BUILT_WITH, check_hashes=check_hashes, target=CUDA_TARGET)
 
     def close(self) -> None:
         self._sessions.clear()  # before the memory that they use
@@ -71,7 +71,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
     def load(self, graph: GraphSpec) -> None:
         if graph.file in self._sessions:
             return
-        ort, record = self._ort, self._records[graph.file]
+        ort, record = self._ort, self._engines.records[graph.file]
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # Without it a node that has no CUDA kernel would run on the CPU, and nobody would be told.
@@ -81,7 +81,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
             "user_compute_stream": str(self._device.stream),
             "arena_extend_strategy": "kSameAsRequested",  # there is one arena per session
         }
-        path = engines_folder(self._bundle, FLAVOUR) / record.file
+        path = self._engines.folder / record.file
         try:
             # Without enable_fallback=0 the package would try again on the CPU by itself.
             session = ort.InferenceSession(str(path), options, providers=[(_PROVIDER, settings)], enable_fallback=0)
@@ -95,12 +95,12 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         self._sessions[graph.file] = session
 
     def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:
-        record: EngineRecord = self._records[graph.file]
+        record = self._engines.records[graph.file]
         session = self._sessions[graph.file]
         binding = session.io_binding()
 
         def bind(put: Any, spec: TensorSpec, pointer: int) -> None:
-            put(spec.name, "cuda", self._ordinal, ELEMENT_TYPE[spec.dtype], list(spec.shape), pointer)
+            put(spec.name, "cuda", self._ordinal, DTYPES[spec.dtype].onnx, list(spec.shape), pointer)
 
         for spec in record.inputs:
             pointer = self._weights[spec.name] if spec.name in self._weights else inputs[spec.name].pointer

@@ -9,15 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvar_trt.runtime.backends.base import BoundGraph, Buffer, View
+from fastvar_trt.runtime.backends.base import Backend, BackendEntry, BoundGraph, Buffer, View
 from fastvar_trt.runtime.backends.on_cuda import CudaBackend
-from fastvar_trt.runtime.engines import EngineRecord, engines_folder
+from fastvar_trt.runtime.backends.onnxruntime import CAPTURE, ENGINES
+from fastvar_trt.runtime.engines import EngineRecord
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
-from fastvar_trt.runtime.manifest import GraphSpec
+from fastvar_trt.runtime.manifest import GraphSpec, Manifest
 
+RTX_FLAVOUR, ENTERPRISE_FLAVOUR = "tensorrt_rtx", "tensorrt"
+CURRENT_TARGET = "current"  # enterprise TensorRT builds for the GPU that it finds, and for no other
 _INSTALL = {
-    "tensorrt_rtx": "pip install 'fastvar-trt[rtx]'",
-    "tensorrt": "pip install 'fastvar-trt[tensorrt]'",
+    RTX_FLAVOUR: "pip install 'fastvar-trt[rtx]'",
+    ENTERPRISE_FLAVOUR: "pip install 'fastvar-trt[tensorrt]'",
 }
 
 
@@ -63,7 +66,7 @@ class TensorRTBackend(CudaBackend):
         device: `cuda` or `cuda:N`.
         capture: whether chains are captured as CUDA graphs.
         cuda: the GPU; default: the real one, opened by `open`.
-        profile_layers: take the times of every engine's layers for `operator_times`; each run then waits for its end.
+        profile: take the times of every engine's layers for `operator_times`; each run then waits for its end.
         tensorrt: the TensorRT package; default: imported by `open`.
     """
 
@@ -73,39 +76,45 @@ class TensorRTBackend(CudaBackend):
         *,
         device: str = "cuda",
         capture: bool = True,
-        profile_layers: bool = False,
+        profile: bool = False,
         cuda: Any = None,
         tensorrt: Any = None,
     ) -> None:
-        super().__init__(flavour, device=device, capture=capture and not profile_layers, cuda=cuda)
-        self._layer_times: dict[str, dict[str, float]] | None = {} if profile_layers else None
+        super().__init__(flavour, device=device, capture=capture and not profile, cuda=cuda)
+        self._layer_times: dict[str, dict[str, float]] | None = {} if profile else None
         self._profilers: list[Any] = []  # TensorRT keeps no reference
         self._trt: Any = tensorrt
         self._logger: Any = None
         self._runtime: Any = None
-        self._engines: dict[str, _Engine] = {}
+        self._loaded: dict[str, _Engine] = {}
         self._activations = (0, 0)  # address and size of the memory that all contexts share
         self._contexts: list[Any] = []
 
-    def open(self, bundle: Path, precision: str, *, check_hashes: bool) -> None:
+    def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
         if self._trt is None:
             self._trt = import_tensorrt(self._flavour)
-        self._open(bundle, str(self._trt.__version__), check_hashes=check_hashes)
+        self._open(
+            bundle,
+            manifest,
+            {self._flavour: str(self._trt.__version__)},
+            check_hashes=check_hashes,
+            build_target=CURRENT_TARGET if self._flavour == ENTERPRISE_FLAVOUR else "",
+        )
         self._logger = self._trt.Logger(self._trt.Logger.WARNING)
         self._runtime = self._trt.Runtime(self._logger)
 
     def close(self) -> None:
         self._contexts.clear()  # before the memory that they use
-        self._engines.clear()
+        self._loaded.clear()
         self._runtime = None
         self._activations = (0, 0)
         super().close()
 
     def load(self, graph: GraphSpec) -> None:
-        if graph.file in self._engines:
+        if graph.file in self._loaded:
             return
-        record = self._records[graph.file]
-        data = (engines_folder(self._bundle, self._flavour) / record.file).read_bytes()
+        record = self._engines.records[graph.file]
+        data = (self._engines.folder / record.file).read_bytes()
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(
@@ -113,10 +122,10 @@ class TensorRTBackend(CudaBackend):
                 f"({self._device.target}) could not load the engine; run `fastvar build {self._bundle} --target "
                 f"{self._device.target}`"
             )
-        self._engines[graph.file] = _Engine(record, engine)
+        self._loaded[graph.file] = _Engine(record, engine)
 
     def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:
-        loaded = self._engines[graph.file]
+        loaded = self._loaded[graph.file]
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = loaded.engine.create_execution_context(strategy)
         if context is None:
@@ -139,12 +148,12 @@ class TensorRTBackend(CudaBackend):
         return _BoundEngine(graph.name, context, self._device.stream, [view.buffer for view in views.values()])
 
     def operator_times(self) -> dict[str, dict[str, float]]:
-        """By TensorRT's names of layers, which may be several fused; needs `profile_layers`."""
+        """By TensorRT's names of layers, which may be several fused; needs `profile`."""
         return super().operator_times() if self._layer_times is None else self._layer_times
 
     def _shared_activations(self) -> tuple[int, int]:
         """Memory for the activations of any loaded engine; the graphs of a chain are loaded before one is bound."""
-        size = max(int(loaded.engine.device_memory_size_v2) for loaded in self._engines.values())
+        size = max(int(loaded.engine.device_memory_size_v2) for loaded in self._loaded.values())
         if size > self._activations[1]:  # what captured chains use stays allocated until `close`
             self._activations = (self._allocate(size), size)
             for context in self._contexts:
@@ -175,3 +184,15 @@ def nvtx_range(name: str) -> Iterator[None]:
         return
     with nvtx.annotate(name, domain="fastvar"):
         yield
+
+
+def _entry(flavour: str) -> BackendEntry:
+    def create(device: str | None, profile: bool, **options: Any) -> Backend:
+        if options.pop("engines", "auto") == "off":
+            raise BackendError(f"backend {flavour}: runs engines only; leave engines='off' out")
+        return TensorRTBackend(flavour, device=device or "cuda", profile=profile, **options)
+
+    return BackendEntry(flavour, create, (ENGINES, CAPTURE))
+
+
+RTX, ENTERPRISE = _entry(RTX_FLAVOUR), _entry(ENTERPRISE_FLAVOUR)

@@ -1,0 +1,114 @@
+"""Precisions: how matrices are stored, computed and compared; and the one table of dtypes. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from fastvar_trt.runtime.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True)
+class DType:
+    """One dtype under its names in the formats and libraries of this project.
+
+    Attributes:
+        name: in manifests, numpy and torch.
+        num_bytes: of one element.
+        onnx: ONNX's `TensorProto.DataType`.
+        safetensors: in the header of a safetensors file.
+        host: the numpy dtype that holds it: itself, or the bits of what numpy does not know.
+    """
+
+    name: str
+    num_bytes: int
+    onnx: int
+    safetensors: str
+    host: str
+
+
+DTYPES: Mapping[str, DType] = {
+    dtype.name: dtype
+    for dtype in (
+        DType("float32", 4, 1, "F32", "float32"),
+        DType("uint8", 1, 2, "U8", "uint8"),
+        DType("int8", 1, 3, "I8", "int8"),
+        DType("int32", 4, 6, "I32", "int32"),
+        DType("int64", 8, 7, "I64", "int64"),
+        DType("bool", 1, 9, "BOOL", "bool"),
+        DType("float16", 2, 10, "F16", "float16"),
+        DType("bfloat16", 2, 16, "BF16", "uint16"),
+    )
+}
+DTYPE_OF_ONNX: Mapping[int, str] = {dtype.onnx: dtype.name for dtype in DTYPES.values()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """What may differ between two implementations of one chain by rounding alone.
+
+    Both sides compute in the same precision, in another order of summation.
+
+    Attributes:
+        error: largest error, as a share of the tensor's largest magnitude; about ten times what was measured on the
+            test models.
+        tokens_changed: share of the tokens of one step that may fall otherwise, on the edge between two candidates.
+        bits_changed: the same for bits, half of which agree by chance.
+        always_changed: tokens or bits that may fall otherwise however few a step has: the first has one token.
+        selection_shortfall: share by which the scores of the selected tokens may sum to less than those of the best
+            ones: near-ties fall differently.
+        positions_swapped: share of the positions of a pruned step whose logits may be off: those that a selection has
+            swapped at some layer.
+    """
+
+    error: float
+    tokens_changed: float
+    bits_changed: float
+    always_changed: int
+    selection_shortfall: float
+    positions_swapped: float
+
+    def may_change(self, count: int, *, are_bits: bool) -> float:
+        """Share of a step's tokens, or bits, that may differ.
+
+        Args:
+            count: how many are compared.
+            are_bits: of a model that draws bits.
+        """
+        limit = self.bits_changed if are_bits else self.tokens_changed
+        return max(limit, self.always_changed / max(count, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """How a bundle stores, computes and compares.
+
+    fp32 stay, whatever the precision: the residual stream, norms, selection, guidance, sampling and `f_hat`.
+
+    Attributes:
+        name: on the command line and in the manifest.
+        stored: the format of the large matrices in the weights file: a dtype, or another of
+            `export.models.matrix.FORMATS`.
+        computed: dtype of matrix products, attention, biases and convolutions.
+        kv: dtype of keys, values and token caches.
+        bytes_per_weight: of the large matrices, scales of quantised ones included.
+        tolerance: see there.
+    """
+
+    name: str
+    stored: str
+    computed: str
+    kv: str
+    bytes_per_weight: float
+    tolerance: Tolerance
+
+
+def _plain(name: str, dtype: str, tolerance: Tolerance) -> Precision:
+    return Precision(name, dtype, dtype, dtype, DTYPES[dtype].num_bytes, tolerance)
+
+
+PRECISIONS: Registry[Precision] = Registry(
+    _plain("fp32", "float32", Tolerance(1e-4, 0.01, 0.002, 0, 1e-3, 0.02)),
+    _plain("fp16", "float16", Tolerance(2e-2, 0.2, 0.02, 2, 1e-2, 0.1)),
+    _plain("bf16", "bfloat16", Tolerance(1e-1, 0.5, 0.1, 2, 3e-2, 0.3)),
+)
