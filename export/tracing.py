@@ -13,7 +13,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -22,27 +21,20 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from fastvar_trt.export.models.base import BLOCK_DOMAIN, BlockSpec, NextScaleModel, Request
-from fastvar_trt.export.weights_file import TensorPlace
+from fastvar_trt.export.models.matrix import dtype_name, torch_dtype
+from fastvar_trt.export.weights_file import external_tensor
 from fastvar_trt.plugins import onnx_functions
+from fastvar_trt.plugins.torch_ops import Selector, pivotal_tokens
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import ExportError
-from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec
+from fastvar_trt.runtime.manifest import GraphSpec, Role, TensorSpec
 from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.request import GRAPH_INPUTS
+from fastvar_trt.runtime.weights import TensorPlace
 
 OPSET = 23
 # Constants up to this size stay in the graph (shapes, axes, epsilons); larger ones belong into the weights file.
 _MAX_INLINE_BYTES = 256
-
-DTYPE_NAME: Mapping[torch.dtype, str] = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int64: "int64",
-    torch.int32: "int32",
-    torch.uint8: "uint8",
-    torch.bool: "bool",
-}
-TORCH_DTYPE: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAME.items()}
 
 
 class _Graph(nn.Module):
@@ -64,15 +56,28 @@ class _Graph(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class GraphFunction:
-    """One graph of a chain as a torch function: what is traced, and what the traced graph is compared with.
+class Tracing:
+    """How a graph function is run: as it is, or with custom nodes in place of its blocks, or on given selections.
 
-    `block_names` is empty when the function computes, and names the custom nodes when it is traced.
+    Attributes:
+        block_names: while it is traced, the custom node of every block; None where it computes.
+        select: which tokens a pruned sublayer computes.
     """
 
+    block_names: Mapping[BlockSpec, str] | None = None
+    select: Selector = pivotal_tokens
+
+
+COMPUTE = Tracing()
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphFunction:
+    """One graph of a chain as a torch function: what is traced, and what the traced graph is compared with."""
+
     spec: GraphSpec
-    run: Callable[[Mapping[str, Tensor], Mapping[BlockSpec, str] | None], dict[str, Tensor]]
-    layers: tuple[BlockSpec, ...]  # the block of every layer; empty where there are none
+    run: Callable[[Mapping[str, Tensor], Tracing], dict[str, Tensor]]
+    layers: tuple[BlockSpec, ...] = ()  # the block of every layer; empty where there are none
     # Of a step: f_hat after other tokens than its own, which differ where rounding decides.
     accumulate: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None
 
@@ -87,39 +92,32 @@ class GraphFunction:
 
 
 def chain_functions(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> list[GraphFunction]:
-    """Condition, steps, decoder for one batch size."""
-    f_hat = TensorSpec(names.F_HAT, (batch, *model.f_hat_shape()), "float32")
-    sizes = model.model_spec()
+    """The graphs of one batch size, in the order in which they run: condition, steps, decoder."""
+    height, width = model.image_size()
 
-    def run_condition(tensors: Mapping[str, Tensor], _: Any) -> dict[str, Tensor]:
+    def run_condition(tensors: Mapping[str, Tensor], _: Tracing) -> dict[str, Tensor]:
         by_name = model.condition(tensors)
         return {spec.name: by_name[spec.name] for spec in condition.outputs}
 
-    def run_decoder(tensors: Mapping[str, Tensor], _: Any) -> dict[str, Tensor]:
+    def run_decoder(tensors: Mapping[str, Tensor], _: Tracing) -> dict[str, Tensor]:
         image, pixels = model.decode(tensors[names.F_HAT])
         return {names.PIXELS: pixels, names.IMAGE: image}
 
-    condition = GraphSpec(
-        names.graph_file("condition", batch),
-        "condition",
-        batch,
-        None,
-        model.condition_inputs(batch),
-        model.condition_outputs(batch),
+    condition = _graph_spec(
+        names.CONDITION_GRAPH, batch, None, model.condition_inputs(batch), model.condition_outputs(batch)
     )
-    decoder = GraphSpec(
-        names.graph_file("decoder", batch),
-        "decoder",
+    decoder = _graph_spec(
+        names.DECODER,
         batch,
         None,
-        (f_hat,),
-        (
-            TensorSpec(names.PIXELS, (batch, sizes.image_height, sizes.image_width, 3), "uint8"),
-            TensorSpec(names.IMAGE, (batch, 3, sizes.image_height, sizes.image_width), "float32"),
-        ),
+        [_f_hat_spec(model, batch, names.F_HAT)],
+        [
+            TensorSpec(names.PIXELS, (batch, height, width, 3), "uint8", Role.PIXELS),
+            TensorSpec(names.IMAGE, (batch, 3, height, width), "float32", Role.IMAGE),
+        ],
     )
     steps = [_step_function(model, plan, scale, batch) for scale in plan.steps]
-    return [GraphFunction(condition, run_condition, ()), *steps, GraphFunction(decoder, run_decoder, ())]
+    return [GraphFunction(condition, run_condition), *steps, GraphFunction(decoder, run_decoder)]
 
 
 def text_function(model: NextScaleModel) -> GraphFunction | None:
@@ -127,15 +125,25 @@ def text_function(model: NextScaleModel) -> GraphFunction | None:
     specs = model.text_specs()
     if specs is None:
         return None
-    graph = GraphSpec(names.graph_file("text_encoder", 1), "text_encoder", 1, None, *specs)
-    return GraphFunction(graph, lambda tensors, _: model.encode_text(tensors), ())
+    graph = _graph_spec(names.TEXT_ENCODER, 1, None, *specs)
+    return GraphFunction(graph, lambda tensors, _: model.encode_text(tensors))
+
+
+def _graph_spec(
+    kind: str, batch: int, scale: int | None, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> GraphSpec:
+    return GraphSpec(names.graph_file(kind, batch, scale), kind, batch, scale, tuple(inputs), tuple(outputs))
+
+
+def _f_hat_spec(model: NextScaleModel, batch: int, name: str) -> TensorSpec:
+    return TensorSpec(name, (batch, *model.f_hat_shape()), "float32", Role.F_HAT)
 
 
 def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int) -> GraphFunction:
     specs = [model.block_spec(plan, scale, layer, 2 * batch) for layer in range(model.depth)]
     graph = _step_spec(model, plan, scale, batch, specs)
 
-    def run(tensors: Mapping[str, Tensor], block_names: Mapping[BlockSpec, str] | None) -> dict[str, Tensor]:
+    def run(tensors: Mapping[str, Tensor], tracing: Tracing) -> dict[str, Tensor]:
         def request(name: str) -> Tensor:
             return tensors[name] if name in tensors else torch.zeros(batch)  # one that this step does not take
 
@@ -153,10 +161,16 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
                 if spec.keep is not None
             },
             uniform=tensors[names.UNIFORM],
-            request=Request(**{name: request(name) for name in names.REQUEST_INPUTS}),
-            block_names=block_names,
+            request=Request(**{name: request(name) for name in GRAPH_INPUTS}),
+            select=tracing.select,
+            block_names=tracing.block_names,
         )
-        by_name = {names.TOKENS: result.tokens, names.F_HAT_OUT: result.f_hat, names.LOGITS: result.logits}
+        by_name = {
+            names.TOKENS: result.tokens,
+            names.F_HAT_OUT: result.f_hat,
+            names.LOGITS: result.logits,
+            names.FINITE: result.finite,
+        }
         for i, (k, v) in enumerate(result.new_kv):
             by_name |= {names.new_k(i): k, names.new_v(i): v}
         for i, outputs in result.caches.items():
@@ -173,34 +187,56 @@ def _step_spec(
     model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int, specs: Sequence[BlockSpec]
 ) -> GraphSpec:
     first = scale == plan.steps[0]
-    length = plan.num_tokens(scale)
-    kv_dtype = DTYPE_NAME[model.dtype]
-    f_hat_shape = (batch, *model.f_hat_shape())
     token_shape, token_dtype = model.token_spec(scale)
     inputs = [spec for spec in model.condition_outputs(batch) if first or spec.name != names.START]
     if not first:
-        inputs.insert(0, TensorSpec(names.F_HAT, f_hat_shape, "float32"))
+        inputs.insert(0, _f_hat_spec(model, batch, names.F_HAT))
     outputs = [
-        TensorSpec(names.TOKENS, (batch, *token_shape), DTYPE_NAME[token_dtype]),
-        TensorSpec(names.F_HAT_OUT, f_hat_shape, "float32"),
-        TensorSpec(names.LOGITS, (batch, *model.logits_shape(scale)), "float32"),
+        TensorSpec(names.TOKENS, (batch, *token_shape), dtype_name(token_dtype), Role.TOKENS, scale=scale),
+        _f_hat_spec(model, batch, names.F_HAT_OUT),
+        TensorSpec(names.LOGITS, (batch, *model.logits_shape(scale)), "float32", Role.LOGITS, scale=scale),
+        TensorSpec(names.FINITE, (batch,), "bool", Role.FINITE, scale=scale),
     ]
     for layer, spec in enumerate(specs):
-        new = spec.kv_shape
-        if spec.num_past:
-            past = (spec.num_past, *new[1:])
-            inputs += [TensorSpec(name(layer), past, kv_dtype) for name in (names.past_k, names.past_v)]
-        if spec.keep is not None:
-            cached = (new[1], spec.cached_height * spec.cached_width, spec.channels)
-            inputs += [TensorSpec(names.cache(layer, sublayer), cached, kv_dtype) for sublayer in spec.sublayers]
-        if spec.emits_kv:
-            outputs += [TensorSpec(name(layer), new, kv_dtype) for name in (names.new_k, names.new_v)]
-        if spec.writes_cache:
-            full = (new[1], length, spec.channels)
-            outputs += [TensorSpec(names.cache(layer, sublayer), full, kv_dtype) for sublayer in spec.sublayers]
-    inputs.append(TensorSpec(names.UNIFORM, (batch, *token_shape), "float32"))
-    inputs += [TensorSpec(name, (batch,), names.REQUEST_DTYPES[name]) for name in model.request_inputs(scale)]
-    return GraphSpec(names.graph_file("step", batch, scale), "step", batch, scale, tuple(inputs), tuple(outputs))
+        read, written = _layer_tensors(layer, spec)
+        inputs += read
+        outputs += written
+    inputs.append(TensorSpec(names.UNIFORM, (batch, *token_shape), "float32", Role.NOISE, scale=scale))
+    for name in model.request_inputs(scale):
+        parameter = GRAPH_INPUTS[name]
+        of_scale = scale if parameter.per_scale else None
+        inputs.append(TensorSpec(name, (batch,), parameter.dtype, Role.REQUEST, scale=of_scale))
+    return _graph_spec(names.STEP, batch, scale, inputs, outputs)
+
+
+def _layer_tensors(layer: int, spec: BlockSpec) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """What a layer of a step reads and writes besides its activations: keys, values, token cache."""
+    kv_dtype = dtype_name(spec.kv_dtype)
+    new = spec.kv_shape
+
+    def keys_and_values(k: str, v: str, num_rows: int) -> list[TensorSpec]:
+        shape = (num_rows, *new[1:])
+        return [
+            TensorSpec(name, shape, kv_dtype, role, layer=layer) for name, role in ((k, Role.KEYS), (v, Role.VALUES))
+        ]
+
+    def caches(num_tokens: int) -> list[TensorSpec]:
+        shape = (spec.rows, num_tokens, spec.channels)
+        return [
+            TensorSpec(names.cache(layer, sublayer), shape, kv_dtype, Role.CACHE, layer=layer)
+            for sublayer in spec.sublayers
+        ]
+
+    read, written = [], []
+    if spec.num_past:
+        read += keys_and_values(names.past_k(layer), names.past_v(layer), spec.num_past)
+    if spec.keep is not None:
+        read += caches(spec.cached_height * spec.cached_width)
+    if spec.emits_kv:
+        written += keys_and_values(names.new_k(layer), names.new_v(layer), new[0])
+    if spec.writes_cache:
+        written += caches(spec.num_tokens)
+    return read, written
 
 
 def build_graph(
@@ -210,8 +246,8 @@ def build_graph(
     block_names = {spec: f"Block{i}" for i, spec in enumerate(function.blocks)}
     spec = function.spec
     skeleton = _trace(
-        _Graph(lambda tensors: function.run(tensors, block_names), [i.name for i in spec.inputs], model),
-        [torch.zeros(i.shape, dtype=TORCH_DTYPE[i.dtype]) for i in spec.inputs],
+        _Graph(lambda tensors: function.run(tensors, Tracing(block_names)), [i.name for i in spec.inputs], model),
+        [torch.zeros(i.shape, dtype=torch_dtype(i.dtype)) for i in spec.inputs],
         [i.name for i in spec.inputs],
         [o.name for o in spec.outputs],
     )
@@ -246,7 +282,7 @@ def _block_function(spec: BlockSpec, name: str, model: NextScaleModel) -> ir.Fun
     examples = [*activations, *(model.weight(weight) for weight in weights)]
 
     def run(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {o[0]: value for o, value in zip(spec.outputs, spec.run(tensors), strict=True)}
+        return {o[0]: value for o, value in zip(spec.outputs, spec.run(tensors, pivotal_tokens), strict=True)}
 
     onnx_names = [i.replace(".", "_") for i in spec.input_names]
     block = _trace(_Graph(run, spec.input_names, None), examples, onnx_names, [o[0] for o in spec.outputs])
@@ -303,7 +339,7 @@ def _point_weights(model: ir.Model, places: Mapping[str, TensorPlace], folder: P
         assert tensor is not None
         if name in places:
             assert tuple(tensor.shape) == places[name].shape, (file, name)
-            value.const_value = places[name].external(name, folder)
+            value.const_value = external_tensor(places[name], name, folder)
             value.name = name
         elif tensor.nbytes > _MAX_INLINE_BYTES:
             raise ExportError(

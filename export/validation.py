@@ -10,16 +10,17 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from fastvar_trt.export.tracing import DTYPE_NAME, TORCH_DTYPE, GraphFunction
-from fastvar_trt.export.widen import widen_bfloat16
-from fastvar_trt.plugins import DOMAIN, PIVOTAL_TOKENS
-from fastvar_trt.plugins.torch_ops import given_selections
+from fastvar_trt.export.models.matrix import dtype_name, torch_dtype
+from fastvar_trt.export.passes.expose_selections import ExposeSelections
+from fastvar_trt.export.passes.widen_bfloat16 import WidenBFloat16
+from fastvar_trt.export.tracing import COMPUTE, GraphFunction, Tracing
+from fastvar_trt.plugins.torch_ops import GivenSelections
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Buffer
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec
-from fastvar_trt.runtime.verify import MAX_SELECTION_SHORTFALL, TOLERANCE, may_change
+from fastvar_trt.runtime.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +48,18 @@ def run_in_onnxruntime(folder: Path, spec: GraphSpec, model: ir.Model, inputs: M
     bfloat16 graphs run widened to fp32: ONNX Runtime's CPU provider has no bfloat16 kernels. It widens float16 itself.
     `model` is the graph of `spec`; it is changed.
     """
-    selections = _selections_as_outputs(model)
+    exposed, widened = ExposeSelections()(model), WidenBFloat16()(model)
+    selections = [_selection_spec(value) for value in model.graph.outputs[len(spec.outputs) :]]
     changed = None
-    if widen_bfloat16(model) or selections:
+    if exposed.modified or widened.modified:
         changed = folder / f"checked_{spec.file}"
         ir.save(model, changed)
         spec = dataclasses.replace(spec, file=changed.name, outputs=(*spec.outputs, *selections))
     backend = OnnxRuntimeBackend(engines="off")
-    backend.open(folder, "fp32", check_hashes=False)
+    backend.open_graphs(folder)
     try:
         backend.load(spec)
-        outputs = {o.name: torch.zeros(o.shape, dtype=TORCH_DTYPE[o.dtype]) for o in spec.outputs}
+        outputs = {o.name: torch.zeros(o.shape, dtype=torch_dtype(o.dtype)) for o in spec.outputs}
         held = {i.name: inputs[i.name].contiguous() for i in spec.inputs}
         backend.bind(
             spec,
@@ -74,24 +76,17 @@ def run_in_onnxruntime(folder: Path, spec: GraphSpec, model: ir.Model, inputs: M
     )
 
 
-def _selections_as_outputs(model: ir.Model) -> list[TensorSpec]:
-    """Make the graph return what its PivotalTokens nodes select; each depends on those before it."""
-    specs = []
-    for node in model.graph:
-        if (node.domain, node.op_type) == (DOMAIN, PIVOTAL_TOKENS):
-            value = node.outputs[0]
-            assert value.name is not None and value.shape is not None
-            model.graph.outputs.append(value)
-            specs.append(TensorSpec(value.name, tuple(value.shape.numpy()), "int64"))
-    return specs
+def _selection_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.shape is not None
+    return TensorSpec(value.name, tuple(value.shape.numpy()), "int64")
 
 
 def _buffer(tensor: Tensor) -> Buffer:
-    return Buffer(tuple(tensor.shape), DTYPE_NAME[tensor.dtype], tensor.data_ptr(), tensor)
+    return Buffer(tuple(tensor.shape), dtype_name(tensor.dtype), tensor.data_ptr(), tensor)
 
 
 def compare_with_torch(
-    function: GraphFunction, inputs: Mapping[str, Tensor], got: GraphOutputs, precision: str
+    function: GraphFunction, inputs: Mapping[str, Tensor], got: GraphOutputs, precision: Precision
 ) -> GraphError:
     """Compare the outputs of one graph with PyTorch's on the same inputs and, in pruned layers, the same tokens.
 
@@ -104,13 +99,13 @@ def compare_with_torch(
     Raises:
         ExportError: naming graph, tensor and maximum error, or the selection that is not PyTorch's.
     """
-    with given_selections(got.selections) as given:
-        expected = function.run(inputs, None)
-    worst = max(given.shortfalls, default=0.0)
-    if not worst <= MAX_SELECTION_SHORTFALL[precision]:
+    given = GivenSelections(got.selections)
+    expected = function.run(inputs, Tracing(select=given) if got.selections else COMPUTE)
+    worst, limit = max(given.shortfalls, default=0.0), precision.tolerance.selection_shortfall
+    if not worst <= limit:
         raise ExportError(
             f"{function.spec.file}: the pivotal tokens of one sublayer are not those of PyTorch: their scores sum to "
-            f"{worst:.2%} less, expected at most {MAX_SELECTION_SHORTFALL[precision]:.2%}"
+            f"{worst:.2%} less, expected at most {limit:.2%}"
         )
     return dataclasses.replace(
         compare_graph(function, _on_tokens(function, inputs, got, expected), got.tensors, precision),
@@ -128,7 +123,7 @@ def _on_tokens(
 
 
 def compare_graph(
-    function: GraphFunction, expected: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: str
+    function: GraphFunction, expected: Mapping[str, Tensor], got: Mapping[str, Tensor], precision: Precision
 ) -> GraphError:
     """Compare the outputs of one graph.
 
@@ -138,11 +133,11 @@ def compare_graph(
         ExportError: naming graph, tensor and maximum error.
     """
     worst = GraphError("", 0.0, 0.0, 0.0)
-    changed = 0.0
+    changed, tolerance = 0.0, precision.tolerance
     if names.TOKENS in expected:
         equal = expected[names.TOKENS] == got[names.TOKENS]
         changed = 1.0 - float(equal.float().mean())
-        allowed = may_change(equal.numel(), expected[names.TOKENS].dtype == torch.uint8, precision)
+        allowed = tolerance.may_change(equal.numel(), are_bits=expected[names.TOKENS].dtype == torch.uint8)
         if changed > allowed:
             raise ExportError(
                 f"{function.spec.file}: {names.TOKENS}: {changed:.1%} of the tokens are not those of PyTorch, "
@@ -156,10 +151,10 @@ def compare_graph(
         error = float((reference - ours).abs().max())
         relative = error / max(float(reference.abs().max()), 1e-6)
         # `not <=` is also true of NaN.
-        if not relative <= TOLERANCE[precision] and not (name == names.PIXELS and error <= 1.0):
+        if not relative <= tolerance.error and not (name == names.PIXELS and error <= 1.0):
             raise ExportError(
                 f"{function.spec.file}: {name}: maximum error {error:.3g} against PyTorch, {relative:.3g} of its "
-                f"largest value, expected at most {TOLERANCE[precision]:g}"
+                f"largest value, expected at most {tolerance.error:g}"
             )
         if relative > worst.relative_error and name != names.PIXELS:
             worst = GraphError(name, error, relative, changed)

@@ -26,9 +26,8 @@ def register_plugins() -> None:
         UnavailableError: enterprise TensorRT or NVRTC is not installed.
     """
     try:
-        import tensorrt.plugin as trtp
-
         import tensorrt as trt
+        import tensorrt.plugin as trtp
     except ImportError as error:
         raise UnavailableError(f"tensorrt cannot be imported ({error}); pip install 'fastvar-trt[tensorrt]'") from error
     Launch = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]  # checked by aot_impl

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,50 +10,8 @@ from torch import Tensor
 from fastvar_trt.plugins import DOMAIN, GATHER_TOKENS, PIVOTAL_TOKENS, RESTORE_TOKENS, VERSION
 from fastvar_trt.plugins.oracle import area_weights
 
-
-class GivenSelections:
-    """Selections made elsewhere, and how much worse each is than what `pivotal_tokens` would have chosen.
-
-    Attributes:
-        shortfalls: per selection, what the sum of its scores lacks to the largest one possible, as a share of it: 0
-            where tokens were swapped whose scores are the same.
-    """
-
-    def __init__(self, selections: Sequence[Tensor]) -> None:
-        self._left = list(selections)
-        self.shortfalls: list[float] = []
-
-    def take(self, chosen: Tensor, score: Tensor, noise: Tensor) -> Tensor:
-        """The next given selection int64 [B, K] in place of `chosen` int64 [B, K].
-
-        Args:
-            chosen: what the scores say.
-            score: [B, L].
-            noise: [B, L], what a score may be by rounding alone.
-        """
-        given = self._left.pop(0)
-        best, ours = score.gather(1, chosen).sum(1), score.gather(1, given).sum(1)
-        self.shortfalls.append(float(((best - ours) / (best + noise.gather(1, chosen).sum(1))).max()))
-        return given
-
-
+Selector = Callable[[Tensor, int], Tensor]  # (x [B, L, C], K) -> int64 [B, K], ascending positions
 _SCORE_NOISE = 1e-6  # relative to the token's own sum of squares
-_given: ContextVar[GivenSelections | None] = ContextVar("given_selections", default=None)
-
-
-@contextlib.contextmanager
-def given_selections(selections: Sequence[Tensor]) -> Iterator[GivenSelections]:
-    """Within the block, `pivotal_tokens` returns these, call by call.
-
-    Rounding lets near-ties fall differently in two implementations, and what follows differs altogether: outputs can
-    be compared only where both have computed the same tokens.
-    """
-    given = GivenSelections(selections)
-    token = _given.set(given)
-    try:
-        yield given
-    finally:
-        _given.reset(token)
 
 
 def pivotal_tokens(x: Tensor, keep: int) -> Tensor:
@@ -75,12 +31,39 @@ def pivotal_tokens(x: Tensor, keep: int) -> Tensor:
             shape=(batch, keep),
             version=VERSION,
         )
-    x = x.float()
-    score = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1)
-    order = torch.argsort(score, dim=1, descending=True, stable=True)
-    chosen = order[:, :keep].sort(dim=1).values
-    given = _given.get()
-    return chosen if given is None else given.take(chosen, score, _SCORE_NOISE * x.square().sum(dim=-1))
+    order = torch.argsort(_scores(x.float()), dim=1, descending=True, stable=True)
+    return order[:, :keep].sort(dim=1).values
+
+
+def _scores(x: Tensor) -> Tensor:
+    """fp32 [B, L, C] -> [B, L], the squared distance to the mean token."""
+    return (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1)
+
+
+class GivenSelections:
+    """A selector that returns selections made elsewhere, call by call, and judges each.
+
+    Rounding lets near-ties fall differently in two implementations, and what follows differs altogether: outputs can
+    be compared only where both have computed the same tokens.
+
+    Attributes:
+        shortfalls: per selection, what the sum of its scores lacks to the largest one possible, as a share of it: 0
+            where tokens were swapped whose scores are the same.
+    """
+
+    def __init__(self, selections: Sequence[Tensor]) -> None:
+        self._left = list(selections)
+        self.shortfalls: list[float] = []
+
+    def __call__(self, x: Tensor, keep: int) -> Tensor:
+        """The next selection int64 [B, K], for x [B, L, C]."""
+        given, chosen = self._left.pop(0), pivotal_tokens(x, keep)
+        x = x.float()
+        score = _scores(x)
+        noise = _SCORE_NOISE * x.square().sum(dim=-1)  # what a score may be by rounding alone
+        best, ours = score.gather(1, chosen).sum(1), score.gather(1, given).sum(1)
+        self.shortfalls.append(float(((best - ours) / (best + noise.gather(1, chosen).sum(1))).max()))
+        return given
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:

@@ -15,19 +15,23 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.plugins.torch_ops import gather_tokens, pivotal_tokens, restore_tokens
+from fastvar_trt.export.models import matrix
+from fastvar_trt.export.models.matrix import torch_dtype
+from fastvar_trt.plugins.torch_ops import Selector, gather_tokens, pivotal_tokens, restore_tokens
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.manifest import ModelSpec, SamplingSpec, TensorSpec
 from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.precision import Precision
 
 BLOCK_DOMAIN = "fastvar.block"  # only inside the exporter: block functions are inlined before a graph is written
+MAX_Q_SCALE = 100.0  # `max_scale_mul` of VAR's and Infinity's SelfAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +51,19 @@ class BlockSpec(abc.ABC):
     num_heads: int
     attn_scale: float
     norm_eps: float
-    dtype: torch.dtype
+    precision: Precision
 
     sublayers: ClassVar[tuple[str, ...]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products and attention."""
+        return torch_dtype(self.precision.computed)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of keys, values and token caches."""
+        return torch_dtype(self.precision.kv)
 
     @property
     def num_tokens(self) -> int:
@@ -75,10 +89,10 @@ class BlockSpec(abc.ABC):
         }
         past = (self.num_past, *self.kv_shape[1:])
         if self.num_past:
-            inputs |= {"past_k": (past, self.dtype), "past_v": (past, self.dtype)}
+            inputs |= {"past_k": (past, self.kv_dtype), "past_v": (past, self.kv_dtype)}
         if self.keep is not None:
             cached = (self.rows, self.cached_height * self.cached_width, self.channels)
-            inputs |= {f"cached_{sublayer}": (cached, self.dtype) for sublayer in self.sublayers}
+            inputs |= {f"cached_{sublayer}": (cached, self.kv_dtype) for sublayer in self.sublayers}
         return inputs
 
     @property
@@ -102,29 +116,34 @@ class BlockSpec(abc.ABC):
         full = (self.rows, self.num_tokens, self.channels)
         outputs: list[tuple[str, tuple[int, ...], torch.dtype]] = [("y", full, torch.float32)]
         if self.emits_kv:
-            outputs += [("new_k", self.kv_shape, self.dtype), ("new_v", self.kv_shape, self.dtype)]
+            outputs += [("new_k", self.kv_shape, self.kv_dtype), ("new_v", self.kv_shape, self.kv_dtype)]
         if self.writes_cache:
-            outputs += [(f"cache_{sublayer}", full, self.dtype) for sublayer in self.sublayers]
+            outputs += [(f"cache_{sublayer}", full, self.kv_dtype) for sublayer in self.sublayers]
         return tuple(outputs)
 
     @abc.abstractmethod
-    def run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def run(self, tensors: Mapping[str, Tensor], select: Selector) -> tuple[Tensor, ...]:
         """One transformer layer, pruned where `keep` says so.
 
         Args:
             tensors: `input_names`: x fp32 [B2, L, C]; modulation fp32 [B2, 6, C] (gamma1, gamma2, 1 + scale1,
                 1 + scale2, shift1, shift2); past_k, past_v [S, B2, H, D]; cached_* [B2, T, C]; norm.weight, fp32
-                ones [C]; weights in torch's [out, in] layout.
+                ones [C]; weights as `models.matrix` writes them.
+            select: which tokens a pruned sublayer computes.
 
         Returns:
             `outputs`.
         """
 
-    def select(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def linear(self, tensors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+        """A linear layer of the block: [M, in] -> [M, out]."""
+        return matrix.linear(self.precision, tensors, name, x)
+
+    def selected(self, x: Tensor, select: Selector) -> tuple[Tensor, Tensor | None]:
         """The rows that a sublayer computes [B2, K, C], and their positions; all of x where nothing is pruned."""
         if self.keep is None:
             return x, None
-        indices = pivotal_tokens(x, self.keep)
+        indices = select(x, self.keep)
         return gather_tokens(x, indices), indices
 
     def modulated(self, x: Tensor, ones: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -139,7 +158,7 @@ class BlockSpec(abc.ABC):
         return restore_tokens(
             y,
             indices,
-            cached,
+            cached.to(self.dtype),
             h=self.height,
             w=self.width,
             cached_h=self.cached_height,
@@ -152,14 +171,13 @@ class BlockSpec(abc.ABC):
         Returns:
             the result [B2*K, C], new keys and values [K, B2, H, D].
         """
-        new_k, new_v = k.transpose(0, 1), v.transpose(0, 1)  # [K, B2, H, D]
+        new_k, new_v = (x.transpose(0, 1).to(self.kv_dtype) for x in (k, v))  # [K, B2, H, D]
         keys, values = new_k, new_v
         if self.num_past:
             keys = torch.cat([tensors["past_k"], keys])  # [S + K, B2, H, D]
             values = torch.cat([tensors["past_v"], values])
-        attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), scale=self.attn_scale
-        )  # [B2, H, K, D]
+        keys, values = (x.permute(1, 2, 0, 3).to(self.dtype) for x in (keys, values))
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, scale=self.attn_scale)
         return attended.transpose(1, 2).reshape(self.rows * self.num_computed, self.channels), new_k, new_v
 
     def collect(self, x: Tensor, new_k: Tensor, new_v: Tensor, by_sublayer: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -168,7 +186,7 @@ class BlockSpec(abc.ABC):
         if self.emits_kv:
             outputs += (new_k, new_v)
         if self.writes_cache:
-            outputs += tuple(by_sublayer)
+            outputs += tuple(y.to(self.kv_dtype) for y in by_sublayer)
         return outputs
 
 
@@ -195,14 +213,10 @@ def l2_normalised(x: Tensor) -> Tensor:
     return x / (x * x).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
-def linear(tensors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """`F.linear` with the weight and bias of that name."""
-    return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-
-
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Run-time values of one batch: per image, so that one batch can serve different requests."""
+    """Run-time values of one batch: `runtime.request.GRAPH_INPUTS`, per image, so that one batch can serve different
+    requests."""
 
     cfg: Tensor  # fp32 [B]
     temperature: Tensor  # fp32 [B]
@@ -218,6 +232,7 @@ class StepOutputs:
     tokens: Tensor  # `token_shape`
     f_hat: Tensor  # fp32 [B, C_vae, h_K, w_K]
     logits: Tensor  # fp32, `logits_shape`
+    finite: Tensor  # bool [B], whether all logits of an image are
     new_kv: list[tuple[Tensor, Tensor]]  # [K, B2, H, D]
     caches: dict[int, tuple[Tensor, ...]]  # layer -> per sublayer [B2, T, C]
 
@@ -230,12 +245,17 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     sublayers: ClassVar[tuple[str, ...]]
 
-    def __init__(self, schedule: tuple[tuple[int, int], ...], depth: int, dtype: torch.dtype) -> None:
+    def __init__(self, schedule: tuple[tuple[int, int], ...], depth: int, precision: Precision) -> None:
         super().__init__()
         self.schedule = schedule  # (height, width) of the token map per scale
         self.depth = depth
-        self.dtype = dtype
+        self.precision = precision
         self.image_decoder: nn.Module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products, attention and convolutions."""
+        return torch_dtype(self.precision.computed)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> NextScaleModel:
         """Take the tensors as parameters, by name; nothing is copied."""
@@ -259,11 +279,24 @@ class NextScaleModel(nn.Module, abc.ABC):
         """The parameter of that name."""
         return self.get_parameter(name)
 
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer in the compute dtype: [M, in] -> [M, out]."""
+        return matrix.linear(self.precision, _Weights(self), name, x)
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """A linear layer whose bias is added in fp32, where it carries the 1 of 1 + scale: [M, in] -> fp32 [M, out]."""
+        fmt = matrix.matrix_format(self.precision)
+        return fmt.product(_Weights(self), name, x, None).float() + self.weight(f"{name}.bias")
+
     # What the graphs take and give, apart from keys, values and caches.
 
     @abc.abstractmethod
     def model_spec(self) -> ModelSpec:
-        """Sizes for the manifest."""
+        """What the model takes and draws, and its sizes, for the manifest."""
+
+    @abc.abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pictures."""
 
     @abc.abstractmethod
     def sampling_spec(self) -> SamplingSpec:
@@ -287,7 +320,7 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def condition_inputs(self, batch: int) -> tuple[TensorSpec, ...]:
-        """Inputs of the condition graph."""
+        """Inputs of the condition graph, of the role `CONDITION`."""
 
     @abc.abstractmethod
     def condition_outputs(self, batch: int) -> tuple[TensorSpec, ...]:
@@ -311,7 +344,7 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def request_inputs(self, scale: int) -> tuple[str, ...]:
-        """Those of `REQUEST_INPUTS` that a step takes."""
+        """Those of `runtime.request.GRAPH_INPUTS` that a step takes."""
 
     # What is computed.
 
@@ -358,6 +391,7 @@ class NextScaleModel(nn.Module, abc.ABC):
         caches: Mapping[int, tuple[Tensor, ...]],
         uniform: Tensor,
         request: Request,
+        select: Selector = pivotal_tokens,
         block_names: Mapping[BlockSpec, str] | None = None,
     ) -> StepOutputs:
         """One scale.
@@ -371,6 +405,7 @@ class NextScaleModel(nn.Module, abc.ABC):
             caches: per pruned layer the sublayers' outputs at the cache scale [B2, T, C]; pruned scales only.
             uniform: fp32 [B, *token shape].
             request: guidance and sampling.
+            select: which tokens a pruned sublayer computes.
             block_names: while tracing, the name of the custom node that stands for each block.
         """
         x = self.embed(condition, f_hat, scale)
@@ -385,7 +420,10 @@ class NextScaleModel(nn.Module, abc.ABC):
                 tensors["past_k"], tensors["past_v"] = past[layer]
             if spec.keep is not None:
                 tensors |= {f"cached_{name}": t for name, t in zip(spec.sublayers, caches[layer], strict=True)}
-            outputs = _call_block(spec, tensors, block_names)
+            if block_names is None:
+                outputs = spec.run(tensors, select)
+            else:
+                outputs = _custom_node(spec, tensors, block_names[spec])
             x = outputs[0]
             if spec.emits_kv:
                 new_kv.append((outputs[1], outputs[2]))
@@ -395,9 +433,9 @@ class NextScaleModel(nn.Module, abc.ABC):
         logits = self.logits(x, condition, scale, request.cfg)
         drawn = self.draw(logits, uniform, request)
         f_hat = self.accumulate(drawn, f_hat, scale)
-        # A token looks sound whatever it was drawn from: what is not finite is carried on in f_hat.
-        f_hat = f_hat + logits.flatten(1).sum(dim=1)[:, None, None, None] * 0.0
-        return StepOutputs(drawn.to(self.token_spec(scale)[1]), f_hat, logits, new_kv, new_caches)
+        # A token looks sound whatever it was drawn from. One sum tells: it is not finite where a logit is not.
+        finite = logits.flatten(1).sum(dim=1).abs() <= torch.finfo(torch.float32).max
+        return StepOutputs(drawn.to(self.token_spec(scale)[1]), f_hat, logits, finite, new_kv, new_caches)
 
     def decode(self, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 [B, C_vae, h_K, w_K] -> image fp32 [B, 3, H, W] in [0, 1], pixels uint8 [B, H, W, 3]."""
@@ -410,15 +448,27 @@ class NextScaleModel(nn.Module, abc.ABC):
         return image, pixels
 
 
-def _call_block(
-    spec: BlockSpec, tensors: Mapping[str, Tensor], block_names: Mapping[BlockSpec, str] | None
-) -> tuple[Tensor, ...]:
-    """The block's outputs; while tracing a step, one custom node in its place."""
-    if block_names is None:
-        return spec.run(tensors)
+class _Weights(Mapping[str, Tensor]):
+    """The parameters of a model by name."""
+
+    def __init__(self, model: NextScaleModel) -> None:
+        self._model = model
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._model.weight(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._model.named_parameters())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _custom_node(spec: BlockSpec, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    """The block's outputs as those of one custom node, while a step is traced."""
     return tuple(
         torch.onnx.ops.symbolic_multi_out(
-            f"{BLOCK_DOMAIN}::{block_names[spec]}",
+            f"{BLOCK_DOMAIN}::{name}",
             [tensors[name] for name in spec.input_names],
             dtypes=[dtype for _, _, dtype in spec.outputs],
             shapes=[shape for _, shape, _ in spec.outputs],

@@ -13,6 +13,22 @@ from fastvar_trt.export.models.base import NextScaleModel, Request, StepOutputs
 from fastvar_trt.runtime.plan import ResolvedPlan
 
 
+def default_request(model: NextScaleModel, batch: int, *, greedy: bool, cfg: float | None = None) -> Request:
+    """The model's own sampling for a batch.
+
+    Args:
+        model: whose defaults are taken.
+        batch: images.
+        greedy: take the likeliest token.
+        cfg: guidance scale, in place of the model's.
+    """
+    defaults = model.sampling_spec()
+    values = {"cfg": cfg, "temperature": None, "top_k": None, "top_p": None}
+    filled = {name: getattr(defaults, name) if value is None else value for name, value in values.items()}
+    rows = {name: torch.full((batch,), value) for name, value in filled.items()}
+    return Request(**rows, greedy=torch.full((batch,), greedy))
+
+
 @dataclasses.dataclass
 class ChainState:
     """What passes from step to step."""

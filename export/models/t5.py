@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvar_trt.export.models.checkpoint import key_problems, load_state_dict
+from fastvar_trt.export.models.matrix import FORMATS, MatrixFormat, matrix_format, torch_dtype
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.manifest import TOKENIZER_FILE
+from fastvar_trt.runtime.precision import Precision
 
 PREFIX = "text_encoder."
+_EMBEDDING = "shared.weight"
 _MASKED = -3e4
 _ACTIVATIONS = {"gated-gelu": "tanh", "gated-gelu_new": "tanh"}  # Hugging Face maps the first to the second
 _UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.")
@@ -107,7 +110,7 @@ class T5Source:
                 "the encoder that the model was trained with"
             )
         has_shards = any(folder.glob("*.safetensors"))
-        state = load_state_dict(folder if has_shards else folder / "pytorch_model.bin", "t5")
+        state = load_state_dict(folder if has_shards else folder / "pytorch_model.bin", ("state_dict",))
         if "shared.weight" not in state and "encoder.embed_tokens.weight" in state:
             state["shared.weight"] = state["encoder.embed_tokens.weight"]
         problems = key_problems(state, expected_keys(config), _UNUSED)
@@ -115,18 +118,18 @@ class T5Source:
             raise CheckpointError(f"--text-encoder {folder}: the keys are not those of T5: {'; '.join(problems)}")
         return cls(config, state, folder / TOKENIZER_FILE)
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """The deployment tensors, one at a time.
-
-        Normalisation and position biases are fp32; so is `wo` in fp16, whose products exceed it in T5.
-        """
+    def tensors(self, precision: Precision) -> Iterator[tuple[str, Tensor]]:
+        """The deployment tensors, one at a time; normalisation and position biases are fp32."""
         for key in expected_keys(self.config):
             if "relative_attention_bias" in key:
                 yield f"{PREFIX}position_bias", position_bias(self.config, self.state[key].float())
-            elif "layer_norm" in key or (key.endswith(".wo.weight") and dtype == torch.float16):
+            elif "layer_norm" in key:
                 yield PREFIX + key, self.state[key].float()
+            elif key == _EMBEDDING:
+                yield PREFIX + key, self.state[key].to(torch_dtype(precision.computed))
             else:
-                yield PREFIX + key, self.state[key].to(dtype)
+                linear = key.removesuffix(".weight")
+                yield from _format(precision, linear).write(PREFIX + linear, self.state[key])
         yield f"{PREFIX}position", torch.arange(self.config.text_length)
 
 
@@ -162,7 +165,15 @@ def position_bias(config: T5Config, table: Tensor) -> Tensor:
     return table[buckets].permute(2, 0, 1).contiguous()
 
 
-def encode(config: T5Config, weights: Mapping[str, Tensor], ids: Tensor, length: Tensor, dtype: torch.dtype) -> Tensor:
+def _format(precision: Precision, linear: str) -> MatrixFormat:
+    """That of the precision; of `wo` fp32 in fp16, which its products exceed in T5."""
+    overflows = linear.endswith(".wo") and precision.computed == "float16"
+    return FORMATS["float32"] if overflows else matrix_format(precision)
+
+
+def encode(
+    config: T5Config, weights: Mapping[str, Tensor], ids: Tensor, length: Tensor, precision: Precision
+) -> Tensor:
     """The encoder's last hidden state.
 
     Args:
@@ -170,15 +181,19 @@ def encode(config: T5Config, weights: Mapping[str, Tensor], ids: Tensor, length:
         weights: deployment tensors, by their official names.
         ids: int64 [1, T], padded.
         length: int64 [1], how many are tokens.
-        dtype: of the large matrices.
+        precision: of the bundle.
 
     Returns:
         fp32 [1, T, width]; rows of padding mean nothing.
     """
+    dtype = torch_dtype(precision.computed)
     heads = (config.num_heads, config.text_length, config.head_dim)
     padding = (weights["position"] >= length).float() * _MASKED  # [T]
     bias = (weights["position_bias"] + padding).to(dtype).unsqueeze(0)  # [1, H, T, T]
-    x = F.embedding(ids[0], weights["shared.weight"]).float()  # [T, C]
+    x = F.embedding(ids[0], weights[_EMBEDDING]).float()  # [T, C]
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return _format(precision, name).product(weights, name, x, None)
 
     def normed(x: Tensor, name: str) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps) * weights[f"{name}.weight"]
@@ -187,17 +202,17 @@ def encode(config: T5Config, weights: Mapping[str, Tensor], ids: Tensor, length:
         attention, ffn = f"encoder.block.{i}.layer.0.", f"encoder.block.{i}.layer.1."
         hidden = normed(x, f"{attention}layer_norm").to(dtype)
         q, k, v = (
-            F.linear(hidden, weights[f"{attention}SelfAttention.{name}.weight"])
+            linear(f"{attention}SelfAttention.{name}", hidden)
             .view(1, config.text_length, config.num_heads, config.head_dim)
             .transpose(1, 2)
             for name in "qkv"
         )
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         attended = attended.view(heads).transpose(0, 1).reshape(config.text_length, -1)
-        x = x + F.linear(attended, weights[f"{attention}SelfAttention.o.weight"]).float()
+        x = x + linear(f"{attention}SelfAttention.o", attended).float()
         hidden = normed(x, f"{ffn}layer_norm").to(dtype)
-        gate = F.gelu(F.linear(hidden, weights[f"{ffn}DenseReluDense.wi_0.weight"]), approximate="tanh")
-        wo = weights[f"{ffn}DenseReluDense.wo.weight"]
-        up = F.linear(hidden, weights[f"{ffn}DenseReluDense.wi_1.weight"])
-        x = x + F.linear(gate.to(wo.dtype) * up.to(wo.dtype), wo).float()
+        gate = F.gelu(linear(f"{ffn}DenseReluDense.wi_0", hidden), approximate="tanh")
+        up = linear(f"{ffn}DenseReluDense.wi_1", hidden)
+        wide = torch.float32 if _format(precision, f"{ffn}DenseReluDense.wo") is FORMATS["float32"] else dtype
+        x = x + linear(f"{ffn}DenseReluDense.wo", gate.to(wide) * up.to(wide)).float()
     return normed(x, "encoder.final_layer_norm").unsqueeze(0)

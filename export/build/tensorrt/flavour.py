@@ -10,13 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fastvar_trt.runtime.backends.tensorrt import import_tensorrt
-from fastvar_trt.runtime.errors import ExportError
+from fastvar_trt.runtime.backends.tensorrt import ENTERPRISE_FLAVOUR, RTX_FLAVOUR, import_tensorrt
 
-RTX, ENTERPRISE = "tensorrt_rtx", "tensorrt"
 # SM90 (H100) is not among them: TensorRT for RTX 1.7 does not list it.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-CURRENT_TARGET = "current"  # enterprise TensorRT: the GPU of this machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Flavour:
     def network_flags(self) -> int:
         """Strongly typed, as precisions come from the graph (RTX and TensorRT 11 know nothing else and have no flag);
         and plugins ahead of time, so that an engine holds their kernels."""
-        if self.name == RTX:
+        if self.name == RTX_FLAVOUR:
             return 0
         known = self.module.NetworkDefinitionCreationFlag
         wanted = [getattr(known, name, None) for name in ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")]
@@ -56,30 +53,8 @@ class Flavour:
 
     def set_targets(self, config: Any, targets: Sequence[str]) -> None:
         """Which GPUs an engine is built for."""
-        if self.name == ENTERPRISE:
+        if self.name == ENTERPRISE_FLAVOUR:
             return  # the GPU of this machine
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             config.set_compute_capability(getattr(self.module.ComputeCapability, target.upper()), index)
-
-
-def flavour_of(targets: Sequence[str]) -> str:
-    """The package that builds for these targets.
-
-    Args:
-        targets: `sm75`, `sm80`, `sm86`, `sm89`, `sm120`, `sm121`, or `current` alone.
-
-    Raises:
-        ExportError: an unknown target, or `current` together with others.
-    """
-    if tuple(targets) == (CURRENT_TARGET,):
-        return ENTERPRISE
-    for target in targets:
-        if target not in RTX_TARGETS:
-            raise ExportError(
-                f"target: got {target!r}, expected one or more of {', '.join(RTX_TARGETS)} (TensorRT for RTX, on any "
-                f"machine), or {CURRENT_TARGET} alone (enterprise TensorRT, for the GPU of this machine)"
-            )
-    if not targets:
-        raise ExportError("target: got none")
-    return RTX

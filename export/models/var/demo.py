@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-from fastvar_trt.export.sources import VARSource
+from fastvar_trt.export.models.var.source import VARSource
 
 DEMO_FOLDER = Path(str(importlib.resources.files("fastvar_trt.export"))) / "demo_model"
 

@@ -19,14 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvar_trt.export.models import t5
-from fastvar_trt.export.models.base import BlockSpec, NextScaleModel, Request, block_geometry, l2_normalised, linear
-from fastvar_trt.export.models.bsq_vae import BSQDecoder
-from fastvar_trt.export.models.infinity_config import BSQVAEConfig, InfinityConfig
+from fastvar_trt.export.models.base import BlockSpec, NextScaleModel, Request, block_geometry, l2_normalised
+from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
+from fastvar_trt.export.models.infinity.vae import BSQDecoder
+from fastvar_trt.export.models.matrix import linear_names
 from fastvar_trt.export.models.resize import resize_map
 from fastvar_trt.export.models.t5 import T5Config
+from fastvar_trt.plugins.torch_ops import Selector
 from fastvar_trt.runtime import manifest as names
-from fastvar_trt.runtime.manifest import ModelSpec, SamplingSpec, TensorSpec
+from fastvar_trt.runtime.manifest import Condition, ModelSpec, Role, SamplingSpec, TensorSpec, Tokens
 from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.precision import Precision
+from fastvar_trt.runtime.request import GRAPH_INPUTS
 
 DEFAULT_CFG = 4.0  # scripts/infer.sh
 DEFAULT_TAU = 0.5
@@ -62,35 +66,35 @@ class InfinityBlockSpec(BlockSpec):
     @property
     def weight_names(self) -> tuple[str, ...]:
         """Names of the layer's weights, below `blocks.<layer>.`."""
-        linears = ("attn.mat_qkv", "attn.proj", "cross.norm", "cross.mat_q", "cross.proj", "ffn.fc1", "ffn.fc2")
-        return ("attn.q_scale", *(f"{name}.{part}" for name in linears for part in ("weight", "bias")))
+        linears = ("attn.mat_qkv", "attn.proj", "cross.mat_q", "cross.proj", "ffn.fc1", "ffn.fc2")
+        return ("attn.q_scale", "cross.norm.weight", "cross.norm.bias", *linear_names(self.precision, *linears))
 
-    def run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def run(self, tensors: Mapping[str, Tensor], select: Selector) -> tuple[Tensor, ...]:
         """See `BlockSpec.run`; text_k, text_v [B2, H, T, D], text_mask [B2, 1, 1, T]."""
         x, modulation, ones = tensors["x"], tensors["modulation"], tensors["norm.weight"]
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (modulation[:, i : i + 1] for i in range(6))  # [B2, 1, C]
         full = (self.rows, self.num_computed, self.channels)
 
-        computed, indices = self.select(x)
+        computed, indices = self.selected(x, select)
         hidden = self.modulated(computed, ones, scale1, shift1)
         attended, new_k, new_v = self._self_attention(tensors, hidden, indices)
-        y_attn = (linear(tensors, "attn.proj", attended).view(full).float() * gamma1).to(self.dtype)
+        y_attn = (self.linear(tensors, "attn.proj", attended).view(full).float() * gamma1).to(self.dtype)
         y_attn = self.restored(y_attn, indices, tensors.get("cached_attn"))
         x = x + y_attn.float()
 
-        computed, indices = self.select(x)
+        computed, indices = self.selected(x, select)
         hidden = F.layer_norm(
             computed, (self.channels,), tensors["cross.norm.weight"], tensors["cross.norm.bias"], self.norm_eps
         )
         attended = self._cross_attention(tensors, hidden.flatten(0, 1).to(self.dtype))
-        y_cross = linear(tensors, "cross.proj", attended).view(full)
+        y_cross = self.linear(tensors, "cross.proj", attended).view(full)
         y_cross = self.restored(y_cross, indices, tensors.get("cached_cross"))
         x = x + y_cross.float()
 
-        computed, indices = self.select(x)
+        computed, indices = self.selected(x, select)
         hidden = self.modulated(computed, ones, scale2, shift2)
-        hidden = F.gelu(linear(tensors, "ffn.fc1", hidden), approximate="tanh")
-        y_ffn = (linear(tensors, "ffn.fc2", hidden).view(full).float() * gamma2).to(self.dtype)
+        hidden = F.gelu(self.linear(tensors, "ffn.fc1", hidden), approximate="tanh")
+        y_ffn = (self.linear(tensors, "ffn.fc2", hidden).view(full).float() * gamma2).to(self.dtype)
         y_ffn = self.restored(y_ffn, indices, tensors.get("cached_ffn"))
         x = x + y_ffn.float()
         return self.collect(x, new_k, new_v, (y_attn, y_cross, y_ffn))
@@ -100,7 +104,7 @@ class InfinityBlockSpec(BlockSpec):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention of [B2*K, C] with rotary positions: the result [B2*K, C], new keys and values [K, B2, H, D]."""
         heads = (self.num_heads, self.channels // self.num_heads)
-        qkv = linear(tensors, "attn.mat_qkv", hidden)  # [B2*K, 3C]
+        qkv = self.linear(tensors, "attn.mat_qkv", hidden)  # [B2*K, 3C]
         q, k, v = qkv.view(self.rows, self.num_computed, 3, *heads).unbind(2)  # [B2, K, H, D]
         tables = [tensors[f"rope.{self.scale}.{part}"] for part in ("cos", "sin")]  # [L, D/2]
         if indices is not None:
@@ -116,7 +120,7 @@ class InfinityBlockSpec(BlockSpec):
 
     def _cross_attention(self, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Attention of [B2*K, C] over the text: [B2*K, C]."""
-        q = linear(tensors, "cross.mat_q", hidden)
+        q = self.linear(tensors, "cross.mat_q", hidden)
         q = q.view(self.rows, self.num_computed, self.num_heads, -1).transpose(1, 2)  # [B2, H, K, D]
         # ONNX Runtime wants the mask's rows spelt out; one copy serves all layers of a step.
         mask = tensors["text_mask"].expand(-1, -1, self.num_computed, -1)
@@ -127,35 +131,39 @@ class InfinityBlockSpec(BlockSpec):
 
 
 class Infinity(NextScaleModel):
-    """An Infinity with its decoder, over the deployment tensors of `export.models.infinity_checkpoint`."""
+    """An Infinity with its decoder, over the deployment tensors of `models.infinity.checkpoint`."""
 
     sublayers = InfinityBlockSpec.sublayers
 
     def __init__(
-        self, config: InfinityConfig, vae_config: BSQVAEConfig, text_config: T5Config | None, dtype: torch.dtype
+        self, config: InfinityConfig, vae_config: BSQVAEConfig, text_config: T5Config | None, precision: Precision
     ) -> None:
-        super().__init__(config.schedule, config.depth, dtype)
+        super().__init__(config.schedule, config.depth, precision)
         self.config = config
         self.vae_config = vae_config
         self.text_config = text_config
 
     def model_spec(self) -> ModelSpec:
-        """Sizes for the manifest."""
+        """Text, bits, and sizes."""
         config = self.config
-        height, width = config.code_schedule[-1]
         return ModelSpec(
             family="infinity",
+            condition=Condition.TEXT,
+            tokens=Tokens.BITS,
             depth=config.depth,
             width=config.width,
             num_heads=config.num_heads,
             mlp_width=config.mlp_width,
             vocab_size=2 * config.bits,
             code_channels=config.bits,
-            image_height=height * self.vae_config.pixels_per_code,
-            image_width=width * self.vae_config.pixels_per_code,
             text_width=config.text_width,
             text_length=config.text_length,
         )
+
+    def image_size(self) -> tuple[int, int]:
+        """Of the schedule's last map."""
+        height, width = self.config.code_schedule[-1]
+        return height * self.vae_config.pixels_per_code, width * self.vae_config.pixels_per_code
 
     def sampling_spec(self) -> SamplingSpec:
         """Sampling defaults for the manifest; a bit has two values."""
@@ -167,7 +175,7 @@ class Infinity(NextScaleModel):
         return {"infinity": dataclasses.asdict(self.config), "vae": dataclasses.asdict(self.vae_config), **text}
 
     @classmethod
-    def from_configs(cls, configs: Mapping[str, Any], dtype: torch.dtype) -> Infinity:
+    def from_configs(cls, configs: Mapping[str, Any], precision: Precision) -> Infinity:
         """The model of `configs`, without weights.
 
         Raises:
@@ -181,7 +189,7 @@ class Infinity(NextScaleModel):
         }
         vae_config = BSQVAEConfig(**{**vae, "level_channels": tuple(vae["level_channels"])})
         text = configs.get("text_encoder")
-        return cls(InfinityConfig(**config), vae_config, None if text is None else T5Config(**text), dtype)
+        return cls(InfinityConfig(**config), vae_config, None if text is None else T5Config(**text), precision)
 
     def text_specs(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None:
         """Inputs and outputs of the text encoder, where there is one."""
@@ -209,29 +217,36 @@ class Infinity(NextScaleModel):
             if name.startswith(t5.PREFIX)
         }
         count = inputs[names.TOKEN_COUNT]
-        encoded = t5.encode(self.text_config, weights, inputs[names.TOKEN_IDS], count, self.dtype)
+        encoded = t5.encode(self.text_config, weights, inputs[names.TOKEN_IDS], count, self.precision)
         return {names.ENCODED: encoded * (weights["position"] < count).float().unsqueeze(-1)}
 
     def condition_inputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Features of the text encoder."""
         rows, config = 2 * batch, self.config
         return (
-            TensorSpec(names.TEXT_FEATURES, (rows, config.text_length, config.text_width), "float32"),
-            TensorSpec(names.TEXT_LENGTHS, (rows,), "int64"),
-            TensorSpec(names.NEGATIVE, (batch,), "bool"),
+            TensorSpec(names.TEXT_FEATURES, (rows, config.text_length, config.text_width), "float32", Role.CONDITION),
+            TensorSpec(names.TEXT_LENGTHS, (rows,), "int64", Role.CONDITION),
+            TensorSpec(names.NEGATIVE, (batch,), "bool", Role.CONDITION),
         )
 
     def condition_outputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Start token, modulations, keys and values of the text."""
         rows, config = 2 * batch, self.config
-        dtype = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}[self.dtype]
+        dtype = self.precision.computed
         text = (rows, config.num_heads, config.text_length, config.head_dim)
         return (
             TensorSpec(names.START, (rows, config.width), "float32"),
-            *(TensorSpec(names.modulation(i), (rows, 6, config.width), "float32") for i in range(self.depth)),
-            TensorSpec(names.HEAD_MODULATION, (rows, 2, config.width), "float32"),
-            TensorSpec(names.TEXT_MASK, (rows, 1, 1, config.text_length), dtype),
-            *(TensorSpec(name(i), text, dtype) for i in range(self.depth) for name in (names.text_k, names.text_v)),
+            *(
+                TensorSpec(names.modulation(i), (rows, 6, config.width), "float32", Role.MODULATION, layer=i)
+                for i in range(self.depth)
+            ),
+            TensorSpec(names.HEAD_MODULATION, (rows, 2, config.width), "float32", Role.MODULATION),
+            TensorSpec(names.TEXT_MASK, (rows, 1, 1, config.text_length), dtype, Role.TEXT),
+            *(
+                TensorSpec(name(i), text, dtype, Role.TEXT, layer=i)
+                for i in range(self.depth)
+                for name in (names.text_k, names.text_v)
+            ),
         )
 
     def example_condition(self, batch: int) -> dict[str, Tensor]:
@@ -261,7 +276,7 @@ class Infinity(NextScaleModel):
 
     def request_inputs(self, scale: int) -> tuple[str, ...]:
         """All but top-k."""
-        return tuple(name for name in names.REQUEST_INPUTS if name != names.TOP_K)
+        return tuple(name for name in GRAPH_INPUTS if name != "top_k")
 
     def new_decoder(self) -> nn.Module:
         """`AutoEncoder.decode`."""
@@ -285,38 +300,31 @@ class Infinity(NextScaleModel):
         start = self._pool(text, mask)  # [B2, C]
         activated = F.silu(start).to(self.dtype)
 
-        def project(name: str) -> Tensor:
-            # The bias is added in fp32: it carries the 1 of 1 + scale.
-            return F.linear(activated, self.weight(f"{name}.weight")).float() + self.weight(f"{name}.bias")
-
-        shared = project("shared_modulation").view(-1, 6, config.width)
+        shared = self.project("shared_modulation", activated).view(-1, 6, config.width)
         outputs = {
             names.START: start,
-            names.HEAD_MODULATION: project("head_modulation").view(-1, 2, config.width),
+            names.HEAD_MODULATION: self.project("head_modulation", activated).view(-1, 2, config.width),
             names.TEXT_MASK: mask.to(self.dtype),
         }
-        text = F.gelu(self._linear("text.proj.0", text), approximate="tanh")
-        text = self._linear("text.proj.2", text)  # [B2*T, C]
+        text = F.gelu(self.linear("text.proj.0", text), approximate="tanh")
+        text = self.linear("text.proj.2", text)  # [B2*T, C]
         for i in range(self.depth):
             outputs[names.modulation(i)] = shared + self.weight(f"blocks.{i}.modulation.bias")
-            kv = self._linear(f"blocks.{i}.cross.mat_kv", text)
+            kv = self.linear(f"blocks.{i}.cross.mat_kv", text)
             kv = kv.view(2 * batch, config.text_length, 2, config.num_heads, config.head_dim)
             outputs[names.text_k(i)], outputs[names.text_v(i)] = kv.permute(2, 0, 3, 1, 4).unbind(0)
         return outputs
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
-
     def _pool(self, text: Tensor, mask: Tensor) -> Tensor:
         """`TextAttentivePool`: one learnt query over the text [B2*T, C_text]: fp32 [B2, C]."""
         config = self.config
-        kv = self._linear("text.pool.mat_kv", text).float()
+        kv = self.linear("text.pool.mat_kv", text).float()
         kv = kv.view(-1, config.text_length, 2, config.pool_heads, config.pool_head_dim)
         keys, values = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [B2, H', T, D']
         scores = (keys @ self.weight("text.pool.q")).transpose(-1, -2)  # [B2, H', 1, T]
         scores = scores / math.sqrt(config.pool_head_dim) + mask
         pooled = (scores.softmax(-1) @ values).flatten(1)
-        return self._linear("text.pool.proj", pooled.to(self.dtype)).float()
+        return self.linear("text.pool.proj", pooled.to(self.dtype)).float()
 
     def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> InfinityBlockSpec:
         """The static part of one layer of one step."""
@@ -328,7 +336,7 @@ class Infinity(NextScaleModel):
             num_heads=config.num_heads,
             attn_scale=config.attn_scale,
             norm_eps=config.norm_eps,
-            dtype=self.dtype,
+            precision=self.precision,
             scale=scale,
             text_length=config.text_length,
             cross_scale=config.cross_scale,
@@ -372,7 +380,7 @@ class Infinity(NextScaleModel):
         hidden = hidden * head_modulation[:, 0:1] + head_modulation[:, 1:2]
         strength = cfg[:, None, None]
         hidden = strength * hidden[:batch] + (1 - strength) * hidden[batch:]
-        logits = self._linear("head", hidden.reshape(-1, channels).to(self.dtype))
+        logits = self.linear("head", hidden.reshape(-1, channels).to(self.dtype))
         return logits.float().view(batch, length, self.config.bits, 2)
 
     def draw(self, logits: Tensor, uniform: Tensor, request: Request) -> Tensor:

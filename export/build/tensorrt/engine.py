@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastvar_trt.export.tensorrt.flavour import Flavour
-from fastvar_trt.export.tensorrt.graphs import TensorRTGraph
+from fastvar_trt.export.build.tensorrt.flavour import Flavour
 from fastvar_trt.runtime.errors import ExportError
 
 # The final layers in the verbose log, as TensorRT's layer information with detailed profiling prints them.
@@ -51,7 +50,7 @@ class BuiltEngine:
 
 def build_engine(
     flavour: Flavour,
-    graph: TensorRTGraph,
+    model: bytes,
     name: str,
     targets: Sequence[str],
     progress: Callable[[str, float], None],
@@ -60,7 +59,7 @@ def build_engine(
 
     Args:
         flavour: the TensorRT package.
-        graph: what to build.
+        model: a serialized ONNX model without external data.
         name: of the graph, for messages.
         targets: compute capabilities.
         progress: called with TensorRT's phase and the share of it that is done; what it raises (KeyboardInterrupt,
@@ -75,7 +74,7 @@ def build_engine(
     builder = trt.Builder(logger)
     network = builder.create_network(flavour.network_flags())
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(graph.model):
+    if not parser.parse(model):
         found = [parser.get_error(i) for i in range(parser.num_errors)]
         problems = "; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in found)
         raise ExportError(f"{name}: {flavour.name} {flavour.version} does not accept the graph: {problems}")

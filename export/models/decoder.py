@@ -1,8 +1,7 @@
-"""The decoding half of VAR's multi-scale VQVAE: code lookup, residual convolutions, decoder.
+"""The convolutional decoder that the VAEs of all families share: layers of VQGAN.
 
-Module and parameter names are the official ones (`vqvae.py`, `basic_vae.py`, `quant.py` of VAR), so the
-official state dict loads as it is. Normalisation and the attention's softmax run in fp32 whatever the
-precision: their sums overflow fp16.
+Module and parameter names are the official ones (`basic_vae.py` of VAR), so official state dicts load as they are.
+Normalisation and the attention's softmax run in fp32 whatever the precision: their sums overflow fp16.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.config import NORM_GROUPS, VQVAEConfig
-
+NORM_GROUPS = 32  # of `Normalize` in basic_vae.py
 # ONNX Runtime sums a group one by one in fp32: beyond this, the error shows in the picture. Rows are summed first then.
 _MAX_SUMMED_AT_ONCE = 1 << 18
 
@@ -153,19 +151,6 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-
-class ImageDecoder(nn.Module):
-    """`VQVAE.fhat_to_img`: token features to an image."""
-
-    def __init__(self, config: VQVAEConfig) -> None:
-        super().__init__()
-        self.post_quant_conv = nn.Conv2d(config.code_channels, config.code_channels, 3, padding=1)
-        self.decoder = Decoder(config.code_channels, config.level_channels, config.num_blocks, attention=True)
-
-    def forward(self, f_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 [B, C_vae, h, w] -> image fp32 [B, 3, 16h, 16w] in [0, 1], pixels uint8 [B, 16h, 16w, 3]."""
-        return to_image(self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))))
 
 
 def to_image(decoded: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastvar_trt.export.models.bsq_vae import official_keys
-from fastvar_trt.export.models.checkpoint import MAX_Q_SCALE, key_problems
-from fastvar_trt.export.models.infinity_config import BSQVAEConfig, InfinityConfig
+from fastvar_trt.export.models.base import MAX_Q_SCALE
+from fastvar_trt.export.models.checkpoint import check_keys, key_problems
+from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
+from fastvar_trt.export.models.infinity.vae import official_keys
+from fastvar_trt.export.models.matrix import matrix_format, torch_dtype, write_linear
 from fastvar_trt.export.models.resize import bilinear_matrix
-from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.runtime.precision import Precision
 
 ROPE_BASE = 10000.0
 # Constants and training-time buffers that inference does not read.
@@ -90,11 +92,7 @@ def check_checkpoints(
     decoder = {_present(vae_state, keys): shape for keys, shape in official_keys(vae).values()}
     others = tuple({f"{key.split('.')[0]}." for key in vae_state if not key.startswith("decoder.")})
     problems["--vae"] = key_problems(vae_state, decoder, others)
-    if any(problems.values()):
-        raise CheckpointError(
-            "the keys are not those of the model; "
-            + "; ".join(f"{option}: {'; '.join(found)}" for option, found in problems.items() if found)
-        )
+    check_keys(problems)
 
 
 def _present(state: Mapping[str, Tensor], keys: tuple[str, str]) -> str:
@@ -107,27 +105,29 @@ def deployment_tensors(
     vae: BSQVAEConfig,
     state: Mapping[str, Tensor],
     vae_state: Mapping[str, Tensor],
-    dtype: torch.dtype,
+    precision: Precision,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a bundle, one at a time, in the names of `export.models.infinity`.
+    """The tensors of a bundle, one at a time, in the names of `models.infinity.model`.
 
-    What is fp32 whatever `dtype`: as for VAR (`export.models.checkpoint.deployment_tensors`), and all that normalises
-    the text.
+    What is fp32 whatever the precision: as for VAR (`models.var.checkpoint.deployment_tensors`), and all that
+    normalises the text.
     """
-    c = config.width
+    c, matrix, dtype = config.width, matrix_format(precision), torch_dtype(precision.computed)
+
+    def linear(name: str, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return write_linear(precision, name, weight, bias)
+
     yield "norm.weight", torch.ones(c)
     yield "text.position", torch.arange(config.text_length)
     yield "text.uncond", state["cfg_uncond"][: config.text_length].float()
     yield "text.norm.weight", state["text_norm.weight"].float()
     pool = "text_proj_for_sos.ca."
     yield "text.pool.q", state[pool + "mat_q"][0].float().unsqueeze(-1)
-    yield "text.pool.mat_kv.weight", state[pool + "mat_kv.weight"].to(dtype)
-    yield "text.pool.mat_kv.bias", _kv_bias(state[pool + "v_bias"]).to(dtype)
-    yield "text.pool.proj.weight", state[pool + "proj.weight"].to(dtype)
-    yield "text.pool.proj.bias", state[pool + "proj.bias"].to(dtype)
+    yield from linear("text.pool.mat_kv", state[pool + "mat_kv.weight"], _kv_bias(state[pool + "v_bias"]))
+    yield from linear("text.pool.proj", state[pool + "proj.weight"], state[pool + "proj.bias"])
     for layer in (0, 2):
-        for part in ("weight", "bias"):
-            yield f"text.proj.{layer}.{part}", state[f"text_proj_for_ca.{layer}.{part}"].to(dtype)
+        source = f"text_proj_for_ca.{layer}"
+        yield from linear(f"text.proj.{layer}", state[f"{source}.weight"], state[f"{source}.bias"])
 
     levels = state["lvl_embed.weight"].float()
     yield "pos.0", state["pos_start"][0].float() + levels[0]
@@ -138,35 +138,32 @@ def deployment_tensors(
 
     plus_one = torch.zeros(6, c)  # the blocks use 1 + scale: the one is added to the bias here, once
     plus_one[2:4] = 1.0
-    yield "shared_modulation.weight", state["shared_ada_lin.1.weight"].to(dtype)
+    yield from matrix.write("shared_modulation", state["shared_ada_lin.1.weight"])
     yield "shared_modulation.bias", state["shared_ada_lin.1.bias"].float()
     for i, source in enumerate(config.block_prefixes):
         block = f"blocks.{i}."
         yield block + "modulation.bias", state[source + "ada_gss"].view(6, c).float() + plus_one
-        yield block + "attn.mat_qkv.weight", _halves(config, state[source + "sa.mat_qkv.weight"], 3).to(dtype)
         q_bias, v_bias = state[source + "sa.q_bias"], state[source + "sa.v_bias"]
         q_bias = _halves(config, q_bias, 1)
-        yield block + "attn.mat_qkv.bias", torch.cat([q_bias, torch.zeros_like(q_bias), v_bias]).to(dtype)
+        qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+        yield from linear(block + "attn.mat_qkv", _halves(config, state[source + "sa.mat_qkv.weight"], 3), qkv_bias)
         scale = state[source + "sa.scale_mul_1H11"].float().clamp_max(math.log(MAX_Q_SCALE)).exp()
         yield block + "attn.q_scale", scale.view(config.num_heads, 1)
         yield block + "cross.norm.weight", state[source + "ca_norm.weight"].float()
         yield block + "cross.norm.bias", state[source + "ca_norm.bias"].float()
-        yield block + "cross.mat_kv.weight", state[source + "ca.mat_kv.weight"].to(dtype)
-        yield block + "cross.mat_kv.bias", _kv_bias(state[source + "ca.v_bias"]).to(dtype)
-        yield block + "cross.mat_q.weight", state[source + "ca.mat_q.weight"].to(dtype)
-        yield block + "cross.mat_q.bias", state[source + "ca.mat_q.bias"].to(dtype)
+        kv_bias = _kv_bias(state[source + "ca.v_bias"])
+        yield from linear(block + "cross.mat_kv", state[source + "ca.mat_kv.weight"], kv_bias)
+        yield from linear(block + "cross.mat_q", state[source + "ca.mat_q.weight"], state[source + "ca.mat_q.bias"])
         # A learnt gain on the sublayer's output, in some models, is one on the rows of its last matrix.
         gain = state.get(source + "ca_gamma", torch.ones(1)).float()
-        yield block + "cross.proj.weight", (state[source + "ca.proj.weight"].float() * gain[:, None]).to(dtype)
-        yield block + "cross.proj.bias", (state[source + "ca.proj.bias"].float() * gain).to(dtype)
+        weight, bias = (state[f"{source}ca.proj.{part}"].float() for part in ("weight", "bias"))
+        yield from linear(block + "cross.proj", weight * gain[:, None], bias * gain)
         for name, key in (("attn.proj", "sa.proj"), ("ffn.fc1", "ffn.fc1"), ("ffn.fc2", "ffn.fc2")):
-            yield f"{block}{name}.weight", state[f"{source}{key}.weight"].to(dtype)
-            yield f"{block}{name}.bias", state[f"{source}{key}.bias"].to(dtype)
+            yield from linear(block + name, state[f"{source}{key}.weight"], state[f"{source}{key}.bias"])
     head_plus_one = torch.cat([torch.ones(c), torch.zeros(c)])  # scale, shift
-    yield "head_modulation.weight", state["head_nm.ada_lin.1.weight"].to(dtype)
+    yield from matrix.write("head_modulation", state["head_nm.ada_lin.1.weight"])
     yield "head_modulation.bias", state["head_nm.ada_lin.1.bias"].float() + head_plus_one
-    yield "head.weight", state["head.weight"].to(dtype)
-    yield "head.bias", state["head.bias"].to(dtype)
+    yield from linear("head", state["head.weight"], state["head.bias"])
 
     for k in range(len(config.schedule)):
         cos, sin = rope_tables(config, k)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from fastvar_trt.export.models.checkpoint import count_indices, tensor_of
+from fastvar_trt.export.models.decoder import NORM_GROUPS
 from fastvar_trt.runtime.errors import CheckpointError
 
-NORM_GROUPS = 32  # of `Normalize` in basic_vae.py
 HEAD_DIM = 64  # official VAR models: width = 64 * depth, heads = depth
 
 
@@ -167,22 +167,6 @@ class VARConfig:
             shared_aln=any(key.startswith("shared_ada_lin.") or key.endswith(".ada_gss") for key in state),
             attn_l2_norm=scale_mul is not None,
         )
-
-
-def tensor_of(state: Mapping[str, Tensor], key: str, kind: str, *, num_axes: int) -> Tensor:
-    """A tensor that sizes are read from."""
-    if key not in state:
-        some = ", ".join(list(state)[:3])
-        raise CheckpointError(f"not {kind}: key {key} is missing (the file has {some}, ...)")
-    if state[key].ndim != num_axes:
-        raise CheckpointError(f"not {kind}: {key}: got shape {list(state[key].shape)}, expected {num_axes} axes")
-    return state[key]
-
-
-def count_indices(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest index that the pattern finds at the start of a key; 0 where it finds none."""
-    found = (re.match(pattern, key) for key in state)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def _patch_nums(levels: Tensor) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastvar_trt.export.models.config import NORM_GROUPS, count_indices, tensor_of
+from fastvar_trt.export.models.checkpoint import count_indices, tensor_of
+from fastvar_trt.export.models.decoder import NORM_GROUPS
 from fastvar_trt.runtime.errors import CheckpointError
 
 _KIND = "an Infinity transformer"

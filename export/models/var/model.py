@@ -15,13 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.base import BlockSpec, NextScaleModel, Request, block_geometry, l2_normalised, linear
-from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
+from fastvar_trt.export.models.base import BlockSpec, NextScaleModel, Request, block_geometry, l2_normalised
+from fastvar_trt.export.models.matrix import linear_names
 from fastvar_trt.export.models.resize import resize_map
-from fastvar_trt.export.models.vqvae import ImageDecoder
+from fastvar_trt.export.models.var.config import VARConfig, VQVAEConfig
+from fastvar_trt.export.models.var.vqvae import ImageDecoder
+from fastvar_trt.plugins.torch_ops import Selector
 from fastvar_trt.runtime import manifest as names
-from fastvar_trt.runtime.manifest import ModelSpec, SamplingSpec, TensorSpec
+from fastvar_trt.runtime.manifest import Condition, ModelSpec, Role, SamplingSpec, TensorSpec, Tokens
 from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.precision import Precision
+from fastvar_trt.runtime.request import GRAPH_INPUTS
 
 DEFAULT_TOP_K = 900  # VAR's sampling settings: demo_sample.ipynb
 DEFAULT_TOP_P = 0.96
@@ -40,25 +44,24 @@ class VARBlockSpec(BlockSpec):
     def weight_names(self) -> tuple[str, ...]:
         """Names of the layer's weights, below `blocks.<layer>.`."""
         q_scale = ("attn.q_scale",) if self.attn_l2_norm else ()
-        linears = ("attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2")
-        return (*q_scale, *(f"{name}.{part}" for name in linears for part in ("weight", "bias")))
+        return (*q_scale, *linear_names(self.precision, "attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2"))
 
-    def run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def run(self, tensors: Mapping[str, Tensor], select: Selector) -> tuple[Tensor, ...]:
         """See `BlockSpec.run`."""
         x, modulation, ones = tensors["x"], tensors["modulation"], tensors["norm.weight"]
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (modulation[:, i : i + 1] for i in range(6))  # [B2, 1, C]
 
-        computed, indices = self.select(x)
+        computed, indices = self.selected(x, select)
         hidden = self.modulated(computed, ones, scale1, shift1)
         attended, new_k, new_v = self._attention(tensors, hidden)
-        y_attn = self._gated(linear(tensors, "attn.proj", attended), gamma1)
+        y_attn = self._gated(self.linear(tensors, "attn.proj", attended), gamma1)
         y_attn = self.restored(y_attn, indices, tensors.get("cached_attn"))
         x = x + y_attn.float()
 
-        computed, indices = self.select(x)
+        computed, indices = self.selected(x, select)
         hidden = self.modulated(computed, ones, scale2, shift2)
-        hidden = F.gelu(linear(tensors, "ffn.fc1", hidden), approximate="tanh")
-        y_ffn = self._gated(linear(tensors, "ffn.fc2", hidden), gamma2)
+        hidden = F.gelu(self.linear(tensors, "ffn.fc1", hidden), approximate="tanh")
+        y_ffn = self._gated(self.linear(tensors, "ffn.fc2", hidden), gamma2)
         y_ffn = self.restored(y_ffn, indices, tensors.get("cached_ffn"))
         x = x + y_ffn.float()
         return self.collect(x, new_k, new_v, (y_attn, y_ffn))
@@ -70,7 +73,7 @@ class VARBlockSpec(BlockSpec):
     def _attention(self, tensors: Mapping[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Self-attention of [B2*K, C]: the result [B2*K, C], new keys and values [K, B2, H, D]."""
         heads = (self.num_heads, self.channels // self.num_heads)
-        qkv = linear(tensors, "attn.mat_qkv", hidden)  # [B2*K, 3C]
+        qkv = self.linear(tensors, "attn.mat_qkv", hidden)  # [B2*K, 3C]
         q, k, v = qkv.view(self.rows, self.num_computed, 3, *heads).unbind(2)  # [B2, K, H, D]
         if self.attn_l2_norm:
             q = (l2_normalised(q) * tensors["attn.q_scale"]).to(self.dtype)
@@ -118,31 +121,35 @@ def _top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class VAR(NextScaleModel):
-    """A class-conditional VAR with its decoder, over the deployment tensors of `export.models.checkpoint`."""
+    """A class-conditional VAR with its decoder, over the deployment tensors of `models.var.checkpoint`."""
 
     sublayers = VARBlockSpec.sublayers
 
-    def __init__(self, config: VARConfig, vae_config: VQVAEConfig, dtype: torch.dtype) -> None:
-        super().__init__(config.schedule, config.depth, dtype)
+    def __init__(self, config: VARConfig, vae_config: VQVAEConfig, precision: Precision) -> None:
+        super().__init__(config.schedule, config.depth, precision)
         self.config = config
         self.vae_config = vae_config
 
     def model_spec(self) -> ModelSpec:
-        """Sizes for the manifest."""
+        """Classes, an index into the code book per position, and sizes."""
         config = self.config
-        side = config.patch_nums[-1] * self.vae_config.pixels_per_token
         return ModelSpec(
             family="var",
+            condition=Condition.CLASS,
+            tokens=Tokens.INDEX,
             depth=config.depth,
             width=config.width,
             num_heads=config.num_heads,
             mlp_width=config.mlp_width,
             vocab_size=config.vocab_size,
             code_channels=config.code_channels,
-            image_height=side,
-            image_width=side,
             num_classes=config.num_classes,
         )
+
+    def image_size(self) -> tuple[int, int]:
+        """Square."""
+        side = self.config.patch_nums[-1] * self.vae_config.pixels_per_token
+        return side, side
 
     def sampling_spec(self) -> SamplingSpec:
         """Sampling limits and defaults for the manifest."""
@@ -154,7 +161,7 @@ class VAR(NextScaleModel):
         return {"var": dataclasses.asdict(self.config), "vae": dataclasses.asdict(self.vae_config)}
 
     @classmethod
-    def from_configs(cls, configs: Mapping[str, Any], dtype: torch.dtype) -> VAR:
+    def from_configs(cls, configs: Mapping[str, Any], precision: Precision) -> VAR:
         """The model of `configs`, without weights.
 
         Raises:
@@ -162,19 +169,22 @@ class VAR(NextScaleModel):
         """
         var, vae = ({**configs[name]} for name in ("var", "vae"))
         config = VARConfig(**{**var, "patch_nums": tuple(var["patch_nums"])})
-        return cls(config, VQVAEConfig(**{**vae, "level_channels": tuple(vae["level_channels"])}), dtype)
+        return cls(config, VQVAEConfig(**{**vae, "level_channels": tuple(vae["level_channels"])}), precision)
 
     def condition_inputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Class indices."""
-        return (TensorSpec(names.LABELS, (batch,), "int64"),)
+        return (TensorSpec(names.LABELS, (batch,), "int64", Role.CONDITION),)
 
     def condition_outputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Start token and modulations."""
         rows, width = 2 * batch, self.config.width
         return (
             TensorSpec(names.START, (rows, width), "float32"),
-            *(TensorSpec(names.modulation(i), (rows, 6, width), "float32") for i in range(self.depth)),
-            TensorSpec(names.HEAD_MODULATION, (rows, 2, width), "float32"),
+            *(
+                TensorSpec(names.modulation(i), (rows, 6, width), "float32", Role.MODULATION, layer=i)
+                for i in range(self.depth)
+            ),
+            TensorSpec(names.HEAD_MODULATION, (rows, 2, width), "float32", Role.MODULATION),
         )
 
     def example_condition(self, batch: int) -> dict[str, Tensor]:
@@ -195,7 +205,7 @@ class VAR(NextScaleModel):
 
     def request_inputs(self, scale: int) -> tuple[str, ...]:
         """All; the guidance ramp starts at 0."""
-        return tuple(name for name in names.REQUEST_INPUTS if scale != 0 or name != names.CFG)
+        return tuple(name for name in GRAPH_INPUTS if scale != 0 or name != "cfg")
 
     def new_decoder(self) -> nn.Module:
         """`VQVAE.fhat_to_img`."""
@@ -209,17 +219,15 @@ class VAR(NextScaleModel):
         start = F.embedding(torch.cat([labels, unconditional]), self.weight("class_emb.weight"))  # [B2, C]
         activated = F.silu(start).to(self.dtype)
 
-        def project(name: str) -> Tensor:
-            # The bias is added in fp32: it carries the 1 of 1 + scale.
-            return F.linear(activated, self.weight(f"{name}.weight")).float() + self.weight(f"{name}.bias")
-
         if self.config.shared_aln:
-            shared = project("shared_modulation").view(-1, 6, width)
+            shared = self.project("shared_modulation", activated).view(-1, 6, width)
             modulations = [shared + self.weight(f"blocks.{i}.modulation.bias") for i in range(self.depth)]
         else:
-            modulations = [project(f"blocks.{i}.modulation").view(-1, 6, width) for i in range(self.depth)]
+            projected = [self.project(f"blocks.{i}.modulation", activated) for i in range(self.depth)]
+            modulations = [modulation.view(-1, 6, width) for modulation in projected]
+        head = self.project("head_modulation", activated)
         by_layer = {names.modulation(i): modulation for i, modulation in enumerate(modulations)}
-        return {names.START: start, **by_layer, names.HEAD_MODULATION: project("head_modulation").view(-1, 2, width)}
+        return {names.START: start, **by_layer, names.HEAD_MODULATION: head.view(-1, 2, width)}
 
     def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> VARBlockSpec:
         """The static part of one layer of one step."""
@@ -231,7 +239,7 @@ class VAR(NextScaleModel):
             num_heads=config.num_heads,
             attn_scale=config.attn_scale,
             norm_eps=config.norm_eps,
-            dtype=self.dtype,
+            precision=self.precision,
             attn_l2_norm=config.attn_l2_norm,
         )
 
@@ -266,8 +274,7 @@ class VAR(NextScaleModel):
             t = (cfg * ramp)[:, None, None]
             hidden = (1 + t) * hidden[:batch] - t * hidden[batch:]
         hidden = hidden.reshape(-1, channels).to(self.dtype)
-        logits = F.linear(hidden, self.weight("head.weight"), self.weight("head.bias"))
-        return logits.float().view(batch, length, self.config.vocab_size)
+        return self.linear("head", hidden).float().view(batch, length, self.config.vocab_size)
 
     def draw(self, logits: Tensor, uniform: Tensor, request: Request) -> Tensor:
         """One code per position: int32 [B, L]."""

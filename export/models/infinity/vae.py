@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.infinity_config import BSQVAEConfig
-from fastvar_trt.export.models.vqvae import Decoder, to_image
+from fastvar_trt.export.models.decoder import Decoder, to_image
+from fastvar_trt.export.models.infinity.config import BSQVAEConfig
 
 
 class BSQDecoder(nn.Module):

@@ -1,0 +1,58 @@
+"""The target `cuda`: graphs for ONNX Runtime on an NVIDIA GPU, over one device copy of the weights.
+
+An initializer would be copied to the device once per session, so the weights become inputs, as for TensorRT.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from fastvar_trt.export.build.base import Builder, Built, Progress
+from fastvar_trt.export.passes.promote_weights import PromoteWeights
+from fastvar_trt.runtime.backends.onnxruntime_cuda import BUILT_WITH, CUDA_TARGET, FLAVOUR
+from fastvar_trt.runtime.errors import ExportError
+from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec
+from fastvar_trt.runtime.precision import DTYPE_OF_ONNX
+
+
+class CudaBuilder(Builder):
+    """Graphs with their weights as inputs."""
+
+    folder = FLAVOUR
+    target_names = (CUDA_TARGET,)
+    description = "ONNX Runtime on an NVIDIA GPU"
+
+    def built_with(self) -> dict[str, str]:
+        """The form of the graphs: any ONNX Runtime takes them."""
+        return dict(BUILT_WITH)
+
+    def build(
+        self, bundle: Path, graph: GraphSpec, targets: tuple[str, ...], scratch: Path, progress: Progress
+    ) -> Built:
+        """See `Builder.build`."""
+        model, weights = with_weights_as_inputs(bundle / graph.file)
+        path = scratch / graph.file
+        ir.save(model, path)
+        return Built(path, tuple(spec.name for spec in weights), (*graph.inputs, *weights), graph.outputs)
+
+
+def with_weights_as_inputs(path: Path) -> tuple[ir.Model, tuple[TensorSpec, ...]]:
+    """A graph with its weights promoted, and the inputs that are tensors of the weights file beside it.
+
+    Raises:
+        ExportError: the file cannot be read.
+    """
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's own types
+        raise ExportError(f"{path.name}: cannot be read as ONNX: {error}") from error
+    num_inputs = len(model.graph.inputs)
+    PromoteWeights()(model)
+    return model, tuple(_spec(value) for value in model.graph.inputs[num_inputs:])
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.shape is not None and value.dtype is not None
+    return TensorSpec(value.name, tuple(value.shape.numpy()), DTYPE_OF_ONNX[int(value.dtype)])

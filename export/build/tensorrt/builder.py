@@ -1,0 +1,133 @@
+"""The targets of TensorRT: engines of the graphs, over one device copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from fastvar_trt.export.build.base import Builder, Built, Progress
+from fastvar_trt.export.build.cuda import with_weights_as_inputs
+from fastvar_trt.export.build.tensorrt.engine import build_engine
+from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS, Flavour
+from fastvar_trt.export.passes.allow_attention_decomposition import AllowAttentionDecomposition
+from fastvar_trt.export.passes.use_plugins import UsePlugins
+from fastvar_trt.plugins.tensorrt_plugin import register_plugins
+from fastvar_trt.runtime.backends.cuda import CudaDevice
+from fastvar_trt.runtime.backends.tensorrt import CURRENT_TARGET, ENTERPRISE_FLAVOUR, RTX_FLAVOUR
+from fastvar_trt.runtime.engines import EngineSet
+from fastvar_trt.runtime.errors import ExportError
+from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_same_tensors
+
+WITH_PLUGINS = f"{CURRENT_TARGET}+plugins"
+
+
+class RtxBuilder(Builder):
+    """Engines of TensorRT for RTX; no GPU is needed. One engine holds the kernels of all its targets."""
+
+    folder = RTX_FLAVOUR
+    target_names: ClassVar[tuple[str, ...]] = RTX_TARGETS
+    description = "TensorRT for RTX, on any machine"
+    plugins = False
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        super().__init__(targets)
+        self._flavour: Flavour
+
+    def open(self) -> None:
+        """See `Builder.open`."""
+        self._flavour = Flavour.load(self.folder)
+
+    def built_with(self) -> dict[str, str]:
+        """The version of TensorRT."""
+        return {self.folder: self._flavour.version}
+
+    def all_targets(self, engines: EngineSet) -> tuple[str, ...]:
+        """With those of the engines that this version has built before."""
+        known = {t for r in engines.records.values() if r.built_with == self.built_with() for t in r.targets}
+        return tuple(sorted({*self.targets, *known}, key=lambda target: (len(target), target)))
+
+    def build(
+        self, bundle: Path, graph: GraphSpec, targets: tuple[str, ...], scratch: Path, progress: Progress
+    ) -> Built:
+        """See `Builder.build`."""
+        model, weights = tensorrt_graph(bundle / graph.file, plugins=self.plugins)
+        engine = build_engine(
+            self._flavour,
+            model,
+            graph.file,
+            targets,
+            lambda phase, share: progress(graph.file, phase, share),
+        )
+        inputs, outputs = (
+            tuple(TensorSpec(t.name, t.shape, t.dtype) for t in engine.tensors if t.is_input == is_input)
+            for is_input in (True, False)
+        )
+        check_same_tensors(f"{graph.file}: the engine", (*graph.inputs, *weights), inputs, ExportError)
+        check_same_tensors(f"{graph.file}: the engine", graph.outputs, outputs, ExportError)
+        path = scratch / f"{Path(graph.file).stem}.engine"
+        path.write_bytes(engine.data)
+        kernels = {
+            "total": engine.num_kernels,
+            "attention": engine.num_attention,
+            "gemm_bias_gelu": engine.num_gemm_gelu,
+            "plugins": int(self.plugins),
+        }
+        return Built(path, tuple(spec.name for spec in weights), inputs, outputs, kernels)
+
+
+class EnterpriseBuilder(RtxBuilder):
+    """Engines of enterprise TensorRT, for the GPU of this machine."""
+
+    folder = ENTERPRISE_FLAVOUR
+    target_names = (CURRENT_TARGET, WITH_PLUGINS)
+    description = "enterprise TensorRT, for the GPU of this machine; with the CUDA kernels of the cache operator"
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        if len(targets) > 1:
+            raise ExportError(f"--target: got {' and '.join(targets)}: give one of them")
+        super().__init__(targets)
+        self.plugins = WITH_PLUGINS in targets
+
+    def open(self) -> None:
+        """See `Builder.open`; the target is the GPU that is found."""
+        super().open()
+        if self.plugins:
+            register_plugins()
+        device = CudaDevice()
+        try:
+            self.targets = (device.target,)
+        finally:
+            device.close()
+
+    def all_targets(self, engines: EngineSet) -> tuple[str, ...]:
+        """This GPU alone."""
+        return self.targets
+
+    def fresh(self, engines: EngineSet, manifest: Manifest, graph: GraphSpec) -> bool:
+        """See `Builder.fresh`; an engine with plugins is not one without."""
+        return super().fresh(engines, manifest, graph) and (
+            bool(engines.records[graph.file].kernels.get("plugins")) == self.plugins
+        )
+
+
+def tensorrt_graph(path: Path, *, plugins: bool = False) -> tuple[bytes, tuple[TensorSpec, ...]]:
+    """A bundle's graph as TensorRT wants it, its weights promoted to inputs so that the engine stays small.
+
+    Args:
+        path: the graph file, with the weights file beside it.
+        plugins: name the cache operator's plugins (enterprise TensorRT) instead of its ONNX functions.
+
+    Returns:
+        a serialized ONNX model without external data, and the inputs that are tensors of the weights file.
+
+    Raises:
+        ExportError: it cannot be read.
+    """
+    model, weights = with_weights_as_inputs(path)
+    if plugins:
+        UsePlugins()(model)
+    AllowAttentionDecomposition()(model)
+    return ir.serde.serialize_model(model).SerializeToString(), weights

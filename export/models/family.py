@@ -1,0 +1,57 @@
+"""What the exporter asks of a family of models. Imports neither torch nor onnx: commands show their help without."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastvar_trt.runtime.plan import PruningPlan
+from fastvar_trt.runtime.precision import Precision
+
+if TYPE_CHECKING:
+    from fastvar_trt.export.models.base import NextScaleModel
+    from fastvar_trt.export.models.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceCommand:
+    """A command of `fastvar-export`: one way to get a model of a family.
+
+    Attributes:
+        name: of the command.
+        description: for its help.
+        examples: command lines.
+        options: its own, besides those that all have.
+        load: their values, by name, to the model to export.
+        default_plan: their values to the preset that is taken where no plan is asked for.
+        has_top_k: whether the model draws from a vocabulary, whose top-k the graphs bound.
+    """
+
+    name: str
+    description: str
+    examples: tuple[str, ...]
+    options: tuple[click.Option, ...]
+    load: Callable[..., Source]
+    default_plan: Callable[..., str]
+    has_top_k: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models: a folder of `export.models`, and a line in `export.models.registry`.
+
+    Attributes:
+        name: in manifests.
+        commands: the ways to get a model.
+        from_configs: a manifest's `configs` and precision to the model, without weights; raises KeyError or TypeError
+            where they are not complete.
+        presets: pruning plans that were made for it.
+    """
+
+    name: str
+    commands: tuple[SourceCommand, ...]
+    from_configs: Callable[[Mapping[str, Any], Precision], NextScaleModel]
+    presets: tuple[PruningPlan, ...]

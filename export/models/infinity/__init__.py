@@ -1,0 +1,1 @@
+"""Infinity: text to image, tokens of bits."""

@@ -1,0 +1,113 @@
+"""Infinity for the exporter's commands. Imports torch only where a model is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastvar_trt.export.models.family import Family, SourceCommand
+from fastvar_trt.export.models.infinity.schedules import SIZES
+from fastvar_trt.runtime.plan import DENSE, PruningPlan
+from fastvar_trt.runtime.precision import Precision
+
+if TYPE_CHECKING:
+    from fastvar_trt.export.models.infinity.model import Infinity as Model
+    from fastvar_trt.export.models.infinity.source import InfinitySource
+
+DEFAULT_SIZE = "1M"
+
+
+def _plan(name: str, *fractions: tuple[int, float]) -> PruningPlan:
+    return PruningPlan(name, fractions, cache_scale=8, first_layer=3, last_layer=27)
+
+
+# `fastvar-infinity`: as published for 1024x1024 (`fastvar_utils.py`: 0.4 of 32x32 and 0.5 of 40x40, cache of 24x24,
+# 48x48 and 64x64 skipped, layers 3 to 27), by place, so for every aspect ratio. The smaller sizes are what the
+# published code does there. For `-2K` and `-4M` nothing was published: what is skipped and pruned below them stays, and
+# of the last scale a quarter is computed.
+PLAN_OF_SIZE: Mapping[str, PruningPlan] = {
+    "0.06M": DENSE,
+    "0.25M": _plan("fastvar-infinity-0.25M", (9, 0.4)),
+    "0.60M": _plan("fastvar-infinity-0.60M", (9, 0.4), (10, 0.5), (11, 1.0)),
+    "1M": _plan("fastvar-infinity", (9, 0.4), (10, 0.5), (11, 1.0), (12, 1.0)),
+    "2K": _plan("fastvar-infinity-2K", (9, 0.4), (10, 0.5), (11, 1.0), (12, 1.0), (13, 0.75)),
+    "4M": _plan("fastvar-infinity-4M", (9, 0.4), (10, 0.5), (11, 1.0), (12, 1.0), (13, 1.0), (14, 0.75)),
+}
+
+
+class _Aspect(click.ParamType):
+    """`W:H` as height over width."""
+
+    name = "W:H"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """`16:9` -> 0.5625."""
+        if isinstance(value, float):
+            return value
+        try:
+            width, height = (float(part) for part in value.split(":"))
+            return height / width
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"got {value!r}, expected two numbers as in 4:3", param, ctx)
+
+
+def _load(
+    checkpoint: Path,
+    vae: Path,
+    pn: str,
+    h_div_w: float | None,
+    aspect: float | None,
+    text_length: int | None,
+    text_encoder: Path | None,
+) -> InfinitySource:
+    if h_div_w is not None and aspect is not None:
+        raise click.UsageError("--h-div-w and --aspect say the same; give one of them")
+    from fastvar_trt.export.models.infinity.source import InfinitySource
+
+    ratio = next((value for value in (h_div_w, aspect) if value is not None), 1.0)
+    return InfinitySource.from_files(checkpoint, vae, pn, ratio, text_length, text_encoder)
+
+
+def _from_configs(configs: Mapping[str, Any], precision: Precision) -> Model:
+    from fastvar_trt.export.models.infinity.model import Infinity
+
+    return Infinity.from_configs(configs, precision)
+
+
+_FILES = SourceCommand(
+    name="infinity",
+    description="An official Infinity checkpoint, at one size and aspect ratio.",
+    examples=(
+        "fastvar-export infinity --checkpoint infinity_2b_reg.pth --vae infinity_vae_d32reg.pth \\\n"
+        "    --pn 1M --h-div-w 1.333 --precision fp16 --out out/infinity_1m",
+        "fastvar-export infinity --checkpoint infinity_2b_reg.pth --vae infinity_vae_d32reg.pth \\\n"
+        "    --text-encoder flan-t5-xl --pn 2K --aspect 16:9 --out out/infinity_2k",
+    ),
+    options=(
+        click.Option(
+            ["--checkpoint"],
+            type=click.Path(path_type=Path),
+            required=True,
+            help="The official file, or a folder of shards.",
+        ),
+        click.Option(["--vae"], type=click.Path(path_type=Path), required=True, help="The official file of its VAE."),
+        click.Option(
+            ["--pn"], type=click.Choice(SIZES), default=DEFAULT_SIZE, show_default=True, help="Pixels of the image."
+        ),
+        click.Option(["--h-div-w"], type=float, help="Height over width. Default: 1."),
+        click.Option(["--aspect"], type=_Aspect(), help="Width to height as W:H, the same said otherwise."),
+        click.Option(["--text-length"], type=click.IntRange(1), help="Longest prompt in tokens. Default: the model's."),
+        click.Option(
+            ["--text-encoder"],
+            type=click.Path(path_type=Path),
+            help="Hugging Face folder of flan-t5, for prompts; without it, the bundle takes text features.",
+        ),
+    ),
+    load=_load,
+    default_plan=lambda pn, **_: PLAN_OF_SIZE[pn].name,
+    has_top_k=False,
+)
+INFINITY = Family("infinity", (_FILES,), _from_configs, tuple(p for p in PLAN_OF_SIZE.values() if p is not DENSE))

@@ -1,0 +1,49 @@
+"""What is exported: a model's configurations and official state dicts."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvar_trt.export.models.base import NextScaleModel
+from fastvar_trt.export.models.matrix import dtype_name
+from fastvar_trt.runtime.precision import Precision
+
+
+class Source(abc.ABC):
+    """A model to export: its configurations and official state dicts."""
+
+    @abc.abstractmethod
+    def new_model(self, precision: Precision) -> NextScaleModel:
+        """The model, without weights."""
+
+    @abc.abstractmethod
+    def tensors(self, precision: Precision, max_top_k: int) -> Iterator[tuple[str, Tensor]]:
+        """The deployment tensors, one at a time.
+
+        Args:
+            precision: of the bundle.
+            max_top_k: bound of top-k, 0 for the whole vocabulary; for models that draw from one.
+        """
+
+    @abc.abstractmethod
+    def on_meta(self) -> Source:
+        """The same without data: shapes and dtypes only."""
+
+    def copy_files(self, folder: Path) -> None:  # noqa: B027  # most have none
+        """Copy what belongs into a bundle as it is."""
+
+    def shapes(self, precision: Precision, max_top_k: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of every deployment tensor."""
+        with torch.device("meta"):
+            tensors = self.on_meta().tensors(precision, max_top_k)
+            return {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors}
+
+
+def to_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without data."""
+    return {key: value.to("meta") for key, value in state.items()}

@@ -1,0 +1,1 @@
+"""VAR: class-conditional, tokens from a code book."""
