@@ -45,15 +45,15 @@ class ServiceCollector(Collector):
             batches.add_metric([str(size)], count)
         yield batches
         manifest = self._service.pipeline.manifest
-        model = manifest.model
+        variant = manifest.default
         yield InfoMetricFamily(
             "fastvar_bundle",
             "What is served.",
             value={
-                "family": model.family,
-                "plan": manifest.plan.name,
+                "family": manifest.model.family,
+                "plan": variant.plan.name,
                 "precision": manifest.precision,
-                "size": f"{model.image_width}x{model.image_height}",
+                "size": f"{variant.image_width}x{variant.image_height}",
                 "backend": self._service.pipeline.backend.name,
             },
         )

@@ -19,8 +19,8 @@ from ray.serve import Application
 from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.service import Service
-from fastvar_trt.serving.app import ServerOptions, create_app
-from fastvar_trt.serving.server import parse_rate
+from fastvar_trt.serving.http.app import ServerOptions, create_app
+from fastvar_trt.serving.http.server import parse_rate
 
 _INGRESS_QUEUE = 16  # requests beyond the service's own queue that a replica takes, to refuse them itself
 

@@ -17,20 +17,7 @@ import triton_python_backend_utils as pb_utils  # Triton puts it beside model.py
 
 from fastvar_trt.runtime.errors import FastVARError
 from fastvar_trt.runtime.pipeline import Pipeline
-
-_INPUTS = {
-    "LABEL": "labels",
-    "PROMPT": "prompts",
-    "NEGATIVE_PROMPT": "negative_prompts",
-    "TEXT_FEATURES": "text_features",
-    "NEGATIVE_TEXT_FEATURES": "negative_text_features",
-    "SEED": "seeds",
-    "CFG": "cfg",
-    "TEMPERATURE": "temperature",
-    "TOP_P": "top_p",
-    "TOP_K": "top_k",
-}
-_ARGUMENTS = tuple(_INPUTS.values())
+from fastvar_trt.runtime.request import Request, parameters
 
 
 class TritonPythonModel:
@@ -44,14 +31,15 @@ class TritonPythonModel:
                 `model_instance_kind`, `model_instance_device_id`. The parameters `backend` and `device` of the
                 configuration are those of `Pipeline.load`; an instance of kind GPU without `device` gets its own GPU.
         """
-        parameters = json.loads(args["model_config"]).get("parameters", {})
-        values = {key: parameter.get("string_value", "") for key, parameter in parameters.items()}
+        configured = json.loads(args["model_config"]).get("parameters", {})
+        values = {key: entry.get("string_value", "") for key, entry in configured.items()}
         device = values.get("device") or None
         if device is None and args["model_instance_kind"] == "GPU":
             device = f"cuda:{args['model_instance_device_id']}"
         bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
         self._pipe = Pipeline.load(bundle, backend=values.get("backend") or "onnxruntime", device=device)
         self._pipe.warm_up()
+        self._inputs = {name.upper(): name for name in parameters(self._pipe.manifest)}
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Draw the images of several requests together, one response each.
@@ -59,13 +47,13 @@ class TritonPythonModel:
         Args:
             requests: `InferenceRequest`s, inputs [n, ...] as in `config.pbtxt`.
         """
-        accepted: dict[int, dict[str, list[Any]]] = {}
+        accepted: dict[int, list[Request]] = {}
         responses: dict[int, Any] = {}
         for i, request in enumerate(requests):
             try:
-                arguments = _arguments(request)
-                self._pipe.check(**_given(arguments))
-                accepted[i] = arguments
+                wanted = self._requests(request)
+                self._pipe.check(wanted)
+                accepted[i] = wanted
             except (FastVARError, UnicodeDecodeError) as error:
                 responses[i] = _failure(error)
         if accepted:
@@ -76,46 +64,39 @@ class TritonPythonModel:
         """Release the bundle."""
         self._pipe.close()
 
-    def _draw(self, requests: dict[int, dict[str, list[Any]]]) -> dict[int, Any]:
+    def _draw(self, accepted: dict[int, list[Request]]) -> dict[int, Any]:
         """The responses; where drawing them together fails, each is drawn alone."""
-        together = {key: [v for arguments in requests.values() for v in arguments[key]] for key in _ARGUMENTS}
         try:
-            images = self._pipe.generate(**_given(together)).images
+            images = self._pipe.draw([request for wanted in accepted.values() for request in wanted]).images
         except Exception as error:
-            if len(requests) == 1:
-                return {i: _failure(error) for i in requests}
-            return {i: self._draw({i: arguments})[i] for i, arguments in requests.items()}
+            if len(accepted) == 1:
+                return {i: _failure(error) for i in accepted}
+            return {i: self._draw({i: wanted})[i] for i, wanted in accepted.items()}
         responses, start = {}, 0
-        for i, arguments in requests.items():
-            seeds = arguments["seeds"]
+        for i, wanted in accepted.items():
             tensors = [
-                pb_utils.Tensor("IMAGE", np.ascontiguousarray(images[start : start + len(seeds)])),
-                pb_utils.Tensor("SEED_USED", np.array(seeds, dtype=np.uint64)[:, None]),
+                pb_utils.Tensor("IMAGE", np.ascontiguousarray(images[start : start + len(wanted)])),
+                pb_utils.Tensor("SEED_USED", np.array([[request.seed] for request in wanted], dtype=np.uint64)),
             ]
             responses[i] = pb_utils.InferenceResponse(output_tensors=tensors)
-            start += len(seeds)
+            start += len(wanted)
         return responses
 
-
-def _arguments(request: Any) -> dict[str, list[Any]]:
-    """The inputs of a request as arguments of `Pipeline.generate`, one value per image; None for what is left out."""
-    arguments: dict[str, list[Any] | None] = {}
-    for name, argument in _INPUTS.items():
-        tensor = pb_utils.get_input_tensor_by_name(request, name)
-        array = None if tensor is None else tensor.as_numpy()
-        if array is None or array.ndim == 3:  # text features: [n, tokens, width]
-            arguments[argument] = None if array is None else list(array)
-        else:
-            arguments[argument] = [v.decode() if isinstance(v, bytes) else v for v in array[:, 0].tolist()]
-    count = max(len(values) for values in arguments.values() if values is not None)
-    filled: dict[str, list[Any]] = {key: values or [None] * count for key, values in arguments.items()}
-    filled["seeds"] = [secrets.randbits(32) if seed is None else seed for seed in filled["seeds"]]
-    return filled
-
-
-def _given(arguments: dict[str, list[Any]]) -> dict[str, Any]:
-    """Without those that no image has."""
-    return {key: values for key, values in arguments.items() if any(value is not None for value in values)}
+    def _requests(self, request: Any) -> list[Request]:
+        """The pictures of one of Triton's requests; a seed that is left out is drawn."""
+        given: dict[str, list[Any]] = {}
+        for name, field in self._inputs.items():
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is None:
+                continue
+            array = tensor.as_numpy()
+            if array.ndim == 3:  # text features: [n, tokens, width]
+                given[field] = list(array)
+            else:
+                given[field] = [v.decode() if isinstance(v, bytes) else v for v in array[:, 0].tolist()]
+        count = max(len(values) for values in given.values())
+        given.setdefault("seed", [secrets.randbits(32) for _ in range(count)])
+        return [Request(**{field: values[i] for field, values in given.items()}) for i in range(count)]
 
 
 def _failure(error: Exception) -> Any:

@@ -16,38 +16,35 @@ import base64
 import dataclasses
 import json
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from limits import RateLimitItem
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastvar_trt.runtime.errors import CancelledError, FastVARError, OverloadedError, RequestError
 from fastvar_trt.runtime.manifest import Manifest
-from fastvar_trt.runtime.noise import MAX_SEED
 from fastvar_trt.runtime.pipeline import Preview
+from fastvar_trt.runtime.request import parameters
 from fastvar_trt.runtime.service import ImageRequest, ImageResult, Service, Ticket
-from fastvar_trt.serving.images import MEDIA_TYPES, encode_image
+from fastvar_trt.serving.http.bodies import Bodies, Body, ImageBody, bodies_of, to_request
+from fastvar_trt.serving.http.images import MEDIA_TYPES, encode_image
 from fastvar_trt.serving.metrics import ServiceCollector
 
 _LOG = logging.getLogger(__name__)
 _CLIENT_CLOSED_REQUEST = 499  # as nginx calls it; nobody reads it but the metrics
-_MAX_PROMPT = 10_000  # characters; a bundle's limit in tokens is lower
-_MAX_CFG = 100.0  # far beyond what is of use; logits overflow much later, which would spoil a whole batch
 _PREVIEW_QUALITY = 80  # of JPEG: previews are looked at for a moment
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (RequestError, 422),
@@ -73,37 +70,6 @@ class ServerOptions:
     max_body_bytes: int = 4 << 20
     max_deadline_s: float = 120.0
     rate: RateLimitItem | None = None
-
-
-class ImageBody(BaseModel):
-    """A picture that is asked for; what is left out takes the bundle's default."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    label: int | None = Field(None, description="Class index, for a model of classes.")
-    prompt: str | None = Field(
-        None, max_length=_MAX_PROMPT, description="Text, for a model of text whose bundle has its text encoder."
-    )
-    negative_prompt: str | None = Field(None, max_length=_MAX_PROMPT, description="Text to keep away from.")
-    text_features: list[list[float]] | None = Field(
-        None, description="In place of a prompt: the text encoder's last hidden state, [tokens, width]."
-    )
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the noise; default: drawn, and returned.")
-    cfg: float | None = Field(None, ge=-_MAX_CFG, le=_MAX_CFG, description="Guidance scale.")
-    temperature: float | None = Field(None, gt=0, description="Divides the logits.")
-    top_k: int | None = Field(None, ge=0, description="Draw from the likeliest tokens.")
-    top_p: float | None = Field(None, ge=0, le=1, description="Draw from the likeliest tokens of this probability.")
-    deadline_s: float | None = Field(None, gt=0, description="Seconds after which the picture is not wanted any more.")
-    format: Literal["png", "jpeg", "webp"] = "png"
-    quality: int = Field(90, ge=1, le=100, description="Of JPEG and WebP.")
-
-
-class StreamBody(ImageBody):
-    """A picture with previews."""
-
-    preview_scales: list[int] | None = Field(
-        None, max_length=64, description="Scales after which a preview is decoded; default: three of them."
-    )
 
 
 def create_app(
@@ -145,10 +111,13 @@ def create_app(
             window = await limiter.get_window_stats(options.rate, client)
             raise _RateError(f"more than {options.rate} from {client}; try again later", window.reset_time)
 
+    def bodies() -> Bodies:
+        return bodies_of(service.pipeline.manifest, options.max_deadline_s)  # another bundle may have taken its place
+
     async def submit(
         body: ImageBody, on_preview: Callable[[Preview], None] | None = None
     ) -> tuple[Ticket, ImageRequest]:
-        request = _image_request(body, service.pipeline.manifest, options)
+        request = to_request(body)
         return await asyncio.to_thread(service.submit, request, on_preview), request  # prompts take a while to check
 
     @app.post(
@@ -159,8 +128,9 @@ def create_app(
             **_ERROR_RESPONSES,
         },
     )
-    async def images(body: ImageBody, request: Request) -> Response:
+    async def images(request: Request) -> Response:
         """Draw one picture. Requests that arrive together share a batch, which does not change their pictures."""
+        body = await _parsed(request, bodies().image)
         await admit(request)
         ticket, wanted = await submit(body)
         result = await _unless_gone(request, _result(ticket, wanted))
@@ -181,8 +151,9 @@ def create_app(
             **_ERROR_RESPONSES,
         },
     )
-    async def stream(body: StreamBody, request: Request) -> StreamingResponse:
+    async def stream(request: Request) -> StreamingResponse:
         """Draw one picture, and show it in the making."""
+        body = await _parsed(request, bodies().stream)
         await admit(request)
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[Preview | None] = asyncio.Queue()
@@ -229,16 +200,30 @@ def create_app(
             headers["retry-after"] = "1"
         return JSONResponse(content, status, headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        return JSONResponse(_error_content("RequestError", problems), 422)
-
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(_error_content("HTTPError", str(error.detail)), error.status_code, error.headers)
 
+    def openapi() -> dict[str, Any]:
+        """FastAPI's own schema, with the bodies that the bundle takes."""
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        known = bodies()
+        return known.add_to_schema(schema, {"/v1/images": known.image, "/v1/images/stream": known.stream})
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
     return app
+
+
+async def _parsed(request: Request, body: Body) -> ImageBody:
+    """The body, validated; FastAPI takes one schema for good, and ours is that of the bundle which is served now.
+
+    Raises:
+        RequestError: it is no JSON, or not what the bundle takes.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what a page of another site can send unasked is none
+        raise RequestError(f"content-type: got {kind!r}, expected application/json")
+    return body.parse(await request.body())
 
 
 class _ErrorBody(BaseModel):
@@ -328,37 +313,6 @@ def _path(scope: Scope) -> str:
     return str(getattr(scope.get("route"), "path", "other"))
 
 
-def _image_request(body: ImageBody, manifest: Manifest, options: ServerOptions) -> ImageRequest:
-    features = None
-    if body.text_features is not None:
-        if len({len(row) for row in body.text_features}) > 1:
-            raise RequestError("text_features: got rows of different lengths, expected [tokens, width]")
-        with np.errstate(over="ignore"):  # what is no float32 becomes infinite, which is refused with the other such
-            features = np.array(body.text_features, dtype=np.float32)
-    scales: tuple[int, ...] = ()
-    if isinstance(body, StreamBody):
-        scales = _default_scales(manifest) if body.preview_scales is None else tuple(body.preview_scales)
-    return ImageRequest(
-        label=body.label,
-        prompt=body.prompt,
-        negative_prompt=body.negative_prompt,
-        text_features=features,
-        seed=secrets.randbits(32) if body.seed is None else body.seed,
-        cfg=body.cfg,
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        deadline_s=min(body.deadline_s or options.max_deadline_s, options.max_deadline_s),
-        preview_scales=scales,
-    )
-
-
-def _default_scales(manifest: Manifest) -> tuple[int, ...]:
-    """Three of the scales that have previews, evenly spread, the last of them included."""
-    allowed = manifest.preview_scales
-    return tuple(sorted({allowed[(i * len(allowed) - 1) // 3] for i in (1, 2, 3)} if len(allowed) > 2 else allowed))
-
-
 async def _unless_gone(request: Request, result: Coroutine[Any, Any, ImageResult]) -> ImageResult | None:
     """The result; where the client goes before, the request is given up, and None."""
 
@@ -389,7 +343,7 @@ async def _result(ticket: Ticket, wanted: ImageRequest) -> ImageResult:
 
 
 async def _events(
-    ticket: Ticket, wanted: ImageRequest, body: StreamBody, items: asyncio.Queue[Preview | None]
+    ticket: Ticket, wanted: ImageRequest, body: ImageBody, items: asyncio.Queue[Preview | None]
 ) -> AsyncIterator[str]:
     """Server-sent events; the server closes this iterator when the client goes, which gives the request up."""
     drawing = asyncio.ensure_future(_result(ticket, wanted))
@@ -447,21 +401,20 @@ def _error(error: Exception) -> tuple[int, dict[str, dict[str, str]]]:
 
 
 def _describe(manifest: Manifest) -> dict[str, Any]:
-    model = manifest.model
-    takes = ["label"] if model.family == "var" else ["text_features"]
-    if manifest.text_encoder is not None:
-        takes = ["prompt", *takes]
+    model, variant = manifest.model, manifest.default
+    known = parameters(manifest)
     return {
         "family": model.family,
-        "takes": takes,
+        "takes": [name for name, parameter in known.items() if parameter.condition and not parameter.needs],
+        "parameters": [dataclasses.asdict(parameter) for parameter in known.values()],
         "num_classes": model.num_classes,
         "text_length": model.text_length,
-        "width": model.image_width,
-        "height": model.image_height,
+        "width": variant.image_width,
+        "height": variant.image_height,
         "precision": manifest.precision,
-        "plan": manifest.plan.name,
+        "plan": variant.plan.name,
         "batches": list(manifest.batches),
-        "scales": [list(size) for size in manifest.schedule],
+        "scales": [list(size) for size in variant.schedule],
         "preview_scales": list(manifest.preview_scales),
         "sampling": dataclasses.asdict(manifest.sampling),
     }

@@ -1,0 +1,1 @@
+"""The HTTP server: the application, the bodies that it takes, its page."""

@@ -1,0 +1,1 @@
+"""Triton Inference Server: a model repository, and its Python backend."""
