@@ -21,18 +21,20 @@ from typing import Any
 import click
 import numpy as np
 
-from fastvar_trt.export.demo import demo_source
+from fastvar_trt.export.build.registry import build_targets
+from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS
 from fastvar_trt.export.exporter import ExportOptions, export_again, export_model, load_bundle_model
-from fastvar_trt.export.targets import build_targets
-from fastvar_trt.export.tensorrt.flavour import RTX_TARGETS
+from fastvar_trt.export.models.registry import load_plan
+from fastvar_trt.export.models.var.demo import demo_source
 from fastvar_trt.plugins import oracle
 from fastvar_trt.plugins.cuda_kernels import CacheKernels
 from fastvar_trt.runtime import Pipeline, read_manifest
 from fastvar_trt.runtime.backends.cuda import CudaDevice
-from fastvar_trt.runtime.command import ErrorCommand
 from fastvar_trt.runtime.errors import BackendError, BundleError, UnavailableError
+from fastvar_trt.runtime.manifest import Condition
 from fastvar_trt.runtime.noise import uniform_noise
-from fastvar_trt.runtime.plan import PRESETS
+from fastvar_trt.runtime.plan import DENSE
+from fastvar_trt.tools.cli.command import ErrorCommand
 from fastvar_trt.tools.tables import format_table
 
 _DEFAULT_PLAN = "fastvar-demo"
@@ -223,22 +225,16 @@ def _pytorch(bundle: Path) -> Callable[[], None]:
     """One image by eager PyTorch on the GPU, decoder and copy to the host included."""
     import torch
 
-    from fastvar_trt.export.models.base import Request
-    from fastvar_trt.export.models.reference import generate
+    from fastvar_trt.export.models.reference import default_request, generate
 
     if not torch.cuda.is_available():
         raise UnavailableError("PyTorch sees no GPU; install a CUDA build of torch")
     model, manifest = load_bundle_model(bundle)
     model = model.to("cuda")
-    plan, sampling = manifest.resolved_plan, manifest.sampling
+    plan = manifest.resolved_plan
     noise = {k: torch.from_numpy(uniform_noise(0, k, plan.num_tokens(k)))[None].cuda() for k in plan.steps}
-    request = Request(
-        cfg=torch.full((1,), sampling.cfg, device="cuda"),
-        temperature=torch.ones(1, device="cuda"),
-        top_k=torch.full((1,), sampling.top_k, device="cuda"),
-        top_p=torch.full((1,), sampling.top_p, device="cuda"),
-        greedy=torch.zeros(1, dtype=torch.bool, device="cuda"),
-    )
+    request = default_request(model, 1, greedy=False)
+    request = dataclasses.replace(request, **{name: value.cuda() for name, value in vars(request).items()})
     inputs = {name: tensor.to("cuda") for name, tensor in model.example_condition(1).items()}
     kernel = (
         torch.nn.attention.SDPBackend.MATH
@@ -275,8 +271,8 @@ def to_markdown(sections: list[Section], machine: dict[str, str]) -> str:
 @click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Rounds of the speed comparison.")
 def main(bundle: Path | None, out: Path, runs: int) -> None:
     """Check kernels and GPU backends on this machine; BUNDLE: an fp16 bundle, default: the demo model."""
-    if bundle is not None and read_manifest(bundle).model.family != "var":
-        raise BundleError(f"bundle {bundle}: gpu_check draws classes; give a bundle of VAR")
+    if bundle is not None and read_manifest(bundle).model.condition is not Condition.CLASS:
+        raise BundleError(f"bundle {bundle}: gpu_check draws classes, and this draws from text; give another")
     out.mkdir(parents=True, exist_ok=True)
     sections = [run_section("GPU", check_gpu), run_section("CUDA kernels against the oracle", check_kernels)]
     gpu = sections[0].results[0]["target"] if sections[0].results else ""
@@ -288,10 +284,10 @@ def main(bundle: Path | None, out: Path, runs: int) -> None:
             if not gpu:
                 raise UnavailableError("no GPU")
             if bundle is None:
-                export_model(demo_source(), bundles["pruned"], ExportOptions(PRESETS[_DEFAULT_PLAN], "fp16"))
+                export_model(demo_source(), bundles["pruned"], ExportOptions(load_plan(_DEFAULT_PLAN), "fp16"))
             else:
-                export_again(bundle, bundles["pruned"], read_manifest(bundle).plan, batches=(1,))
-            export_again(bundles["pruned"], bundles["dense"], PRESETS["none"])
+                export_again(bundle, bundles["pruned"], read_manifest(bundle).default.plan, batches=(1,))
+            export_again(bundles["pruned"], bundles["dense"], DENSE)
             for path in bundles.values():
                 build_targets(path, "cpu")
             return [{"bundle": name, "precision": read_manifest(path).precision} for name, path in bundles.items()]

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvar_trt.export.folders import replace_folder, temporary_folder
-from fastvar_trt.export.sources import VARSource
-from fastvar_trt.runtime.command import ErrorCommand, integers
+from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.tools.cli.command import ErrorCommand, examples, integers, progress_bars
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
 from fastvar_trt.tools.train_demo.training import (
     LEVEL_MULTIPLIERS,
@@ -29,35 +29,13 @@ from fastvar_trt.tools.train_demo.training import (
 _DEFAULTS = TrainingConfig()
 
 
-class _Progress:
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._stage = ""
-
-    def __call__(self, stage: str, step: int, num_steps: int, losses: str) -> None:
-        if stage != self._stage:
-            self.close()
-            self._stage = stage
-            self._bar = click.progressbar(length=num_steps, label=stage, item_show_func=lambda item: item, width=24)
-            self._bar.__enter__()
-        self._bar.update(step - self._bar.pos, losses)
-
-    def close(self) -> None:
-        """End the line of the current bar."""
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
-
-
 @click.command(
     cls=ErrorCommand,
-    epilog="""
-\b
-Examples:
-  python -m fastvar_trt.tools.train_demo --work-dir out/train --out out/demo_model
-  python -m fastvar_trt.tools.train_demo --work-dir out/512 --out out/512_model --device cuda \\
-      --patch-nums 1,2,3,4,6,9,13,18,24,32
-""",
+    epilog=examples(
+        "python -m fastvar_trt.tools.train_demo --work-dir out/train --out out/demo_model",
+        "python -m fastvar_trt.tools.train_demo --work-dir out/512 --out out/512_model --device cuda \\\n"
+        "    --patch-nums 1,2,3,4,6,9,13,18,24,32",
+    ),
 )
 @click.option(
     "--work-dir", type=click.Path(path_type=Path), required=True, help="Training state; continues from there."
@@ -91,12 +69,10 @@ def main(
     )
     images = load_photographs(photographs)
     work_dir.mkdir(parents=True, exist_ok=True)
-    place, progress = torch.device(device), _Progress()
-    try:
+    place = torch.device(device)
+    with progress_bars() as progress:
         vqvae = train_vqvae(config, images, work_dir, place, progress)
         transformer = train_transformer(config, images, vqvae.model, work_dir, place, progress)  # type: ignore[arg-type]
-    finally:
-        progress.close()
     write_checkpoint(out, config, vqvae, transformer, device)
     click.echo(f"{out}: the trained checkpoint")
 

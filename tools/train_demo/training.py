@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
+from fastvar_trt.export.models.var.config import VARConfig, VQVAEConfig
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.train_demo.photographs import ALIKE, PHOTOGRAPHS, random_crops
 from fastvar_trt.tools.train_demo.transformer import Transformer, teacher_maps
@@ -168,7 +168,7 @@ class Stage:
         )
         partial.replace(self.path)
 
-    def steps(self, progress: Callable[[str, int, int, str], None]) -> Iterator[int]:
+    def steps(self, progress: Callable[[str, str, float], None]) -> Iterator[int]:
         """The steps that remain; the body computes the gradients, and this takes the step."""
         begin = saved = time.monotonic()
         while self.step < self.num_steps:
@@ -185,7 +185,7 @@ class Stage:
                 self.save()
                 saved = now
             latest = ", ".join(f"{name} {np.mean(values[-20:]):.4f}" for name, values in self.losses.items())
-            progress(self.name, self.step, self.num_steps, latest)
+            progress(self.name, latest, self.step / self.num_steps)
 
     def record(self, **losses: Tensor) -> None:
         """Keep the losses of a step."""
@@ -217,7 +217,7 @@ def train_vqvae(
     photographs: list[Image.Image],
     folder: Path,
     device: torch.device,
-    progress: Callable[[str, int, int, str], None],
+    progress: Callable[[str, str, float], None],
 ) -> Stage:
     """Stage 1: reconstruct random crops through the quantizer."""
     torch.manual_seed(config.seed)
@@ -282,7 +282,7 @@ def train_transformer(
     vqvae: VQVAE,
     folder: Path,
     device: torch.device,
-    progress: Callable[[str, int, int, str], None],
+    progress: Callable[[str, str, float], None],
 ) -> Stage:
     """Stage 2: predict the tokens of every scale from the scales before."""
     labels, tokens = tokenize(config, photographs, vqvae, device)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.checkpoint import MAX_Q_SCALE
-from fastvar_trt.export.models.config import VARConfig
+from fastvar_trt.export.models.base import MAX_Q_SCALE
+from fastvar_trt.export.models.var.config import VARConfig
 from fastvar_trt.tools.train_demo.vqvae import Quantizer
 
 

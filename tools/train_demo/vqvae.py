@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.config import VQVAEConfig
-from fastvar_trt.export.models.vqvae import AttnBlock, Decoder, GroupNorm, MidBlock, ResnetBlock
+from fastvar_trt.export.models.decoder import AttnBlock, Decoder, GroupNorm, MidBlock, ResnetBlock
+from fastvar_trt.export.models.var.config import VQVAEConfig
 
 
 class Downsample2x(nn.Module):

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime import GenerationResult, Pipeline
 from fastvar_trt.runtime.errors import RequestError
-from fastvar_trt.tools.quality import ImageMetrics, ReferenceMetrics, image_metrics, mean_metrics, reference_metrics
+from fastvar_trt.runtime.request import parameters
+from fastvar_trt.tools.measure.quality import (
+    ImageMetrics,
+    ReferenceMetrics,
+    image_metrics,
+    mean_metrics,
+    reference_metrics,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +85,33 @@ def check_comparable(a: Pipeline, b: Pipeline) -> None:
     Raises:
         RequestError: naming what differs.
     """
-    for name in ("family", "num_classes", "vocab_size", "image_height", "image_width"):
-        ours, theirs = (getattr(pipe.manifest.model, name) for pipe in (a, b))
+    for name in ("family", "condition", "tokens", "num_classes", "vocab_size", "image_height", "image_width"):
+        ours, theirs = (
+            getattr(m.model, name) if hasattr(m.model, name) else getattr(m.default, name)
+            for m in (a.manifest, b.manifest)
+        )
         if ours != theirs:
             raise RequestError(f"{b.bundle}: {name}: got {theirs}, {a.bundle} has {ours}: bundles of one model only")
-    if a.manifest.schedule != b.manifest.schedule:
+    if a.manifest.default.schedule != b.manifest.default.schedule:
         raise RequestError(f"{b.bundle}: its scales are not those of {a.bundle}: bundles of one model only")
 
 
 def shared_sampling(pipelines: Sequence[Pipeline], cfg: float | None) -> dict[str, Any]:
-    """One guidance scale, top-k and top-p for all: the first bundle's, where the others can draw so."""
+    """One guidance scale, temperature, top-k and top-p for all: the first bundle's, where the others can draw so.
+
+    Args:
+        pipelines: bundles of one model.
+        cfg: in place of the bundle's.
+
+    Returns:
+        arguments of `Pipeline.generate`.
+    """
     sampling = [pipe.manifest.sampling for pipe in pipelines]
-    return {
-        "cfg": sampling[0].cfg if cfg is None else cfg,
-        "top_k": min(s.top_k for s in sampling),
-        "top_p": sampling[0].top_p,
-    }
+    first = sampling[0]
+    values = {"cfg": first.cfg if cfg is None else cfg, "temperature": first.temperature, "top_p": first.top_p}
+    if "top_k" in parameters(pipelines[0].manifest):
+        values["top_k"] = min(s.top_k for s in sampling)
+    return values
 
 
 def draw_side_by_side(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from fastvar_trt.runtime.manifest import Manifest, ModelSpec
-from fastvar_trt.runtime.plan import PRESETS, ResolvedPlan
-
-PRECISION_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+from fastvar_trt.runtime.manifest import Manifest, ModelSpec, Role
+from fastvar_trt.runtime.plan import DENSE, ResolvedPlan
+from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 
 
-def output_bytes(manifest: Manifest, batch: int, *prefixes: str) -> int:
-    """Bytes of the outputs with such names, over all graphs of a chain: of keys and values, caches, modulations, ..."""
-    return sum(t.num_bytes for g in manifest.chain(batch) for t in g.outputs if t.name.startswith(prefixes))
+def output_bytes(manifest: Manifest, batch: int, *roles: Role) -> int:
+    """Bytes of the outputs of these roles, over all graphs of a chain: of keys and values, caches, modulations, ..."""
+    return sum(t.num_bytes for g in manifest.default.chain(batch) for t in g.outputs if t.role in roles)
 
 
 def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
@@ -48,7 +45,7 @@ def chain_multiply_adds(model: ModelSpec, plan: ResolvedPlan) -> int:
 
 def relative_work(manifest: Manifest, plan: ResolvedPlan) -> float:
     """The transformer's arithmetic under a plan as a share of the dense chain's."""
-    dense = PRESETS["none"].resolve(manifest.schedule, manifest.model.depth)
+    dense = DENSE.resolve(manifest.default.schedule, manifest.model.depth)
     return chain_multiply_adds(manifest.model, plan) / chain_multiply_adds(manifest.model, dense)
 
 
@@ -60,7 +57,7 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
     in fp32. What a backend really takes depends on its kernels.
     """
     model, plan = manifest.model, manifest.resolved_plan
-    size = PRECISION_BYTES[manifest.precision]
+    size = DTYPES[PRECISIONS[manifest.precision].computed].num_bytes
     rows, largest = 2 * batch, 0
     for scale in plan.steps:
         length = plan.num_tokens(scale)
@@ -73,7 +70,7 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
             attention = rows * (4 * kept + 2 * keys) * model.width * size
             inside = max(inside, feed_forward, attention)
         largest = max(largest, stream + inside + batch * length * model.vocab_size * 4)
-    pixels = batch * model.image_height * model.image_width
+    pixels = batch * manifest.default.image_height * manifest.default.image_width
     channels = manifest.configs.get("vae", {}).get("level_channels", ())
     maps = (pixels // 4**level * width * 4 * 3 for level, width in enumerate(channels))
     return max(largest, *maps, 0)

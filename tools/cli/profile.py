@@ -6,23 +6,20 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from fastvar_trt.runtime.backends import BACKENDS, Backend
-from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
-from fastvar_trt.runtime.command import ErrorCommand, RuntimeOptions, runtime_options
+from fastvar_trt.runtime.backends import Backend
 from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
 from fastvar_trt.runtime.manifest import Manifest, read_manifest
 from fastvar_trt.runtime.pipeline import Pipeline
-from fastvar_trt.tools import profiling
+from fastvar_trt.runtime.request import example_requests
+from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, counting_bar, examples, runtime_options
 from fastvar_trt.tools.files import check_writable, write_text
+from fastvar_trt.tools.measure import profiling
 
 _OPERATOR_RUNS = 3
 _TEXT_TOKENS = 32  # of the random features that text bundles are profiled with
@@ -31,15 +28,12 @@ _BESIDE = "beside.json"
 
 
 @click.command(
-    "profile",
     cls=ErrorCommand,
-    epilog="""
-\b
-Examples:
-  fastvar profile out/demo_pruned --operators --out out/profile
-  fastvar profile out/demo_pruned --beside out/demo_dense --runs 50 --out out/profile
-  fastvar profile --compare last_week/profile.json out/profile/profile.json
-""",
+    epilog=examples(
+        "fastvar profile out/demo_pruned --operators --out out/profile",
+        "fastvar profile out/demo_pruned --beside out/demo_dense --runs 50 --out out/profile",
+        "fastvar profile --compare last_week/profile.json out/profile/profile.json",
+    ),
 )
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Calls that count.")
@@ -52,7 +46,7 @@ Examples:
 @click.option("--compare", type=click.Path(path_type=Path), nargs=2, help="Compare two profile.json; no bundle then.")
 @click.option("--out", type=click.Path(path_type=Path), help=f"Folder for {', '.join((*_FILES, _BESIDE))}.")
 @runtime_options
-def profile_command(
+def profile(
     bundle: Path | None,
     runs: int,
     warmup: int,
@@ -76,8 +70,7 @@ def profile_command(
         return
     assert bundle is not None
     bundles = [bundle] if beside is None else [bundle, beside]
-    if operators and runtime.backend == BACKENDS[0] and (runtime.device or "cpu") != "cpu":
-        raise click.UsageError("--operators: ONNX Runtime's profiler is read on the CPU only")
+    measuring = _measuring_backend(runtime) if operators else None
     if out is not None:
         if importlib.util.find_spec("matplotlib") is None:  # before minutes of work
             raise BackendError("matplotlib is not installed; pip install 'fastvar-trt[quality]', or leave out --out")
@@ -95,26 +88,22 @@ def profile_command(
             if size not in pipe.manifest.batches:
                 sizes = ", ".join(map(str, pipe.manifest.batches))
                 raise RequestError(f"--batch {size}: {path} holds {sizes}; export with --batch {size}")
-            conditions: dict[str, Any] = {**_conditions(path, pipe.manifest), "backend": pipe.backend.name}
-            if isinstance(pipe.backend, OnnxRuntimeBackend):
-                conditions["prepacked"] = pipe.backend.prepacked
+            conditions: dict[str, Any] = {**_conditions(path, pipe.manifest), **pipe.backend.describe()}
             recorders.append(profiling.Recorder(pipe, _drawer(pipe, size), size, conditions))
-        with click.progressbar(length=(runs + warmup) * len(bundles), label="profile", width=24) as bar:
-            profile, *others = profiling.measure(recorders, warmup, runs, bar.update)
-    if operators:
-        profile = _with_operators(profile, bundle, runtime)
-    click.echo(profiling.to_table(profile))
-    click.echo(f"beyond the graphs {profile.overhead_ms:.2f} ms per call")
-    for name, by_operator in profile.operators.items():
+        with counting_bar("profile", (runs + warmup) * len(bundles)) as progress:
+            own, *others = profiling.measure(recorders, warmup, runs, progress)
+    if measuring is not None:
+        own = _with_operators(own, bundle, measuring)
+    click.echo(profiling.to_table(own))
+    click.echo(f"beyond the graphs {own.overhead_ms:.2f} ms per call")
+    for name, by_operator in own.operators.items():
         click.echo(f"{name}: " + ", ".join(f"{op} {ms:.2f} ms" for op, ms in list(by_operator.items())[:5]))
     for other in others:
         click.echo(f"\nA: {other.conditions['bundle']}, B: {bundle}, run in turns")
-        click.echo(profiling.comparison_table(other, profile))
+        click.echo(profiling.comparison_table(other, own))
     if out is not None:
-        _write(profile, others, out)
-    click.echo(
-        json.dumps({"total_ms": round(profile.total_ms, 3), "overhead_ms": profile.overhead_ms, "out": str(out or "")})
-    )
+        _write(own, others, out)
+    click.echo(json.dumps({"total_ms": round(own.total_ms, 3), "overhead_ms": own.overhead_ms, "out": str(out or "")}))
 
 
 def _read(path: Path) -> profiling.Profile:
@@ -126,30 +115,25 @@ def _read(path: Path) -> profiling.Profile:
 
 
 def _drawer(pipe: Pipeline, batch: int) -> Callable[[int], Any]:
-    """A call of `generate` for one batch, of the first classes or of random text features."""
-    model = pipe.manifest.model
-    if model.family == "var":
-        labels = [i % model.num_classes for i in range(batch)]
-        return lambda run: pipe.generate(labels, seeds=run * batch)
-    rng = np.random.default_rng(0)
-    shape = (min(_TEXT_TOKENS, model.text_length), model.text_width)
-    features = [rng.standard_normal(shape).astype(np.float32) for _ in range(batch)]
-    return lambda run: pipe.generate(text_features=features, seeds=run * batch)
+    """A call of `draw` for one batch, of the first classes or of random text features."""
+    requests = example_requests(pipe.manifest, batch, text_tokens=_TEXT_TOKENS)
+
+    def draw(run: int) -> Any:
+        return pipe.draw([dataclasses.replace(r, seed=run * batch + i) for i, r in enumerate(requests)])
+
+    return draw
 
 
-@contextlib.contextmanager
-def _measuring_backend(runtime: RuntimeOptions) -> Iterator[Backend]:
-    """A backend that takes the times of operators, which costs time itself: for runs that are not timed otherwise."""
-    if runtime.backend != BACKENDS[0]:
-        yield TensorRTBackend(runtime.backend, device=runtime.device or "cuda", profile_layers=True)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield OnnxRuntimeBackend(num_threads=runtime.num_threads, engines=runtime.engines, profile_to=Path(folder))
+def _measuring_backend(runtime: RuntimeOptions) -> Backend:
+    try:
+        return runtime.profiling_backend()
+    except BackendError as error:
+        raise click.UsageError(f"--operators: {error}") from error
 
 
-def _with_operators(profile: profiling.Profile, bundle: Path, runtime: RuntimeOptions) -> profiling.Profile:
+def _with_operators(profile: profiling.Profile, bundle: Path, backend: Backend) -> profiling.Profile:
     batch = int(profile.conditions["batch"])
-    with _measuring_backend(runtime) as backend, Pipeline.load(bundle, backend=backend, check="size") as pipe:
+    with Pipeline.load(bundle, backend=backend, check="size") as pipe:
         draw = _drawer(pipe, batch)
         for run in range(_OPERATOR_RUNS):
             draw(run)
@@ -157,7 +141,7 @@ def _with_operators(profile: profiling.Profile, bundle: Path, runtime: RuntimeOp
 
 
 def _conditions(bundle: Path, manifest: Manifest) -> dict[str, Any]:
-    return {"bundle": str(bundle), "plan": manifest.plan.name, "precision": manifest.precision}
+    return {"bundle": str(bundle), "plan": manifest.default.plan.name, "precision": manifest.precision}
 
 
 def _label(conditions: Mapping[str, Any]) -> str:

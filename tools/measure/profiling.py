@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from fastvar_trt.runtime import Pipeline
-from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend, cpu_fields, num_cores
+from fastvar_trt.runtime.backends.onnxruntime import cpu_fields, num_cores
 from fastvar_trt.runtime.errors import BundleError
-from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, Role
+from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
+from fastvar_trt.tools.measure.work import output_bytes, step_multiply_adds
 from fastvar_trt.tools.tables import format_table
-from fastvar_trt.tools.work import PRECISION_BYTES, output_bytes, step_multiply_adds
 
 FORMAT_VERSION = 1
 _CEILING_SIDE = 2048  # of the matrix product that the ceiling is measured with
@@ -110,7 +111,7 @@ def statistics_of(samples: Sequence[float]) -> dict[str, float]:
 def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
     """What a step moves at least: its matrices once, keys and values of the past read, new ones written."""
     model, plan = manifest.model, manifest.resolved_plan
-    size = PRECISION_BYTES[manifest.precision]
+    precision = PRECISIONS[manifest.precision]
     per_layer = 4 * model.width**2 + 2 * model.width * model.mlp_width
     if model.text_length:
         per_layer += 2 * model.width**2
@@ -118,7 +119,8 @@ def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
     rows = 2 * batch
     keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in range(model.depth))
     text = model.depth * model.text_length
-    return size * (matrices + 2 * rows * model.width * (keys + text))
+    kv_bytes = DTYPES[precision.kv].num_bytes * 2 * rows * model.width * (keys + text)
+    return round(precision.bytes_per_weight * matrices) + kv_bytes
 
 
 class Recorder:
@@ -139,7 +141,7 @@ class Recorder:
     @property
     def on_cpu(self) -> bool:
         """Whether the ceiling of this machine's processor is the backend's."""
-        return isinstance(self._pipe.backend, OnnxRuntimeBackend)
+        return self._pipe.backend.on_cpu
 
     def run(self, number: int, *, counts: bool) -> None:
         """One run; a warm-up where it does not count."""
@@ -157,7 +159,7 @@ class Recorder:
         plan = manifest.resolved_plan
         sum_of_means = sum(float(np.mean(samples)) for samples in self._times.values())
         graphs = []
-        for graph in manifest.chain(self._batch):
+        for graph in manifest.default.chain(self._batch):
             samples = self._times[graph.name]
             figures: dict[str, Any] = statistics_of(samples)
             if graph.scale is not None:
@@ -231,13 +233,13 @@ def ceiling() -> dict[str, float]:
 def _memory(pipe: Pipeline, batch: int) -> dict[str, float]:
     manifest = pipe.manifest
 
-    def mib(*prefixes: str) -> float:
-        return round(output_bytes(manifest, batch, *prefixes) / 2**20, 2)
+    def mib(*roles: Role) -> float:
+        return round(output_bytes(manifest, batch, *roles) / 2**20, 2)
 
     memory = {
         "weights": round(manifest.files[WEIGHTS_FILE].num_bytes / 2**20, 2),
-        "keys_and_values": mib("new_k_", "new_v_"),
-        "token_cache": mib("cache_"),
+        "keys_and_values": mib(Role.KEYS, Role.VALUES),
+        "token_cache": mib(Role.CACHE),
         "all_buffers": round(pipe.num_buffer_bytes / 2**20, 2),
         "peak_rss": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 2),
     }
@@ -259,7 +261,7 @@ def operators_of(pipe: Pipeline, batch: int, runs: int) -> dict[str, dict[str, f
     """
     by_file = pipe.backend.operator_times()
     result = {}
-    for graph in pipe.manifest.chain(batch):
+    for graph in pipe.manifest.default.chain(batch):
         ordered = sorted(by_file[graph.file].items(), key=lambda item: -item[1])
         result[graph.name] = {operator: round(ms / runs, 4) for operator, ms in ordered}
     return result
@@ -357,7 +359,7 @@ def plot(profiles: Mapping[str, Profile], path: Path) -> None:
         ink = "black" if colour[1] > 0.55 else "white"  # viridis becomes light as it becomes green
         for i, width in enumerate(widths):
             if width > 0.06 * max(profile.total_ms for profile in profiles.values()):
-                text = name.removeprefix("step_").lstrip("0") or "0"
+                text = name.rpartition("_")[2].lstrip("0") or "0"
                 axes.text(left[i] + width / 2, i, text, ha="center", va="center", color=ink, fontsize=8)
         left += widths
     axes.invert_yaxis()

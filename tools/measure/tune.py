@@ -16,21 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastvar_trt.export.exporter import export_again, load_bundle_model
-from fastvar_trt.export.models.base import NextScaleModel, Request
-from fastvar_trt.export.models.reference import ChainState
-from fastvar_trt.export.models.var import DEFAULT_TOP_K, DEFAULT_TOP_P
+from fastvar_trt.export.models.base import NextScaleModel
+from fastvar_trt.export.models.reference import ChainState, default_request
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import PlanError
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.pipeline import Pipeline
-from fastvar_trt.runtime.plan import PRESETS, PruningPlan, ResolvedPlan
-from fastvar_trt.tools.compare import Comparison, compare, draw_side_by_side, shared_sampling
-from fastvar_trt.tools.quality import ImageMetrics, ReferenceMetrics, image_metrics, mean_metrics, reference_metrics
-from fastvar_trt.tools.work import relative_work
+from fastvar_trt.runtime.plan import DENSE, PruningPlan, ResolvedPlan
+from fastvar_trt.tools.measure.compare import Comparison, compare, draw_side_by_side, shared_sampling
+from fastvar_trt.tools.measure.quality import (
+    ImageMetrics,
+    ReferenceMetrics,
+    image_metrics,
+    mean_metrics,
+    reference_metrics,
+)
+from fastvar_trt.tools.measure.work import relative_work
 
 # Fractions of the last scales in order; the last of them is the last scale's.
 DEFAULT_FRACTIONS = ((0.25,), (0.5,), (0.75,), (0.4, 0.5), (0.5, 0.75), (0.75, 0.9))
@@ -133,21 +137,10 @@ class _Drawer:
         return state
 
     def _step(self, state: ChainState, plan: ResolvedPlan, scale: int) -> None:
-        noise = np.stack([uniform_noise(seed, scale, plan.num_tokens(scale)) for seed in self._seeds])
-        state.step(self._model, plan, scale, torch.from_numpy(noise), self._request(len(self._seeds)))
-
-    def _request(self, batch: int) -> Request:
-        def rows(value: float) -> Tensor:
-            return torch.full((batch,), value)
-
-        limit = len(self._model.weight("sampling.rank"))
-        return Request(
-            cfg=rows(self._cfg),
-            temperature=rows(1.0),
-            top_k=rows(min(DEFAULT_TOP_K, limit)),
-            top_p=rows(DEFAULT_TOP_P),
-            greedy=torch.zeros(batch, dtype=torch.bool),
-        )
+        shape = self._model.token_spec(scale)[0]
+        noise = np.stack([uniform_noise(seed, scale, shape) for seed in self._seeds])
+        request = default_request(self._model, len(self._seeds), greedy=False, cfg=self._cfg)
+        state.step(self._model, plan, scale, torch.from_numpy(noise), request)
 
 
 def sweep(
@@ -176,8 +169,8 @@ def sweep(
     model, manifest = load_bundle_model(bundle)
     if not plans:
         raise PlanError("no candidate: the cache scale must come before the pruned scales; give other --cache-scales")
-    resolved = [plan.resolve(manifest.schedule, manifest.model.depth) for plan in plans]
-    everything = PRESETS["none"].resolve(manifest.schedule, manifest.model.depth)
+    resolved = [plan.resolve(manifest.default.schedule, manifest.model.depth) for plan in plans]
+    everything = DENSE.resolve(manifest.default.schedule, manifest.model.depth)
     metrics: list[list[ImageMetrics]] = [[] for _ in plans]
     against_photographs: list[list[ReferenceMetrics]] = [[] for _ in range(len(plans) + 1)]
     sizes = []
@@ -241,7 +234,7 @@ def measure_front(
     """
     dense = folder / "dense"
     batches = (min(read_manifest(bundle).batches),)
-    export_again(bundle, dense, PRESETS["none"], batches=batches)
+    export_again(bundle, dense, DENSE, batches=batches)
     progress(1)
     candidates = list(result.candidates)
     with Pipeline.load(dense, check="size") as reference:

@@ -1,0 +1,112 @@
+"""`fastvar compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fastvar_trt.runtime.pipeline import Pipeline
+from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples
+from fastvar_trt.tools.cli.pictures import load_references, picture_requests, request_options
+from fastvar_trt.tools.files import check_writable, write_text
+from fastvar_trt.tools.measure.compare import Comparison, check_comparable, draw_side_by_side, shared_sampling
+from fastvar_trt.tools.measure.compare import compare as measure
+from fastvar_trt.tools.measure.quality import require_libraries
+from fastvar_trt.tools.sheets import contact_sheet, error_map, save_image
+from fastvar_trt.tools.tables import format_table
+
+
+def _comparison_table(comparison: Comparison) -> str:
+    rows: list[list[object]] = [
+        [name, count, f"{m.psnr_db:.2f}", f"{m.ssim:.4f}", f"{m.vif:.4f}"]
+        for name, count, m in [
+            *(
+                (f"class {label}", comparison.labels.count(label), comparison.of_class(label))
+                for label in dict.fromkeys(comparison.labels)
+            ),
+            ("all", len(comparison.labels), comparison.mean),
+        ]
+    ]
+    return format_table(["", "images", "PSNR dB", "SSIM", "VIF"], rows)
+
+
+@click.command(
+    cls=ErrorCommand,
+    epilog=examples(
+        "fastvar compare out/dense out/pruned -o out/compare.png",
+        "fastvar compare out/fp32 out/fp16 --class 207 --class 88 --seeds 16 --json out/compare.json",
+    ),
+)
+@click.argument("bundle_a", type=click.Path(path_type=Path))
+@click.argument("bundle_b", type=click.Path(path_type=Path))
+@request_options
+@click.option("--greedy", is_flag=True, help="Take the likeliest token instead of drawing (one image per class).")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="PNG: A, B and their error, one row per class.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the JSON line to this file.")
+def compare(
+    bundle_a: Path,
+    bundle_b: Path,
+    labels: tuple[int, ...],
+    seeds: int,
+    cfg: float | None,
+    references: str | None,
+    greedy: bool,
+    out: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Draw the same classes and seeds with two bundles and measure how the second differs from the first.
+
+    PSNR, SSIM (structure) and VIF (visual information fidelity) of B's pictures against A's; token agreement per scale;
+    times, measured in turn. Needs the extra `quality`.
+    """
+    require_libraries()
+    for path in (out, json_file):
+        if path is not None:
+            check_writable(path)
+    with Pipeline.load(bundle_a) as a, Pipeline.load(bundle_b) as b:
+        check_comparable(a, b)
+        classes, all_seeds = picture_requests(labels, 1 if greedy else seeds, a.manifest.model)
+        known = references and load_references(references, classes, a.manifest.default.image_width)
+        with counting_bar("drawing", len(classes)) as progress:
+            options = {**shared_sampling([a, b], cfg), "greedy": greedy}
+            ours, theirs = draw_side_by_side([a, b], classes, all_seeds, options, progress)
+    comparison = measure(ours, theirs, classes, all_seeds, known or None)
+    click.echo(_comparison_table(comparison))
+    agreement = [[k, f"{value:.2%}"] for k, value in comparison.token_agreement.items()]
+    click.echo("\n" + format_table(["scale", "tokens equal"], agreement))
+    click.echo(
+        f"\nA {comparison.seconds[0]:.3f} s, B {comparison.seconds[1]:.3f} s per call: B is {comparison.speedup:.2f}x "
+        "as fast as A"
+    )
+    if comparison.references is not None:
+        for name, metrics in zip("AB", comparison.references, strict=True):
+            click.echo(
+                f"{name}: distance to the nearest photograph of its class {metrics.distance:.4f}, nearest to its own "
+                f"class {metrics.accuracy:.1%}"
+            )
+    line = json.dumps({"a": str(bundle_a), "b": str(bundle_b), **comparison.to_json()})
+    click.echo(line)
+    if json_file is not None:
+        write_text(json_file, line + "\n")
+    if out is not None:
+        firsts = [classes.index(label) for label in dict.fromkeys(classes)]
+        save_image(
+            contact_sheet(
+                [
+                    f"{bundle_a.name}: {comparison.seconds[0]:.2f} s",
+                    f"{bundle_b.name}: {comparison.seconds[1]:.2f} s ({comparison.speedup:.2f}x)",
+                    "error x 4",
+                ],
+                [
+                    (
+                        f"class {classes[i]}, seed {all_seeds[i]}: PSNR {comparison.per_image[i].psnr_db:.1f} dB, "
+                        f"SSIM {comparison.per_image[i].ssim:.3f}",
+                        [x := ours.images[i], y := theirs.images[i], error_map(x, y)],
+                    )
+                    for i in firsts
+                ],
+            ),
+            out,
+        )

@@ -1,0 +1,196 @@
+"""`fastvar-export`: checkpoints in, a bundle out. A command per way to get a model, and `bundle` for what is there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastvar_trt.export.models.family import SourceCommand
+from fastvar_trt.export.models.registry import FAMILIES, load_plan, presets
+from fastvar_trt.runtime.errors import ExportError
+from fastvar_trt.runtime.precision import PRECISIONS
+from fastvar_trt.tools.cli.command import ErrorCommand, ErrorGroup, ProgressBar, examples, integers, progress_bars
+
+_BUNDLE_EXAMPLES = (
+    "fastvar-export bundle --from out/demo --prune none --out out/demo_dense",
+    "fastvar-export bundle --from out/demo --triton out/model_repository",
+)
+Export = Callable[[Path, ProgressBar], Any]  # writes the bundle to a folder, and gives the exporter's report
+
+
+def _prune(*, has_default: bool = True) -> click.Option:
+    default = "  Default: the model's own preset." if has_default else ""
+    names = ", ".join(presets())
+    return click.Option(["--prune"], help=f"Pruning plan: a preset ({names}) or a JSON file.{default}")
+
+
+def _batches(default: str) -> click.Option:
+    text = f"Batch sizes: N or N,N,...  Default: {default}."
+    return click.Option(["--batch", "batches"], type=integers(), help=text)
+
+
+def _destinations(*, out_required: bool = True) -> list[click.Option]:
+    return [
+        click.Option(["--out"], type=click.Path(path_type=Path), required=out_required, help="Folder of the bundle."),
+        click.Option(
+            ["--target", "targets"], metavar="T,T,...", help="Also build for these targets, as `fastvar build` does."
+        ),
+        click.Option(
+            ["--triton"],
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Also write the bundle as a model into this model repository of Triton Inference Server.",
+        ),
+        click.Option(["--force"], is_flag=True, help="Replace what is there."),
+    ]
+
+
+def _source_command(command: SourceCommand) -> click.Command:
+    """The command of one way to get a model."""
+
+    def run(
+        prune: str | None,
+        precision: str,
+        batches: tuple[int, ...] | None,
+        out: Path,
+        targets: str | None,
+        triton: Path | None,
+        force: bool,
+        max_top_k: int | None = None,
+        **own: Any,
+    ) -> None:
+        plan = load_plan(prune or command.default_plan(**own))
+
+        def export(out: Path, progress: ProgressBar) -> Any:
+            from fastvar_trt.export.exporter import DEFAULT_TOP_K, ExportOptions, export_model
+
+            options = ExportOptions(plan, precision, batches or (1,), DEFAULT_TOP_K if max_top_k is None else max_top_k)
+            return export_model(command.load(**own), out, options, force=force, progress=progress)
+
+        _run(export, out, targets, triton, force=force)
+
+    top_k = click.Option(["--max-top-k"], type=click.IntRange(0), help="Bound of top-k; 0: no bound. Default: 900.")
+    params: list[click.Parameter] = [
+        *command.options,
+        _prune(),
+        click.Option(
+            ["--precision"], type=click.Choice(list(PRECISIONS)), default=next(iter(PRECISIONS)), show_default=True
+        ),
+        _batches("1"),
+        *([top_k] if command.has_top_k else []),
+        *_destinations(),
+    ]
+    epilog = examples(*command.examples)
+    return ErrorCommand(command.name, params=params, callback=run, help=command.description, epilog=epilog)
+
+
+def _bundle_command() -> click.Command:
+    def run(
+        bundle: Path,
+        prune: str | None,
+        batches: tuple[int, ...] | None,
+        out: Path | None,
+        targets: str | None,
+        triton: Path | None,
+        force: bool,
+    ) -> None:
+        if out is None:
+            if triton is None or prune is not None or batches is not None or targets is not None:
+                raise click.UsageError("give --out; without it, --triton alone writes the bundle as it is")
+            _write_triton(bundle, triton, force=force)
+            return
+        if prune is None:
+            raise click.UsageError("--out needs --prune: the plan of the new bundle")
+        plan = load_plan(prune)
+
+        def export(out: Path, progress: ProgressBar) -> Any:
+            from fastvar_trt.export.exporter import export_again
+
+            return export_again(bundle, out, plan, batches=batches, force=force, progress=progress)
+
+        _run(export, out, targets, triton, force=force)
+
+    source = click.Option(
+        ["--from", "bundle"], type=click.Path(path_type=Path), required=True, help="The bundle whose weights are taken."
+    )
+    plan, batch = _prune(has_default=False), _batches("those of the bundle")
+    params: list[click.Parameter] = [source, plan, batch, *_destinations(out_required=False)]
+    return ErrorCommand(
+        "bundle",
+        params=params,
+        callback=run,
+        help="The weights of a bundle with another pruning plan, without the checkpoint: only the graphs that it "
+        "changes are traced. With --triton and no --out, the bundle goes into a model repository as it is.",
+        epilog=examples(*_BUNDLE_EXAMPLES),
+    )
+
+
+def _run(export: Export, out: Path, targets: str | None, triton: Path | None, *, force: bool) -> None:
+    """Write a bundle and what was asked for beyond it, and say what came out."""
+    try:
+        from fastvar_trt.export.build.registry import build_targets, parse_targets
+        from fastvar_trt.serving.triton.repository import check_free, model_folder
+
+        builders = parse_targets(targets) if targets is not None else []  # an error before minutes of work
+        if triton is not None:
+            check_free(model_folder(triton, out), force=force)
+        begin = time.perf_counter()
+        with progress_bars() as progress:
+            report = export(out, progress)
+            built = build_targets(out, builders, progress)
+    except ImportError as error:
+        raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
+    manifest = report.manifest
+    size = sum(spec.num_bytes for spec in manifest.files.values()) / 2**20
+    click.echo(f"{out}: {len(manifest.graphs)} graphs ({len(report.errors)} traced), {size:.1f} MiB")
+    if report.errors:
+        worst_file, worst = max(report.errors.items(), key=lambda item: item[1].relative_error)
+        click.echo(
+            f"largest difference from PyTorch {worst.max_error:.2g} ({worst.relative_error:.1g} of the largest value), "
+            f"in {worst.worst_tensor} of {worst_file}"
+        )
+    for result in built:
+        click.echo(result.line(out))
+    if triton is not None:
+        _write_triton(out, triton, force=force)
+    click.echo(json.dumps({"bundle": str(out), "export_s": round(time.perf_counter() - begin, 1)}))
+
+
+def _write_triton(bundle: Path, repository: Path, *, force: bool) -> None:
+    try:
+        from fastvar_trt.serving.triton.repository import write_triton_model
+    except ImportError as error:
+        raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
+    target = write_triton_model(bundle, repository, force=force)
+    click.echo(f"{target}: a model for tritonserver --model-repository {repository}")
+
+
+class _Models(ErrorGroup):
+    """The commands of all registered families, and `bundle`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self._sources(), "bundle"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        source = self._sources().get(cmd_name)
+        if source is not None:
+            return _source_command(source)
+        return _bundle_command() if cmd_name == "bundle" else None
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.epilog = examples(*(e for source in self._sources().values() for e in source.examples), *_BUNDLE_EXAMPLES)
+        super().format_epilog(ctx, formatter)
+
+    def _sources(self) -> dict[str, SourceCommand]:
+        return {command.name: command for family in FAMILIES.values() for command in family.commands}
+
+
+@click.group(cls=_Models)
+@click.version_option(package_name="fastvar-trt")
+def main() -> None:
+    """Export a next-scale model to a bundle: one ONNX graph per scale step."""

@@ -1,0 +1,171 @@
+"""`fastvar generate`."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import click
+import numpy as np
+from PIL import Image
+
+from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.runtime.manifest import STEP, Manifest, graph_name
+from fastvar_trt.runtime.pipeline import GenerationResult
+from fastvar_trt.runtime.request import GRAPH_INPUTS, TABLE, Parameter
+from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, RuntimeOptions, examples, numbers, runtime_options
+from fastvar_trt.tools.files import check_writable, replacing
+from fastvar_trt.tools.sheets import save_image
+from fastvar_trt.tools.tables import format_table
+
+
+def _value_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for every run-time value of a request."""
+    for parameter in reversed(list(GRAPH_INPUTS.values())):
+        command = _value_option(parameter)(command)
+    return command
+
+
+def _value_option(parameter: Parameter) -> Callable[..., Any]:
+    flag, text = f"--{parameter.name.replace('_', '-')}", parameter.description
+    if parameter.kind == "boolean":
+        return click.option(flag, is_flag=True, help=text)
+    if parameter.per_scale:
+        return click.option(flag, type=numbers(), help=f"{text} One value, or one per scale: N,N,...")
+    return click.option(flag, type={"integer": int, "number": float}[parameter.kind], help=text)
+
+
+@click.command(
+    cls=ErrorCommand,
+    epilog=examples(
+        "fastvar generate out/b --class 207 --class 88 --seed 1 -o out/dogs.png",
+        "fastvar generate out/b --class 3 --cfg 4 --top-k 900 --top-p 0.96 -o out/3.png",
+        "fastvar generate out/b --class 3 --greedy --save-tokens out/t.npz -o out/3.png",
+        'fastvar generate out/infinity --prompt "a fox in the snow" --cfg 4 --temperature 0.5 -o out/fox.png',
+    ),
+)
+@BUNDLE
+@click.option("--class", "labels", type=int, multiple=True, help="Class index; repeat for more images.")
+@click.option("--prompt", "prompts", multiple=True, help="Text; repeat for more images.")
+@click.option("--negative-prompt", "negative_prompts", multiple=True, help="One for all images, or one each.")
+@click.option(
+    "--text-features",
+    type=click.Path(path_type=Path),
+    help="In place of prompts: NPZ with the text encoder's features, arrays 0, 1, ... [tokens, width].",
+)
+@click.option("--h-div-w", type=float, help="Height over width; one that the bundle holds.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=TABLE["seed"].minimum, show_default=True, help="Image i gets seed + i."
+)
+@_value_options
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG; several images make a grid.")
+@click.option("--save-tokens", type=click.Path(path_type=Path), help="NPZ with step_00, ..., f_hat and image.")
+@runtime_options
+def generate(
+    bundle: Path,
+    labels: tuple[int, ...],
+    prompts: tuple[str, ...],
+    negative_prompts: tuple[str, ...],
+    text_features: Path | None,
+    h_div_w: float | None,
+    seed: int,
+    out: Path,
+    save_tokens: Path | None,
+    runtime: RuntimeOptions,
+    **values: Any,
+) -> None:
+    """Draw images of the given classes or texts. What is left out takes the bundle's default."""
+    if sum((bool(labels), bool(prompts), text_features is not None)) != 1:
+        raise click.UsageError("give --class, --prompt or --text-features")
+    if negative_prompts and not prompts:
+        raise click.UsageError("--negative-prompt needs --prompt")
+    for path in (out, save_tokens):
+        if path is not None:
+            check_writable(path)
+    sampling: dict[str, Any] = {k: _per_scale(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    with runtime.load(bundle) as pipe:
+        result = pipe.generate(
+            labels or None,
+            prompts=prompts or None,
+            negative_prompts=negative_prompts * (len(prompts) if len(negative_prompts) == 1 else 1) or None,
+            text_features=None if text_features is None else _read_features(text_features),
+            h_div_w=h_div_w,
+            seeds=seed,
+            return_float_images=save_tokens is not None,
+            **sampling,
+        )
+        manifest = pipe.manifest
+    save_png(result, out)
+    if save_tokens is not None:
+        _save_tokens(result, manifest, save_tokens)
+    click.echo(_timing_table(result, manifest))
+    total = sum(result.timings.values())
+    click.echo(
+        json.dumps(
+            {
+                "images": len(result.images),
+                "total_ms": round(total, 1),
+                "timings_ms": {name: round(ms, 2) for name, ms in result.timings.items()},
+                "out": str(out),
+            }
+        )
+    )
+
+
+def _per_scale(values: tuple[float, ...]) -> float | Any:
+    """One value, or an array [1, scales]."""
+    return values[0] if len(values) == 1 else np.array([values], dtype=np.float32)
+
+
+def _read_features(path: Path) -> list[Any]:
+    """The arrays `0`, `1`, ... of an NPZ."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = dict(data)
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise RequestError(f"--text-features {path}: not a readable NPZ: {error}") from error
+    expected = [str(i) for i in range(len(arrays))]
+    if not arrays or set(arrays) != set(expected):
+        raise RequestError(f"--text-features {path}: got the arrays {', '.join(arrays)}, expected 0, 1, ...")
+    return [arrays[name] for name in expected]
+
+
+def save_png(result: GenerationResult, path: Path) -> None:
+    """All images as one PNG, row by row in a near-square grid."""
+    count, height, width, _ = result.images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
+    for i, image in enumerate(result.images):
+        y, x = i // columns * height, i % columns * width
+        grid[y : y + height, x : x + width] = image
+    save_image(Image.fromarray(grid), path)
+
+
+def _save_tokens(result: GenerationResult, manifest: Manifest, path: Path) -> None:
+    steps = manifest.resolved_plan.steps
+    arrays = {graph_name(STEP, k): tokens for k, tokens in zip(steps, result.tokens, strict=True)}
+    assert result.float_images is not None
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays, f_hat=result.f_hat, image=result.float_images)
+
+
+def _timing_table(result: GenerationResult, manifest: Manifest) -> str:
+    plan = manifest.resolved_plan
+    rows: list[list[object]] = []
+    timings, total = dict(result.timings), sum(result.timings.values())
+    for k, (height, width) in enumerate(manifest.default.schedule):
+        layers = f"{plan.first_layer}-{plan.last_layer}" if plan.is_pruned(k) else ""
+        ms = timings.pop(graph_name(STEP, k), None)
+        rows.append(
+            [k, f"{height}x{width}", f"{plan.num_kept[k]}/{height * width}", layers]
+            + (["skipped", ""] if ms is None else [f"{ms:.1f}", f"{ms / total:.1%}"])
+        )
+    rows += [[name, "", "", "", f"{ms:.1f}", f"{ms / total:.1%}"] for name, ms in timings.items()]
+    rows.append(["total", "", "", "", f"{total:.1f}", ""])
+    return format_table(["scale", "map", "tokens kept", "pruned layers", "ms", "share"], rows)

@@ -1,0 +1,126 @@
+"""`fastvar inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fastvar_trt.runtime.engines import EngineSet, engine_folders, read_engines
+from fastvar_trt.runtime.manifest import (
+    WEIGHTS_FILE,
+    Condition,
+    Manifest,
+    Role,
+    Tokens,
+    check_files,
+    read_manifest,
+)
+from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, examples
+from fastvar_trt.tools.measure.work import activation_bytes, output_bytes
+from fastvar_trt.tools.tables import format_table
+
+
+@click.command(
+    cls=ErrorCommand,
+    epilog=examples("fastvar inspect out/b", "fastvar inspect out/b --tensors", "fastvar inspect out/b --json"),
+)
+@BUNDLE
+@click.option("--tensors", is_flag=True, help="List the inputs and outputs of every graph.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON and nothing else.")
+def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
+    """Show what a bundle holds."""
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest, hashes=False)
+    if as_json:
+        click.echo(json.dumps(manifest.to_json(), indent=1))
+        return
+    model, variant, plan = manifest.model, manifest.default, manifest.resolved_plan
+    click.echo(
+        f"{model.family}, {model.depth} layers x {model.width}, {model.num_heads} heads, {_conditions(manifest)}, "
+        f"{variant.image_width}x{variant.image_height} pixels, {manifest.precision}, "
+        f"batch {', '.join(map(str, manifest.batches))}"
+    )
+    click.echo(
+        f"plan {variant.plan.name}"
+        + (
+            ""
+            if plan.cache_scale is None
+            else f": cache of scale {plan.cache_scale}, layers {plan.first_layer} to {plan.last_layer}"
+        )
+    )
+    rows = [
+        [k, f"{h}x{w}", h * w, plan.num_kept[k] or "skipped", *(plan.num_past(k, i) for i in (0, model.depth - 1))]
+        for k, (h, w) in enumerate(variant.schedule)
+    ]
+    click.echo("\n" + format_table(["scale", "map", "tokens", "kept", "past keys, first layer", "last layer"], rows))
+    memory = _memory_rows(manifest)
+    click.echo("\n" + format_table(["memory, batch", *[str(b) for b in manifest.batches]], memory))
+    files = [[name, f"{spec.num_bytes / 2**20:.2f}", spec.sha256[:12]] for name, spec in manifest.files.items()]
+    click.echo("\n" + format_table(["file", "MiB", "SHA-256"], files))
+    for folder in engine_folders(bundle):
+        click.echo("\n" + _engine_table(folder, read_engines(bundle, folder)))
+    if tensors:
+        for graph in manifest.graphs:
+            click.echo(f"\n{graph.file}")
+            lines = [
+                [way, t.name, t.dtype, list(t.shape)]
+                for way, ts in (("in", graph.inputs), ("out", graph.outputs))
+                for t in ts
+            ]
+            click.echo(format_table(["", "tensor", "dtype", "shape"], lines))
+
+
+def _conditions(manifest: Manifest) -> str:
+    model = manifest.model
+    subjects = {
+        Condition.CLASS: f"{model.num_classes} classes",
+        Condition.TEXT: f"{'text features' if manifest.text_encoder is None else 'prompts'} of up to "
+        f"{model.text_length} tokens",
+    }
+    draws = {
+        Tokens.INDEX: f"vocabulary {model.vocab_size}",
+        Tokens.BITS: f"{model.vocab_size // 2} bits per token",
+    }
+    return f"{subjects[model.condition]}, {draws[model.tokens]}"
+
+
+def _engine_table(folder: str, engines: EngineSet) -> str:
+    records = engines.records.values()
+    kinds = list(dict.fromkeys(kind for record in records for kind in record.kernels))
+    rows: list[list[object]] = [
+        [
+            r.file,
+            f"{r.content.num_bytes / 2**20:.2f}",
+            ", ".join(r.built_with.values()),
+            ", ".join(r.targets),
+            len(r.weights),
+            *(r.kernels.get(kind, "-") for kind in kinds),
+        ]
+        for r in records
+    ]
+    total = sum(spec.num_bytes for spec in (*(r.content for r in records), *engines.shared.values()))
+    sizes = {**{name: spec.num_bytes for name, spec in engines.shared.items()}, "all": total}
+    rows += [[name, f"{size / 2**20:.2f}", "", "", "", *[""] * len(kinds)] for name, size in sizes.items()]
+    return format_table([folder, "MiB", "built with", "targets", "weights bound", *kinds], rows)
+
+
+def _memory_rows(manifest: Manifest) -> list[list[object]]:
+    """What the runtime holds, MiB per batch size."""
+
+    columns = [
+        {
+            "weights": manifest.files[WEIGHTS_FILE].num_bytes,
+            "keys and values": output_bytes(manifest, batch, Role.KEYS, Role.VALUES),
+            "token cache": output_bytes(manifest, batch, Role.CACHE),
+            "modulations": output_bytes(manifest, batch, Role.MODULATION),
+            "keys and values of the text": output_bytes(manifest, batch, Role.TEXT),
+            "activations, estimated": activation_bytes(manifest, batch),
+        }
+        for batch in manifest.batches
+    ]
+    rows: list[list[object]] = [
+        [name, *[f"{column[name] / 2**20:.2f} MiB" for column in columns]] for name in columns[0]
+    ]
+    return [*rows, ["all", *[f"{sum(column.values()) / 2**20:.2f} MiB" for column in columns]]]

@@ -1,0 +1,89 @@
+"""What `fastvar compare` and `fastvar tune` share: which pictures are drawn, and photographs to judge them by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.runtime.manifest import Condition, ModelSpec
+
+_FEW_CLASSES = 16  # all of them are drawn where nothing else is asked for
+_PHOTOGRAPHS = "photographs"
+_CROPS_PER_CLASS = 32
+_IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def request_options(command: Any) -> Any:
+    for option in (
+        click.option(
+            "--references",
+            help="Photographs of the classes: a folder with one sub-folder per class index, or `photographs` for those "
+            "of the demo model.",
+        ),
+        click.option("--cfg", type=float, help="Guidance scale; default: the bundle's."),
+        click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Images per class."),
+        click.option("--class", "labels", type=int, multiple=True, help="Class index; default: all, if they are few."),
+    ):
+        command = option(command)
+    return command
+
+
+def picture_requests(labels: tuple[int, ...], num_seeds: int, model: ModelSpec) -> tuple[list[int], list[int]]:
+    """Class and seed of every image."""
+    if model.condition is not Condition.CLASS:
+        raise RequestError("pictures are compared by class, and this bundle draws from text")
+    if not labels and model.num_classes > _FEW_CLASSES:
+        raise click.UsageError(f"the model has {model.num_classes} classes; name some with --class")
+    classes = labels or tuple(range(model.num_classes))
+    for label in classes:
+        if not 0 <= label < model.num_classes:
+            raise RequestError(f"class {label}: the bundle has 0 to {model.num_classes - 1}")
+    return [label for label in classes for _ in range(num_seeds)], list(range(num_seeds)) * len(classes)
+
+
+def load_references(source: str, labels: list[int], side: int) -> dict[int, NDArray[Any]]:
+    """Photographs of each class, uint8 [M, side, side, 3].
+
+    Args:
+        source: a folder with one sub-folder per class index, or `photographs`.
+        labels: the classes that are needed.
+        side: pixels; the middle square of every photograph is scaled to it.
+
+    Raises:
+        RequestError: a class without a readable photograph.
+    """
+    if source == _PHOTOGRAPHS:
+        from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs, random_crop
+
+        if max(labels) >= len(PHOTOGRAPHS):
+            raise RequestError(f"--references {source}: has classes 0 to {len(PHOTOGRAPHS) - 1}, got {max(labels)}")
+        rng = np.random.default_rng(0)
+        return {
+            label: np.stack([random_crop(image, side, rng) for _ in range(_CROPS_PER_CLASS)])
+            for label, image in enumerate(load_photographs())
+        }
+    references = {}
+    for label in dict.fromkeys(labels):
+        folder = Path(source) / str(label)
+        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _IMAGE_FILES) if folder.is_dir() else []
+        if not files:
+            raise RequestError(f"--references {folder}: no PNG, JPEG or WebP files there; give some of every class")
+        try:
+            references[label] = np.stack([_middle_square(file, side) for file in files])
+        except OSError as error:
+            raise RequestError(f"--references {folder}: {error}") from error
+    return references
+
+
+def _middle_square(path: Path, side: int) -> NDArray[Any]:
+    with Image.open(path) as image:
+        length = min(image.size)
+        left, top = ((extent - length) / 2 for extent in image.size)
+        box = (left, top, left + length, top + length)
+        return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS, box))

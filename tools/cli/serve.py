@@ -1,0 +1,148 @@
+"""`fastvar serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from fastvar_trt.runtime.errors import RequestError, UnavailableError
+from fastvar_trt.runtime.pipeline import Pipeline
+from fastvar_trt.runtime.service import Service
+from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, examples, runtime_options
+
+_ANSWER_S = 5  # to send the last answers, after the requests have been drained
+_BACKLOG = 2048  # connections that wait to be accepted
+_LOG = logging.getLogger(__name__)
+
+
+@click.command(
+    cls=ErrorCommand,
+    epilog=examples(
+        "fastvar serve out/demo",
+        'curl -s --json \'{"label": 1, "seed": 3}\' localhost:8000/v1/images -o cat.png',
+        "fastvar serve out/infinity --backend tensorrt_rtx --host 0.0.0.0 --max-queue 256 --rate 60/minute",
+    ),
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option("--max-queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--max-wait-ms",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="How long the first request of a batch waits for others.",
+)
+@click.option("--max-body", type=click.IntRange(1), default=4 << 20, show_default=True, help="Bytes of a request.")
+@click.option("--rate", help="Requests for pictures per client address: 60/minute, 2/second, ...  Default: no limit.")
+@click.option(
+    "--deadline",
+    type=click.FloatRange(0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds that a request may take; those that ask for less get less.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that running requests get when the server is told to stop.",
+)
+@runtime_options
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    max_queue: int,
+    max_wait_ms: float,
+    max_body: int,
+    rate: str | None,
+    deadline: float,
+    drain: float,
+    runtime: RuntimeOptions,
+) -> None:
+    """Serve a bundle over HTTP: pictures, previews, health, metrics, and a page to try it.
+
+    SIGTERM and SIGINT let running requests end. SIGHUP loads the bundle again, and serves the new one from the next
+    batch on; where it cannot be loaded, the old one stays.
+    """
+    try:
+        import uvicorn
+
+        from fastvar_trt.serving.http.app import ServerOptions, create_app
+        from fastvar_trt.serving.http.server import DrainingServer, parse_rate
+    except ImportError as error:
+        raise UnavailableError(f"{error.name} is not installed; pip install 'fastvar-trt[serve]'") from error
+    limit = None if rate is None else parse_rate(rate)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+
+    def load() -> Pipeline:
+        pipe = runtime.load(bundle)
+        try:
+            pipe.warm_up()
+        except BaseException:
+            pipe.close()
+            raise
+        return pipe
+
+    if hasattr(signal, "SIGHUP"):  # it would end the process while the bundle is loaded
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with _listen(host, port) as listening:  # before the bundle is loaded, which takes a while
+        service = Service(load(), max_queue=max_queue, max_wait_s=max_wait_ms / 1e3)
+        options = ServerOptions(max_body_bytes=max_body, max_deadline_s=deadline, rate=limit)
+
+        def on_start() -> None:
+            reload_on_hangup(service, load)
+            shown = f"[{host}]" if ":" in host else host
+            _LOG.info("serving %s on http://%s:%d", bundle, shown, listening.getsockname()[1])
+
+        app = create_app(service, options, on_start=on_start)
+        config = uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=int(drain) + _ANSWER_S)
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after it has ended well
+            DrainingServer(config, service, drain).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise RequestError(
+            f"--host {host} --port {port}: cannot listen there: {error.strerror or error}; give others"
+        ) from error
+
+
+def reload_on_hangup(service: Service, load: Callable[[], Pipeline]) -> None:
+    """On SIGHUP, serve what `load` gives; called in the event loop's thread. Systems without the signal do without."""
+    if not hasattr(signal, "SIGHUP"):
+        return
+    turns = threading.Lock()
+
+    def reload() -> None:
+        with turns:
+            try:
+                pipe = load()
+            except Exception:
+                _LOG.exception("the bundle cannot be loaded again; the old one stays")
+                return
+            try:
+                service.replace(pipe).close()
+            except RequestError:
+                pipe.close()
+                return
+            manifest = pipe.manifest
+            _LOG.info("the bundle was loaded again: plan %s, %s", manifest.default.plan.name, manifest.precision)
+
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGHUP, lambda: threading.Thread(target=reload, name="fastvar-reload", daemon=True).start()
+    )

@@ -1,0 +1,127 @@
+"""`fastvar tune`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastvar_trt.runtime.errors import BackendError, BundleError, PlanError
+from fastvar_trt.runtime.manifest import read_manifest
+from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples, integers, numbers
+from fastvar_trt.tools.cli.pictures import load_references, picture_requests, request_options
+from fastvar_trt.tools.files import check_writable, write_text
+from fastvar_trt.tools.measure.quality import require_libraries
+from fastvar_trt.tools.tables import format_table
+
+_FILES = ("tune.json", "front.png", "plan.json")
+
+
+@click.command(
+    cls=ErrorCommand,
+    epilog=examples(
+        "fastvar tune out/demo --references photographs --out out/tune",
+        "fastvar tune out/d16 --class 207 --class 88 --fractions 0.4,0.5 --fractions 0.5,0.75 --out out/tune",
+    ),
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@request_options
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of plan.json, front.png, tune.json."
+)
+@click.option(
+    "--fractions", type=numbers(), multiple=True, help="Pruned fractions of the last scales, in order; repeat for more."
+)
+@click.option("--cache-scales", type=integers(), default="-2,-3,-4", show_default=True, help="From the end: -N,-N,...")
+@click.option("--first-layers", type=integers(), help="First pruned layers; default: 0, 1/8, 1/4 and 1/2 of the depth.")
+@click.option("--min-ssim", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the chosen plan.")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    default=0.05,
+    show_default=True,
+    help="Relative rise of the distance to the references that the chosen plan may have.",
+)
+def tune(
+    bundle: Path,
+    labels: tuple[int, ...],
+    seeds: int,
+    cfg: float | None,
+    references: str | None,
+    out: Path,
+    fractions: tuple[tuple[float, ...], ...],
+    cache_scales: tuple[int, ...],
+    first_layers: tuple[int, ...] | None,
+    min_ssim: float,
+    max_drop: float,
+) -> None:
+    """Choose a pruning plan by measurement: sweep pruned fraction, cache scale and first pruned layer.
+
+    Every candidate's pictures are compared with the dense ones; those that nothing beats in both work and SSIM are
+    exported and timed beside the dense chain. Needs the extras `export` and `quality`.
+    """
+    require_libraries()
+    try:
+        from fastvar_trt.tools.measure import tune as tuning
+    except ImportError as error:
+        raise BackendError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu,quality]'") from error
+    manifest = read_manifest(bundle)
+    if manifest.precision != "fp32":
+        raise BundleError(
+            f"bundle {bundle}: precision: got {manifest.precision}, expected fp32: plans are judged on the CPU; export "
+            "with --precision fp32 (the plan fits every precision)"
+        )
+    depth = manifest.model.depth
+    layers = first_layers or tuple(sorted({0, depth // 8, depth // 4, depth // 2}))
+    classes, all_seeds = picture_requests(labels, seeds, manifest.model)
+    guidance = manifest.sampling.cfg if cfg is None else cfg
+    plans = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers)
+    known = load_references(references, classes, manifest.default.image_width) if references else None
+    for name in _FILES:
+        check_writable(out / name)
+        (out / name).unlink(missing_ok=True)  # of an earlier run: it would stand beside this one's
+    with counting_bar("sweep", (len(plans) + 1) * len(classes)) as progress:
+        result = tuning.sweep(bundle, plans, classes, all_seeds, guidance, known, progress)
+    num_front = sum(candidate.on_front for candidate in result.candidates)
+    with (
+        tempfile.TemporaryDirectory(dir=out) as scratch,
+        counting_bar("front", num_front + 1) as progress,
+    ):
+        result = tuning.measure_front(bundle, result, Path(scratch), classes, all_seeds, guidance, known, progress)
+    chosen = tuning.choose(result, min_ssim=min_ssim, max_drop=max_drop)
+    click.echo(_front_table(result.candidates, chosen))
+    record = {
+        "bundle": str(bundle),
+        "images": len(classes),
+        "chosen": None if chosen is None else chosen.plan.name,
+        "candidates": [candidate.to_json() for candidate in result.candidates],
+    }
+    write_text(out / "tune.json", json.dumps(record, indent=1) + "\n")
+    tuning.plot_front(result, chosen, out / "front.png")
+    if chosen is None:
+        raise PlanError(
+            f"no plan keeps SSIM {min_ssim} and the distance within {max_drop:.1%}; see {out / 'front.png'}, and allow "
+            "more with --min-ssim or --max-drop, or give smaller --fractions"
+        )
+    write_text(out / "plan.json", json.dumps(chosen.plan.to_json(), indent=1) + "\n")
+    click.echo(f"{out / 'plan.json'}: {chosen.plan.name}")
+
+
+def _front_table(candidates: Any, chosen: Any) -> str:
+    rows: list[list[object]] = []
+    for candidate in candidates:
+        m = candidate.measured
+        if m is None:
+            continue
+        row = [("* " if chosen is not None and candidate.plan is chosen.plan else "") + candidate.plan.name]
+        row += [f"{candidate.work:.3f}", f"{m.speedup:.2f}x", f"{m.mean.psnr_db:.2f}", f"{m.mean.ssim:.4f}"]
+        if m.references is None:
+            row.append("")
+        else:
+            row.append(f"{m.references[1].distance / m.references[0].distance - 1:+.2%}")
+        rows.append(list(row))
+    header = ["plan (* chosen)", "work", "speed-up", "PSNR dB", "SSIM", "distance to references"]
+    return format_table(header, rows)
