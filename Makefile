@@ -2,37 +2,56 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
+OLDEST := $(VENV)/oldest/.installed
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
 PACKAGES := export runtime plugins serving tools
 
 .PHONY: demo test check format clean
 
-demo: $(INSTALLED)
+demo: $(DEMO)
 	$(BIN)/fastvar-export demo --prune none --out out/demo_dense --force
 	$(BIN)/fastvar-export bundle --from out/demo_dense --prune fastvar-demo --out out/demo_pruned --force
 	$(BIN)/fastvar generate out/demo_pruned --class 0 -o out/astronaut.png
 	$(BIN)/fastvar compare out/demo_dense out/demo_pruned --class 0 --class 1 --class 2 --class 3 --seeds 3 -o out/demo.png
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(OLDEST)
 	$(BIN)/pytest
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-# mypy does not follow the mapping of our folders to one package: it gets a folder of links instead.
+# mypy and import-linter do not follow the mapping of our folders to one package: they get a folder of links instead.
 	mkdir -p build/types/fastvar_trt
 	for name in $(PACKAGES); do ln -sfn ../../../$$name build/types/fastvar_trt/$$name; done
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastvar_trt
+	cd build/types && PYTHONPATH=. ../../$(BIN)/lint-imports --no-cache ../../.importlinter
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(INSTALLED): pyproject.toml
+# What `make demo` needs, and no more.
+$(DEMO): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[export,cpu,quality,serve,train,dev]'
+	$(PIP) install -e '.[export,cpu,quality]'
+	touch $@
+
+$(INSTALLED): $(DEMO)
+	$(PIP) install -e '.[export,cpu,quality,serve,train,dev]'
 # Without the package that they describe, which comes from NVIDIA's index.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps tensorrt-stubs
+	$(PIP) install --no-deps tensorrt-stubs
+	touch $@
+
+# The oldest ONNX Runtime that is allowed, over the packages that are there: a promise about its memory is tested on both.
+$(OLDEST): $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)/oldest
+	$(VENV)/oldest/bin/pip --quiet --disable-pip-version-check install --no-deps \
+	    "onnxruntime==$$(sed -n 's/^cpu = \["onnxruntime>=\(.*\)"\]/\1/p' pyproject.toml)"
+	$(VENV)/oldest/bin/pip --quiet --disable-pip-version-check install --no-deps -e .
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	    "$$($(VENV)/oldest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth"
 	touch $@
 
 clean:

@@ -24,7 +24,8 @@ from typing import Any
 
 import click
 
-from fastvar_trt.runtime import Pipeline, load_plan
+from fastvar_trt.export.models.registry import load_plan
+from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.onnxruntime import cpu_fields
 from fastvar_trt.runtime.manifest import LABELS, WEIGHTS_FILE
 from fastvar_trt.runtime.noise import uniform_noise
@@ -143,17 +144,18 @@ def measure_memory(kind: str, bundle: Path) -> dict[str, float]:
 
 def prepare(folder: Path, depth: int, width: int, schedule: str, prune: str) -> tuple[Path, Path]:
     """A random checkpoint and its dense and pruned bundles, with prepacked engines; reused where they exist."""
-    from fastvar_trt.export.build_cpu import build_cpu
+    from fastvar_trt.export.build.base import build_bundle
+    from fastvar_trt.export.build.cpu import CpuBuilder
     from fastvar_trt.export.exporter import ExportOptions, export_model
-    from fastvar_trt.export.models.random_init import PATCH_NUMS_256, PATCH_NUMS_512, random_checkpoint
-    from fastvar_trt.export.sources import VARSource
+    from fastvar_trt.export.models.var.source import VARSource
     from fastvar_trt.runtime import read_manifest
+    from random_checkpoints import PATCH_NUMS_256, PATCH_NUMS_512, random_checkpoint
 
     patch_nums = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512}[schedule]
     bundles = {name: folder / f"d{depth}_w{width}_{schedule}" / Path(name).stem for name in ("none", prune)}
     source = None
     for name, bundle in bundles.items():
-        if bundle.exists() and read_manifest(bundle).plan != load_plan(name):
+        if bundle.exists() and read_manifest(bundle).default.plan != load_plan(name):
             raise click.ClickException(f"{bundle} was exported with another plan {name}; remove it")
         if not bundle.exists():
             if source is None:
@@ -165,7 +167,7 @@ def prepare(folder: Path, depth: int, width: int, schedule: str, prune: str) -> 
             begin = time.perf_counter()
             export_model(source, bundle, ExportOptions(load_plan(name)))
             click.echo(f"exported {name} at {schedule} in {time.perf_counter() - begin:.0f} s", err=True)
-        report = build_cpu(bundle)
+        report = build_bundle(bundle, CpuBuilder())
         if report.built:
             click.echo(f"prepacked {name} at {schedule} in {report.seconds:.0f} s", err=True)
     return bundles["none"], bundles[prune]

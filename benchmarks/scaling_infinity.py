@@ -18,11 +18,12 @@ from typing import Any
 import click
 import numpy as np
 
-from fastvar_trt.runtime import Pipeline, load_plan
+from fastvar_trt.export.models.infinity.family import PLAN_OF_SIZE
+from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.manifest import Manifest
-from fastvar_trt.runtime.plan import PruningPlan, infinity_preset
+from fastvar_trt.runtime.plan import PruningPlan
+from fastvar_trt.tools.measure.work import chain_multiply_adds, output_bytes
 from fastvar_trt.tools.tables import format_table
-from fastvar_trt.tools.work import chain_multiply_adds, output_bytes
 
 TEXT_LENGTH, TEXT_WIDTH = 16, 128
 
@@ -30,9 +31,9 @@ TEXT_LENGTH, TEXT_WIDTH = 16, 128
 def export(folder: Path, size: str, depth: int, width: int, heads: int) -> tuple[Path, Path]:
     """Bundles of one size: dense and pruned."""
     from fastvar_trt.export.exporter import ExportOptions, export_again, export_model
-    from fastvar_trt.export.models.random_init import random_infinity_checkpoint
-    from fastvar_trt.export.models.schedules import schedule
-    from fastvar_trt.export.sources import InfinitySource
+    from fastvar_trt.export.models.infinity.schedules import schedule
+    from fastvar_trt.export.models.infinity.source import InfinitySource
+    from random_checkpoints import random_infinity_checkpoint
 
     states = random_infinity_checkpoint(
         depth=depth,
@@ -47,7 +48,7 @@ def export(folder: Path, size: str, depth: int, width: int, heads: int) -> tuple
     if not dense.exists():
         export_model(source, dense, ExportOptions(PruningPlan()))
     if not pruned.exists():
-        plan = load_plan(infinity_preset(size))
+        plan = PLAN_OF_SIZE[size]
         if plan.fractions and depth <= plan.first_layer:
             raise click.UsageError(f"--depth {depth}: the plans prune from layer {plan.first_layer}")
         export_again(dense, pruned, plan)

@@ -1,15 +1,25 @@
-"""Shared fixtures: goldens (skipped by name where they are absent) and small bundles, exported once per run."""
+"""Shared fixtures: goldens (skipped by name where they are absent) and small bundles, exported once."""
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import functools
+import hashlib
 import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Before torch and ONNX Runtime count the cores: workers that share all of them spend their time waiting for each other.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+if _WORKER and hasattr(os, "sched_setaffinity"):
+    _CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_CORES[int(_WORKER) % len(_CORES)]})
 
 import numpy as np
 import pytest
@@ -17,13 +27,20 @@ import torch
 from safetensors.numpy import load_file
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as DriverService
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model
-from fastvar_trt.export.models.random_init import random_checkpoint, random_infinity_checkpoint
-from fastvar_trt.export.sources import InfinitySource, VARSource
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model, tool_versions
+from fastvar_trt.export.models.infinity.source import InfinitySource
+from fastvar_trt.export.models.source import Source
+from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime.plan import PruningPlan
+from random_checkpoints import random_checkpoint, random_infinity_checkpoint
 
-GOLDEN_FOLDER = Path(__file__).parents[2] / "shared" / "golden"
+# Every export asks for torch's table of ONNX functions, and it takes half a second to make; it never changes.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+
+ROOT = Path(__file__).parents[1]
+GOLDEN_FOLDER = ROOT.parent / "shared" / "golden"
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -73,22 +90,60 @@ def tiny_source() -> VARSource:
 
 
 @pytest.fixture(scope="session")
-def export_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ExportReport]]:
-    """Export a bundle, or hand out the one that an earlier test, of this process or another, exported under the key."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if "PYTEST_XDIST_WORKER" not in os.environ else base.parent) / "bundles"
-    folder.mkdir(exist_ok=True)
+def export_once() -> Callable[..., tuple[Path, ExportReport]]:
+    """Export a bundle, or hand out what an earlier test, or an earlier run of this code, exported of the same."""
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    for folder in _CACHE.parent.iterdir():
+        if folder != _CACHE and time.time() - folder.stat().st_mtime > _KEPT_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def export(key: str, source: VARSource, options: ExportOptions) -> tuple[Path, ExportReport]:
+    def export(key: str, source: Source, options: ExportOptions) -> tuple[Path, ExportReport]:
+        folder = _CACHE / _content_hash(source, options)
+        folder.mkdir(exist_ok=True)
         path, report_file = folder / key, folder / f"{key}.report"
         with (folder / f"{key}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not report_file.exists():
-                report_file.write_bytes(pickle.dumps(export_model(source, path, options)))
+                report_file.write_bytes(pickle.dumps(export_model(source, path, options, force=True)))
             report: ExportReport = pickle.loads(report_file.read_bytes())
         return path, report
 
     return export
+
+
+@functools.cache
+def _code_hash() -> str:
+    """Of what a bundle depends on besides its source: the project's code, and the libraries' versions."""
+    digest = hashlib.sha256(repr(tool_versions()).encode())
+    for top in ("export", "plugins", "runtime"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _content_hash(source: Source, options: ExportOptions) -> str:
+    digest = hashlib.sha256(repr(options).encode())
+    for field in dataclasses.fields(source):  # type: ignore[arg-type]  # all sources are dataclasses
+        _update(digest, getattr(source, field.name))
+    return digest.hexdigest()[:16]
+
+
+def _update(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        digest.update(str(value.dtype).encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in sorted(value):
+            digest.update(key.encode())
+            _update(digest, value[key])
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _update(digest, getattr(value, field.name))
+    else:
+        digest.update(repr(value).encode())
+
+
+_CACHE = ROOT / "build" / "test_bundles" / _code_hash()
+_KEPT_S = 24 * 3600.0  # bundles of other states of the code
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from fastvar_trt.export.tensorrt.engine import BuiltEngine, EngineTensor
-from fastvar_trt.export.tensorrt.graphs import TensorRTGraph
+from fastvar_trt.export.build.tensorrt.engine import BuiltEngine, EngineTensor
 from fastvar_trt.runtime.backends.cuda import CudaOutOfMemoryError
 
 VERSION = "0.fake"
@@ -240,11 +239,11 @@ class _Binding:
 
 
 def fake_build_engine(
-    flavour: Any, graph: TensorRTGraph, name: str, targets: Any, progress: Callable[[str, float], None]
+    flavour: Any, graph: bytes, name: str, targets: Any, progress: Callable[[str, float], None]
 ) -> BuiltEngine:
     """`build_engine` without TensorRT: the engine is the model that the parser would have been handed."""
     progress("Building", 0.5)
-    model = onnx.load_from_string(graph.model)
+    model = onnx.load_from_string(graph)
     for node in model.graph.node:
         for attribute in [a for a in node.attribute if a.name == "TRT_decomposable"]:
             node.attribute.remove(attribute)  # ONNX Runtime does not know it

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +16,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from fastvar_trt.runtime import Pipeline
-
 FASTVAR = (sys.executable, "-c", "from fastvar_trt.tools.cli import main; main()")
-FASTVAR_EXPORT = (sys.executable, "-c", "from fastvar_trt.export.cli import main; main()")
+FASTVAR_EXPORT = (sys.executable, "-c", "from fastvar_trt.tools.cli.export import main; main()")
 START_S = 120  # loading takes a second; the machine may be busy
 
 
@@ -74,22 +70,6 @@ class ServerProcess:
         return self.process.wait(START_S)
 
 
-class Gate:
-    """Holds one graph of every chain of a pipeline until it is opened: by default the first."""
-
-    def __init__(self, pipe: Pipeline, patch: pytest.MonkeyPatch, number: int = 0) -> None:
-        self.entered, self.open = threading.Event(), threading.Event()
-        for chain in pipe._chains.values():
-            graph = chain._bound[frozenset()][number]
-
-            def held(original: Callable[[], None] = graph.enqueue) -> None:
-                self.entered.set()
-                assert self.open.wait(60)
-                original()
-
-            patch.setattr(graph, "enqueue", held)
-
-
 class Page:
     """The server's page in a browser, loaded."""
 
@@ -101,6 +81,10 @@ class Page:
     def field(self, name: str) -> Any:
         """The element of that id."""
         return self._browser.find_element(By.ID, name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is an element of that id."""
+        return bool(self._browser.find_elements(By.ID, name))
 
     def enter(self, name: str, text: str) -> None:
         """Type into a field in place of what is in it."""

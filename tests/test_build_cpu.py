@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import TINY_PLAN
-from fastvar_trt.export import build_cpu as module
-from fastvar_trt.export.build_cpu import PACKED_FILE, build_cpu
+from fastvar_trt.export.build import cpu as module
+from fastvar_trt.export.build.base import BuildReport, build_bundle
+from fastvar_trt.export.build.cpu import PACKED_FILE, CpuBuilder
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
-from fastvar_trt.export.sources import VARSource
+from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import BackendError, ExportError, Pipeline, read_manifest
-from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileSpec
 from fastvar_trt.tools.cli import main as fastvar
 
@@ -29,7 +29,7 @@ def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("built") / "b"))
     result = CliRunner().invoke(fastvar, ["build", str(bundle), "--target", "cpu"])
     assert result.exit_code == 0, result.output
-    assert "12 graphs for cpu" in result.output
+    assert "12 graphs for cpu built in" in result.output
     return bundle
 
 
@@ -39,9 +39,12 @@ def bundle(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "b"))
 
 
+def build_cpu(bundle: Path) -> BuildReport:
+    return build_bundle(bundle, CpuBuilder())
+
+
 def uses_engines(pipe: Pipeline) -> bool:
-    assert isinstance(pipe.backend, OnnxRuntimeBackend)
-    return pipe.backend.prepacked
+    return bool(pipe.backend.describe()["prepacked"])
 
 
 def test_engines_compute_what_the_graphs_compute(built: Path) -> None:
@@ -102,7 +105,7 @@ def _drop_engine(bundle: Path) -> None:
 def _other_processor(bundle: Path) -> None:
     record = bundle / "engines" / "cpu" / "engines.json"
     data = json.loads(record.read_text())
-    data["built_for"]["cpu"] = "another"
+    data["engines"][0]["built_with"]["processor"] = "another"
     record.write_text(json.dumps(data))
 
 
@@ -116,13 +119,13 @@ def _damage(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (_change_graph, "step_02.onnx has changed since"),
-        (_change_weights, "built from other weights"),
-        (_drop_engine, "there is none of step_03.onnx"),
-        (_other_processor, "built for another cpu"),
-        (_damage, "weights.prepacked is damaged"),
+        (_change_graph, "step_02.onnx was built from another step_02.onnx"),
+        (_change_weights, "was built from another weights.safetensors"),
+        (_drop_engine, "there is none for step_03.onnx"),
+        (_other_processor, "was built with processor another, here is"),
+        (_damage, "weights.prepacked: its SHA-256 is not that on record"),
         (lambda bundle: (bundle / "engines" / "cpu" / "step_01.onnx").unlink(), "step_01.onnx is missing"),
-        (lambda bundle: (bundle / "engines" / "cpu" / "engines.json").write_text("{"), "engines.json is damaged"),
+        (lambda bundle: (bundle / "engines" / "cpu" / "engines.json").write_text("{"), "engines.json: damaged"),
     ],
 )
 def test_engines_that_do_not_fit_are_refused_and_built_again(
@@ -140,7 +143,7 @@ def test_engines_that_do_not_fit_are_refused_and_built_again(
 
 
 def test_required_engines_that_were_never_built(tiny_bundle: Path) -> None:
-    with pytest.raises(BackendError, match="none were built; run `fastvar build"):
+    with pytest.raises(BackendError, match="no engines of cpu were built; run `fastvar build"):
         Pipeline.load(tiny_bundle, engines="require")
 
 
@@ -152,7 +155,7 @@ def test_a_failed_build_keeps_the_engines_of_before(bundle: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.onnx, "save", full)
-    with pytest.raises(ExportError, match="No space left on device; nothing was kept"):
+    with pytest.raises(ExportError, match="No space left on device; what was built before is kept"):
         build_cpu(bundle)
     assert sorted(p.name for p in (bundle / "engines" / "cpu").iterdir()) == before
     assert [p.name for p in (bundle / "engines").iterdir()] == ["cpu"]

@@ -12,8 +12,8 @@ import torch
 
 from conftest import tiny_states
 from fastvar_trt.export.models.checkpoint import load_state_dict
-from fastvar_trt.export.models.config import VARConfig, VQVAEConfig
-from fastvar_trt.export.sources import VARSource
+from fastvar_trt.export.models.var.config import VARConfig, VQVAEConfig
+from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime.errors import CheckpointError
 
 
@@ -25,8 +25,8 @@ def states() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 def test_training_checkpoint_is_unwrapped(tmp_path: Path, states: Any) -> None:
     state, vae_state = states
     torch.save({"epoch": 3, "trainer": {"var_wo_ddp": state, "vae_local": vae_state}}, tmp_path / "ar-ckpt.pth")
-    assert load_state_dict(tmp_path / "ar-ckpt.pth", "var").keys() == state.keys()
-    assert load_state_dict(tmp_path / "ar-ckpt.pth", "vae").keys() == vae_state.keys()
+    assert load_state_dict(tmp_path / "ar-ckpt.pth", ("trainer", "var_wo_ddp")).keys() == state.keys()
+    assert load_state_dict(tmp_path / "ar-ckpt.pth", ("trainer", "vae_local")).keys() == vae_state.keys()
 
 
 def test_all_key_problems_are_in_one_error(states: Any) -> None:
@@ -165,7 +165,7 @@ def test_files_that_are_not_checkpoints(tmp_path: Path, name: str, content: byte
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
-        load_state_dict(tmp_path / name, "var")
+        load_state_dict(tmp_path / name, ("trainer", "var_wo_ddp"))
 
 
 def test_a_truncated_checkpoint(tmp_path: Path, states: Any) -> None:
@@ -173,7 +173,7 @@ def test_a_truncated_checkpoint(tmp_path: Path, states: Any) -> None:
     content = (tmp_path / "var.pth").read_bytes()
     (tmp_path / "var.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"var.pth: not a readable PyTorch file"):
-        load_state_dict(tmp_path / "var.pth", "var")
+        load_state_dict(tmp_path / "var.pth", ("trainer", "var_wo_ddp"))
 
 
 def test_a_pickle_with_flipped_bits(tmp_path: Path, states: Any, rng: Any) -> None:
@@ -184,21 +184,21 @@ def test_a_pickle_with_flipped_bits(tmp_path: Path, states: Any, rng: Any) -> No
         damaged[place] ^= 1 << int(rng.integers(8))
         (tmp_path / "bad.pth").write_bytes(damaged)
         with contextlib.suppress(CheckpointError):  # any other error is a traceback for the user
-            load_state_dict(tmp_path / "bad.pth", "var")
-    assert load_state_dict(tmp_path / "good.pth", "var").keys() == {"weight"}
+            load_state_dict(tmp_path / "bad.pth", ("trainer", "var_wo_ddp"))
+    assert load_state_dict(tmp_path / "good.pth", ("trainer", "var_wo_ddp")).keys() == {"weight"}
 
 
 def test_a_pickle_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"weight": _Payload()}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match="holds more than tensors"):
-        load_state_dict(tmp_path / "evil.pth", "var")
+        load_state_dict(tmp_path / "evil.pth", ("trainer", "var_wo_ddp"))
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(_Payload()))
     with pytest.raises(CheckpointError):
-        load_state_dict(tmp_path / "plain.pth", "var")
+        load_state_dict(tmp_path / "plain.pth", ("trainer", "var_wo_ddp"))
     assert "ran code" not in capsys.readouterr().out
 
 
 def test_not_a_state_dict(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="got no flat state dict"):
-        load_state_dict(tmp_path / "x.pth", "var")
+        load_state_dict(tmp_path / "x.pth", ("trainer", "var_wo_ddp"))

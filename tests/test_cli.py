@@ -18,10 +18,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from conftest import TINY_PATCH_NUMS, tiny_states
-from fastvar_trt.export.cli import main as fastvar_export
 from fastvar_trt.runtime import Pipeline, read_manifest
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, REFERENCE_FILE, WEIGHTS_FILE, FileSpec
 from fastvar_trt.tools.cli import main as fastvar
+from fastvar_trt.tools.cli.export import main as fastvar_export
 
 
 def run(command: Any, *arguments: object) -> Result:
@@ -57,7 +57,7 @@ def test_from_checkpoint_files_to_a_picture(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "b"
     exported = subprocess.run(
         [
-            *(sys.executable, "-c", "from fastvar_trt.export.cli import main; main()", "var", "--out", out),
+            *(sys.executable, "-c", "from fastvar_trt.tools.cli.export import main; main()", "var", "--out", out),
             *("--checkpoint", tmp_path / "var.pth", "--vae", tmp_path / "vae.pth"),
             *("--prune", tmp_path / "quarter.json", "--max-top-k", "0"),
         ],
@@ -68,7 +68,7 @@ def test_from_checkpoint_files_to_a_picture(tmp_path: Path) -> None:
     assert exported.returncode == 0, exported.stderr
     assert "5 graphs" in exported.stdout
     assert "Warning" not in exported.stderr
-    assert read_manifest(out).plan.name == "quarter"
+    assert read_manifest(out).default.plan.name == "quarter"
 
     result = run(fastvar, "verify", out)
     assert result.exit_code == 0, result.output
@@ -97,7 +97,7 @@ def test_inspect(bundle: Path) -> None:
     assert "2 layers x 128" in result.output
     assert "past_k_1" in result.output
     data = json.loads(run(fastvar, "inspect", bundle, "--json").output)
-    assert data["schedule"] == [[n, n] for n in TINY_PATCH_NUMS]
+    assert data["variants"][0]["schedule"] == [[n, n] for n in TINY_PATCH_NUMS]
 
 
 @pytest.mark.parametrize("command", [["verify"], ["generate", "--class", "1", "-o", "x.png"], ["inspect"]])
@@ -122,7 +122,7 @@ def _truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "harm", "message"),
     [
-        (WEIGHTS_FILE, _damage, "weights.safetensors: its SHA-256 is not that of the manifest"),
+        (WEIGHTS_FILE, _damage, "weights.safetensors: its SHA-256 is not that on record"),
         (WEIGHTS_FILE, _truncate, "weights.safetensors: got "),
         ("step_02.onnx", Path.unlink, "step_02.onnx is missing"),
         ("step_02.onnx", _damage, "step_02.onnx: its SHA-256"),
@@ -142,28 +142,48 @@ def test_a_manifest_of_another_version(bundle: Path) -> None:
     data = json.loads((bundle / MANIFEST_FILE).read_text())
     data["format_version"] = 99
     (bundle / MANIFEST_FILE).write_text(json.dumps(data))
-    refused(run(fastvar, "verify", bundle), "format version: got 99, this release reads 1", "export the bundle again")
+    refused(run(fastvar, "verify", bundle), "format version: got 99, this release reads 2", "export the bundle again")
+
+
+def test_a_manifest_of_format_1_names_the_command_that_makes_it_anew(bundle: Path) -> None:
+    old = {"format_version": 1, "model": {"family": "var"}, "plan": {"name": "none"}, "precision": "fp16"}
+    (bundle / MANIFEST_FILE).write_text(json.dumps({**old, "batches": [1, 4]}))
+    command = (
+        f"fastvar-export var --checkpoint FILE --vae FILE --prune none --precision fp16 --batch 1,4 --out {bundle}"
+    )
+    refused(run(fastvar, "verify", bundle), "format version: got 1, this release reads 2", command)
 
 
 def _without_condition(data: dict[str, Any]) -> None:
-    data["graphs"] = [g for g in data["graphs"] if g["kind"] != "condition"]
+    graphs = data["variants"][0]["graphs"]
+    data["variants"][0]["graphs"] = [g for g in graphs if g["kind"] != "condition"]
 
 
 def _without_a_step(data: dict[str, Any]) -> None:
-    data["graphs"] = [g for g in data["graphs"] if g["scale"] != 2]
+    graphs = data["variants"][0]["graphs"]
+    data["variants"][0]["graphs"] = [g for g in graphs if g["scale"] != 2]
+
+
+def _in_another_order(data: dict[str, Any]) -> None:
+    graphs = data["variants"][0]["graphs"]
+    graphs[1], graphs[2] = graphs[2], graphs[1]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_without_condition, "got 0 of (1, 'condition', None), expected 1"),
-        (_without_a_step, "got 0 of (1, 'step', 2), expected 1"),
+        (_without_condition, "got 0 of condition for batch 1, expected 1"),
+        (_without_a_step, "got 0 of step_02 for batch 1, expected 1"),
+        (_in_another_order, "those of batch 1 are not in the order in which they run"),
+        (lambda data: data.update(variants=[]), "variants: expected one or more"),
+        (lambda data: data.update(variants=data["variants"] * 2), "variants: expected one or more, each with a name"),
         (lambda data: data.update(batches=[]), "batches: got none"),
-        (lambda data: data.update(batches=[1, 2, 3]), "got 0 of (3, 'condition', None), expected 1"),
+        (lambda data: data.update(batches=[1, 2, 3]), "got 0 of condition for batch 3, expected 1"),
+        (lambda data: data["model"].update(condition="sound"), "'sound' is not a valid Condition"),
         (lambda data: data.update(precision="fp8"), "precision: got 'fp8'"),
         (lambda data: data["model"].update(num_classes="10"), "model.num_classes: got '10'"),
         (lambda data: data["sampling"].update(max_top_k=97), "sampling.max_top_k: got 97, expected 1 to 96"),
-        (lambda data: data["schedule"].pop(), "got 1 of (1, 'step', 3), expected 0"),
+        (lambda data: data["variants"][0]["schedule"].pop(), "got 1 of step_03 for batch 1, expected 0"),
         (lambda data: data["files"].pop(WEIGHTS_FILE), "weights.safetensors is missing"),
         (lambda data: data["files"].pop("step_02.onnx"), "step_02.onnx is missing"),
     ],
@@ -175,7 +195,7 @@ def test_a_manifest_that_contradicts_itself(bundle: Path, change: Any, message: 
     refused(run(fastvar, "inspect", bundle), "manifest.json: damaged", message)
 
 
-@pytest.mark.parametrize("key", ["graphs", "plan", "files", "sampling"])
+@pytest.mark.parametrize("key", ["variants", "model", "files", "sampling"])
 def test_a_manifest_without_a_field(bundle: Path, key: str) -> None:
     data = json.loads((bundle / MANIFEST_FILE).read_text())
     del data[key]
@@ -228,12 +248,13 @@ def test_export_refuses_what_it_cannot_export(bundle: Path, tmp_path: Path) -> N
     torch.save(state, var)
     torch.save(vae_state, vae)
     base = ("var", "--checkpoint", var, "--vae", vae, "--out")
-    refused(run(fastvar_export, "var", "--out", out), "needs --checkpoint and --vae", exit_code=2)
-    refused(run(fastvar_export, "demo", "--vae", vae, "--out", out), "MODEL demo takes no", exit_code=2)
-    refused(run(fastvar_export, "bundle", "--out", out), "MODEL bundle needs --from", exit_code=2)
-    refused(run(fastvar_export, "demo", "--from", out, "--out", out), "no other takes it", exit_code=2)
-    refused(run(fastvar_export, "bundle", "--from", out, "--out", out), "needs --prune", exit_code=2)
-    refused(run(fastvar_export, "stable-diffusion", "--out", out), "is not one of", exit_code=2)
+    refused(run(fastvar_export, "var", "--out", out), "Missing option '--checkpoint'", exit_code=2)
+    refused(run(fastvar_export, "demo", "--vae", vae, "--out", out), "No such option '--vae'", exit_code=2)
+    refused(run(fastvar_export, "bundle", "--out", out), "Missing option '--from'", exit_code=2)
+    refused(run(fastvar_export, "demo", "--from", out, "--out", out), "No such option '--from'", exit_code=2)
+    refused(run(fastvar_export, "bundle", "--from", out, "--out", out), "--out needs --prune", exit_code=2)
+    refused(run(fastvar_export, "bundle", "--from", out), "give --out", exit_code=2)
+    refused(run(fastvar_export, "stable-diffusion", "--out", out), "No such command 'stable-diffusion'", exit_code=2)
     refused(run(fastvar_export, *base, out, "--batch", "1,x"), "whole numbers separated by commas", exit_code=2)
     refused(run(fastvar_export, *base, out, "--batch", "0"), "expected sizes of 1 or more")
     refused(run(fastvar_export, *base, out, "--prune", "fastest"), "neither a preset (none, fastvar-var,")
@@ -265,6 +286,6 @@ def test_a_bundle_gets_another_plan(tiny_bundle: Path, tmp_path: Path) -> None:
     done = run(fastvar_export, *arguments, "--out", tmp_path / "dense")
     assert done.exit_code == 0, done.output
     assert "6 graphs (2 traced)" in done.output
-    assert read_manifest(tmp_path / "dense").plan.name == "none"
+    assert read_manifest(tmp_path / "dense").default.plan.name == "none"
     assert run(fastvar, "verify", tmp_path / "dense").exit_code == 0
     refused(run(fastvar_export, *arguments, "--out", tmp_path / "dense"), "exists already")

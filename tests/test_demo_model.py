@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastvar_trt.export.demo import DEMO_FOLDER, demo_source
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.models.registry import load_plan
+from fastvar_trt.export.models.var.demo import DEMO_FOLDER, demo_source
 from fastvar_trt.runtime import Pipeline
-from fastvar_trt.runtime.plan import PRESETS
-from fastvar_trt.tools.cli_quality import load_references
-from fastvar_trt.tools.compare import compare, draw_side_by_side
-from fastvar_trt.tools.quality import reference_metrics
+from fastvar_trt.runtime.plan import DENSE
+from fastvar_trt.tools.cli.pictures import load_references
+from fastvar_trt.tools.measure.compare import compare, draw_side_by_side
+from fastvar_trt.tools.measure.quality import reference_metrics
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS
 
 CLASSES, SEEDS = list(range(len(PHOTOGRAPHS))) * 2, [0] * len(PHOTOGRAPHS) + [1] * len(PHOTOGRAPHS)
@@ -23,7 +24,7 @@ CLASSES, SEEDS = list(range(len(PHOTOGRAPHS))) * 2, [0] * len(PHOTOGRAPHS) + [1]
 
 @pytest.fixture(scope="module")
 def demo_bundle(export_once: Callable[..., tuple[Path, ExportReport]]) -> Path:
-    return export_once("demo", demo_source(), ExportOptions(plan=PRESETS["fastvar-demo"]))[0]
+    return export_once("demo", demo_source(), ExportOptions(plan=load_plan("fastvar-demo")))[0]
 
 
 def test_the_card_says_what_the_files_are() -> None:
@@ -47,7 +48,7 @@ def test_it_draws_its_classes(demo_bundle: Path) -> None:
 def test_pruned_pictures_are_near_the_dense_ones(demo_bundle: Path, tmp_path: Path) -> None:
     from fastvar_trt.export.exporter import export_again
 
-    export_again(demo_bundle, tmp_path / "dense", PRESETS["none"])
+    export_again(demo_bundle, tmp_path / "dense", DENSE)
     with Pipeline.load(tmp_path / "dense") as dense, Pipeline.load(demo_bundle) as pruned:
         a, b = draw_side_by_side([dense, pruned], CLASSES, SEEDS, {})
     comparison = compare(a, b, CLASSES, SEEDS)

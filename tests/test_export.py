@@ -25,17 +25,20 @@ from conftest import TINY_PLAN, tiny_states
 from fastvar_trt.export import exporter, validation
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model, load_bundle_model
 from fastvar_trt.export.folders import replace_folder, temporary_folder
-from fastvar_trt.export.models.random_init import random_checkpoint
+from fastvar_trt.export.models.reference import default_request
 from fastvar_trt.export.models.resize import area_matrix, bicubic_matrix
-from fastvar_trt.export.models.var import VAR
-from fastvar_trt.export.sources import VARSource
-from fastvar_trt.export.tracing import GraphFunction
+from fastvar_trt.export.models.var.model import VAR
+from fastvar_trt.export.models.var.source import VARSource
+from fastvar_trt.export.tracing import COMPUTE, GraphFunction
 from fastvar_trt.export.validation import run_in_onnxruntime
 from fastvar_trt.runtime import ExportError, Pipeline, PlanError, PruningPlan, read_manifest
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, file_sha256
-from fastvar_trt.runtime.verify import TOLERANCE, may_change, verify_bundle
+from fastvar_trt.runtime.precision import PRECISIONS
+from fastvar_trt.runtime.verify import verify_bundle
+from random_checkpoints import random_checkpoint
 
 Export = Callable[..., tuple[Path, ExportReport]]
+FP32 = PRECISIONS["fp32"]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "shared_aln": {"shared_aln": True, "patch_nums": (1, 3, 6)},
@@ -50,7 +53,7 @@ def test_variants_match_pytorch(variant: str, export_once: Export) -> None:
     source = VARSource.from_state(*tiny_states(**VARIANTS[variant]))
     bundle, report = export_once(f"variant_{variant}", source, ExportOptions(plan=plan))
     assert len(report.errors) == len(source.config.patch_nums) + 2
-    assert all(error.relative_error < TOLERANCE["fp32"] / 10 for error in report.errors.values())
+    assert all(error.relative_error < PRECISIONS["fp32"].tolerance.error / 10 for error in report.errors.values())
     with Pipeline.load(bundle) as pipe:
         outcome = verify_bundle(pipe)
     assert not outcome.failures
@@ -60,7 +63,7 @@ def test_variants_match_pytorch(variant: str, export_once: Export) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precisions(precision: str, tiny_source: VARSource, export_once: Export) -> None:
     bundle, report = export_once(f"tiny_{precision}", tiny_source, ExportOptions(plan=TINY_PLAN, precision=precision))
-    assert max(error.relative_error for error in report.errors.values()) < TOLERANCE[precision]
+    assert max(error.relative_error for error in report.errors.values()) < PRECISIONS[precision].tolerance.error
     dtypes = {t.name: t.dtype for g in report.manifest.graphs for t in (*g.inputs, *g.outputs)}
     half = {"fp16": "float16", "bf16": "bfloat16"}[precision]
     assert dtypes["new_k_0"] == dtypes["past_v_1"] == dtypes["cache_1_ffn"] == half
@@ -180,7 +183,7 @@ def test_an_interrupted_export_keeps_the_old_bundle(tiny_source: VARSource, tiny
     shutil.copytree(tiny_bundle, out)
     before = _contents(out)
 
-    def stop(graph: str, phase: str) -> None:
+    def stop(graph: str, phase: str, share: float) -> None:
         if (graph, phase) == ("step_01.onnx", "check"):
             raise _Stop
 
@@ -193,7 +196,7 @@ def test_an_interrupted_export_keeps_the_old_bundle(tiny_source: VARSource, tiny
 def test_what_appears_during_an_export_is_kept(tiny_source: VARSource, tmp_path: Path) -> None:
     out = tmp_path / "b"
 
-    def appear(graph: str, phase: str) -> None:
+    def appear(graph: str, phase: str, share: float) -> None:
         if not out.exists():
             out.mkdir()
             (out / "notes.txt").write_text("mine")
@@ -288,7 +291,7 @@ def test_force_replaces_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle, out)
     source = VARSource.from_state(*tiny_states(patch_nums=(1, 2), depth=1))
     export_model(source, out, ExportOptions(), force=True)
-    assert read_manifest(out).schedule == ((1, 1), (2, 2))
+    assert read_manifest(out).default.schedule == ((1, 1), (2, 2))
     assert not (out / "step_02.onnx").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
@@ -315,7 +318,7 @@ def _last_step(bundle: Path) -> tuple[GraphFunction, dict[str, torch.Tensor], Pa
     model, manifest = load_bundle_model(bundle)
     function = exporter.chain_functions(model, manifest.resolved_plan, 1)[-2]
     generator = torch.Generator().manual_seed(0)
-    request = vars(exporter._request(model, 1, greedy=True))
+    request = vars(default_request(model, 1, greedy=True))
     inputs = {
         i.name: request[i.name] if i.name in request else torch.randn(i.shape, generator=generator)
         for i in function.spec.inputs
@@ -329,11 +332,11 @@ def test_a_selection_that_is_not_pytorchs_fails_the_export(tiny_bundle: Path, tm
     function, inputs, folder, graph = _last_step(bundle)
     got = run_in_onnxruntime(folder, function.spec, graph, inputs)
     assert len(got.selections) == 2 * 1  # attn and ffn of the one pruned layer
-    assert validation.compare_with_torch(function, inputs, got, "fp32").selection_shortfall == 0
+    assert validation.compare_with_torch(function, inputs, got, FP32).selection_shortfall == 0
     others = [i for i in range(function.layers[-1].num_tokens) if i not in got.selections[0][0].tolist()]
     got.selections[0][0, :3] = torch.tensor(others[:3])
     with pytest.raises(ExportError, match="the pivotal tokens of one sublayer are not those of PyTorch"):
-        validation.compare_with_torch(function, inputs, got, "fp32")
+        validation.compare_with_torch(function, inputs, got, FP32)
 
 
 def test_one_token_at_the_edge_of_a_selection_is_no_mismatch(
@@ -355,20 +358,20 @@ def test_one_token_at_the_edge_of_a_selection_is_no_mismatch(
         return order
 
     monkeypatch.setattr("fastvar_trt.plugins.torch_ops.torch.argsort", swapped)
-    expected = function.run(inputs, None)
+    expected = function.run(inputs, COMPUTE)
     with pytest.raises(ExportError, match="maximum error"):
-        validation.compare_graph(function, expected, got.tensors, "fp32")
+        validation.compare_graph(function, expected, got.tensors, FP32)
     calls.clear()
-    error = validation.compare_with_torch(function, inputs, got, "fp32")
-    assert error.relative_error < TOLERANCE["fp32"]
+    error = validation.compare_with_torch(function, inputs, got, FP32)
+    assert error.relative_error < PRECISIONS["fp32"].tolerance.error
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_not_finite_is_a_mismatch(tiny_source: VARSource, wrong: float) -> None:
-    model = VAR(tiny_source.config, tiny_source.vae_config, torch.float32)
+    model = VAR(tiny_source.config, tiny_source.vae_config, FP32)
     function = exporter.chain_functions(model, TINY_PLAN.resolve(tiny_source.config.schedule, 2), 1)[0]
     with pytest.raises(ExportError, match="start: maximum error"):
-        validation.compare_graph(function, {"start": torch.ones(2)}, {"start": torch.tensor([1.0, wrong])}, "fp32")
+        validation.compare_graph(function, {"start": torch.ones(2)}, {"start": torch.tensor([1.0, wrong])}, FP32)
 
 
 def test_no_disk_space_is_seen_before_writing(
@@ -422,8 +425,9 @@ def test_the_public_sizes_are_read_from_the_state_dict() -> None:
 
 
 def test_how_many_tokens_may_fall_otherwise() -> None:
-    assert may_change(10_000, False, "fp32") == 0.01
-    assert may_change(1, False, "fp32") == 0.01  # none of one
-    assert may_change(10_000, True, "bf16") == 0.1
-    assert may_change(8, True, "bf16") == 0.25  # two of the first step's eight bits
-    assert may_change(10_000, True, "fp16") == 0.02
+    fp32, fp16, bf16 = (PRECISIONS[name].tolerance for name in ("fp32", "fp16", "bf16"))
+    assert fp32.may_change(10_000, are_bits=False) == 0.01
+    assert fp32.may_change(1, are_bits=False) == 0.01  # none of one
+    assert bf16.may_change(10_000, are_bits=True) == 0.1
+    assert bf16.may_change(8, are_bits=True) == 0.25  # two of the first step's eight bits
+    assert fp16.may_change(10_000, are_bits=True) == 0.02

@@ -24,15 +24,16 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from fastvar_trt.export.demo import demo_source
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.folders import replace_folder, temporary_folder
+from fastvar_trt.export.models.registry import load_plan
+from fastvar_trt.export.models.var.demo import demo_source
 from fastvar_trt.runtime import ImageRequest, Pipeline, RequestError, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileSpec
-from fastvar_trt.runtime.plan import PRESETS
-from fastvar_trt.serving.app import create_app
-from fastvar_trt.serving.server import DrainingServer, parse_rate
-from server_process import FASTVAR, FASTVAR_EXPORT, Gate, serving
+from fastvar_trt.serving.http.app import create_app
+from fastvar_trt.serving.http.server import DrainingServer, parse_rate
+from faulty_backend import FaultyBackend, Gate
+from server_process import FASTVAR, FASTVAR_EXPORT, serving
 
 Export = Callable[..., tuple[Path, ExportReport]]
 
@@ -180,8 +181,9 @@ def local_server(service: Service, drain_s: float = 30.0) -> Iterator[int]:
 def test_a_request_that_outlasts_the_drain_is_answered(
     tiny_bundle: Path, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = Pipeline.load(tiny_bundle)
-    gate = Gate(pipe, monkeypatch, 2)
+    backend = FaultyBackend()
+    pipe = Pipeline.load(tiny_bundle, backend=backend)
+    gate = Gate(backend, monkeypatch, "step_01")
     with ThreadPoolExecutor(1) as pool:
         with local_server(Service(pipe, max_wait_s=0), drain_s=0.1) as port:
             answer = pool.submit(httpx.post, f"http://127.0.0.1:{port}{path}", json={"label": 1}, timeout=60)
@@ -194,16 +196,16 @@ def test_a_request_that_outlasts_the_drain_is_answered(
 @pytest.mark.parametrize("path", ["/v1/images", "/v1/images/stream"])
 def test_a_client_that_disconnects(tiny_bundle: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it asked for is not drawn to the end: the batch stops before its next scale."""
-    pipe = Pipeline.load(tiny_bundle)
+    backend = FaultyBackend()
+    pipe = Pipeline.load(tiny_bundle, backend=backend)
     expected = pipe.generate([1], seeds=[3]).images[0]
     ran_on = threading.Event()
-    graph = pipe._chains[1]._bound[frozenset()][4]
-    later = graph.enqueue
     service = Service(pipe, max_wait_s=0)
     with local_server(service) as port:
         with monkeypatch.context() as patch:
-            gate = Gate(pipe, patch, 2)
-            patch.setattr(graph, "enqueue", lambda: (ran_on.set(), later()))
+            gate = Gate(backend, patch, "step_01")
+            held = backend.before
+            patch.setattr(backend, "before", lambda graph: (graph.name == "step_03" and ran_on.set(), held(graph)))
             body = b'{"label": 1, "seed": 3}'
             with socket.create_connection(("127.0.0.1", port)) as client:
                 head = (
@@ -247,7 +249,7 @@ with Pipeline.load(sys.argv[1]) as pipe, Service(pipe, max_wait_s=0) as service:
 
 def test_no_memory_for_the_activations(export_once: Export, tmp_path: Path) -> None:
     """A real one: the process may not grow. The demo model's decoder wants more than is left."""
-    bundle, _ = export_once("demo", demo_source(), ExportOptions(plan=PRESETS["fastvar-demo"]))
+    bundle, _ = export_once("demo", demo_source(), ExportOptions(plan=load_plan("fastvar-demo")))
     command = [sys.executable, "-c", _OUT_OF_MEMORY, str(bundle), str(tmp_path / "image.npy")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastvar_trt.runtime import FastVARError, Pipeline, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE
-from fastvar_trt.serving.app import ServerOptions, create_app
+from fastvar_trt.serving.http.app import ServerOptions, create_app
 
 # Not the clock: machines differ. Examples are the same in every run, so that a failure is somebody's change.
 settings.register_profile(

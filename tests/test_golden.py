@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from conftest import Golden
-from fastvar_trt.export.build_cpu import build_cpu
+from fastvar_trt.export.build.registry import build_targets
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
-from fastvar_trt.export.sources import InfinitySource
+from fastvar_trt.export.models.infinity.source import InfinitySource
+from fastvar_trt.export.models.registry import load_plan
 from fastvar_trt.runtime import GenerationResult, Pipeline, PruningPlan
-from fastvar_trt.runtime.plan import PRESETS
 
 CASES = ("var_d4_256", "var_d4_512_shared_aln")
 PROBED = 64  # positions of the logits that a golden holds
@@ -61,7 +61,7 @@ def test_fp32_reproduces_the_reference(name: str, batch: str, export_once: Expor
     np.testing.assert_allclose(image, golden.expected["image"], atol=1e-3, rtol=0)
 
 
-INFINITY = {"infinity_d4_006M": PruningPlan(), "infinity_d6_1M_fastvar": PRESETS["fastvar-infinity"]}
+INFINITY = {"infinity_d4_006M": PruningPlan(), "infinity_d6_1M_fastvar": load_plan("fastvar-infinity")}
 
 
 @pytest.mark.parametrize("name", sorted(INFINITY))
@@ -101,7 +101,7 @@ def test_infinity_reproduces_the_reference(name: str, export_once: Export) -> No
 def test_fp16_agrees_with_the_fp32_reference(export_once: Export) -> None:
     golden = Golden("var_d4_256")
     bundle, _ = export_once("var_d4_256_fp16", golden.source(), ExportOptions(precision="fp16"))
-    build_cpu(bundle)
+    build_targets(bundle, "cpu")
     result = draw(bundle, golden)
     assert result.logits is not None
     assert result.float_images is not None

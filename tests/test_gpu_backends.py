@@ -14,10 +14,11 @@ import onnx
 import pytest
 
 from fake_gpu import VERSION, FakeCuda, FakeOnnxRuntime, FakeTensorRT, fake_build_engine
-from fastvar_trt.export.build_cuda import build_cuda
-from fastvar_trt.export.tensorrt import build
-from fastvar_trt.export.tensorrt.flavour import Flavour
-from fastvar_trt.export.tensorrt.graphs import tensorrt_graph
+from fastvar_trt.export.build.base import BuildReport, Progress, build_bundle, no_progress
+from fastvar_trt.export.build.cuda import CudaBuilder
+from fastvar_trt.export.build.tensorrt import builder
+from fastvar_trt.export.build.tensorrt.builder import EnterpriseBuilder, RtxBuilder, tensorrt_graph
+from fastvar_trt.export.build.tensorrt.flavour import Flavour
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError
 from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
@@ -25,7 +26,16 @@ from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
 from fastvar_trt.runtime.engines import read_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, ExportError
 from fastvar_trt.runtime.manifest import read_manifest
-from fastvar_trt.tools import profiling
+from fastvar_trt.tools.measure import profiling
+
+
+def build_tensorrt(bundle: Path, *targets: str, progress: Progress = no_progress) -> BuildReport:
+    kind = EnterpriseBuilder if targets[0].startswith("current") else RtxBuilder
+    return build_bundle(bundle, kind(targets), progress)
+
+
+def build_cuda(bundle: Path) -> BuildReport:
+    return build_bundle(bundle, CudaBuilder(("cuda",)))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +45,7 @@ def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_bundle, bundle)
     with pytest.MonkeyPatch.context() as patch:
         patch_build(patch)
-        build.build_tensorrt(bundle, ("sm86", "sm89"))
+        build_tensorrt(bundle, "sm86", "sm89")
     build_cuda(bundle)
     return bundle
 
@@ -49,7 +59,7 @@ def bundle(built: Path, tmp_path: Path) -> Path:
 
 def patch_build(patch: pytest.MonkeyPatch, build_engine: Callable[..., Any] = fake_build_engine) -> None:
     module = type("module", (), {"__version__": VERSION})
-    patch.setattr(build, "build_engine", build_engine)
+    patch.setattr(builder, "build_engine", build_engine)
     patch.setattr(Flavour, "load", classmethod(lambda cls, name: cls(name, module)))
 
 
@@ -112,7 +122,7 @@ def test_nothing_is_allocated_after_the_first_image(built: Path) -> None:
 
 
 def test_one_copy_of_the_weights_serves_all_engines(built: Path) -> None:
-    records = read_engines(built, "tensorrt_rtx").values()
+    records = read_engines(built, "tensorrt_rtx").records.values()
     assert len(records) == len(read_manifest(built).graphs) == 12  # two batch sizes
     pipe, cuda = load(built)
     with pipe:
@@ -129,15 +139,17 @@ def test_one_copy_of_the_weights_serves_all_engines(built: Path) -> None:
 def test_layers_are_timed_where_it_is_asked_for(built: Path) -> None:
     """The stand-in reports half a millisecond per node, to a profiler that is a subclass as TensorRT wants it."""
     cuda = FakeCuda()
-    backend = TensorRTBackend(cuda=cuda, tensorrt=FakeTensorRT(cuda), profile_layers=True)
+    backend = TensorRTBackend(cuda=cuda, tensorrt=FakeTensorRT(cuda), profile=True)
     with Pipeline.load(built, backend=backend) as pipe:
         for _ in range(4):
             pipe.generate([1])
         times = profiling.operators_of(pipe, 1, runs=4)
         assert cuda.num_launches == 0  # a captured chain would report nothing
         manifest = pipe.manifest
-    for graph in manifest.chain(1):
-        nodes = onnx.load(built / "engines" / "tensorrt_rtx" / read_engines(built, "tensorrt_rtx")[graph.file].file)
+    for graph in manifest.default.chain(1):
+        nodes = onnx.load(
+            built / "engines" / "tensorrt_rtx" / read_engines(built, "tensorrt_rtx").records[graph.file].file
+        )
         counts = Counter(node.op_type for node in nodes.graph.node)
         assert times[graph.name] == {kind: 0.5 * count for kind, count in counts.most_common()}
     plain, _ = load(built)
@@ -166,11 +178,24 @@ def test_a_chain_that_cannot_be_captured_is_named(built: Path, monkeypatch: pyte
 
 def test_enterprise_engines_are_built_for_this_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_build(monkeypatch)
-    monkeypatch.setattr(build, "register_plugins", lambda: None)
-    monkeypatch.setattr(build, "tensorrt_graph", lambda path, plugins: tensorrt_graph(path))
-    monkeypatch.setattr(build, "CudaDevice", lambda: FakeCuda(target="sm90"))
-    assert build.build_tensorrt(bundle, ("current",)).targets == ("sm90",)
-    assert not build.build_tensorrt(bundle, ("current",)).built
+    registered: list[bool] = []
+    with_plugins: list[bool] = []
+
+    def graph_without_plugins(path: Path, *, plugins: bool) -> Any:
+        with_plugins.append(plugins)
+        return tensorrt_graph(path)
+
+    monkeypatch.setattr(builder, "register_plugins", lambda: registered.append(True))
+    monkeypatch.setattr(builder, "tensorrt_graph", graph_without_plugins)
+    monkeypatch.setattr(builder, "CudaDevice", lambda: FakeCuda(target="sm90"))
+    assert build_tensorrt(bundle, "current").targets == ("sm90",)
+    assert not build_tensorrt(bundle, "current").built
+    assert not registered and not any(with_plugins)  # an option, which has never run
+    assert len(build_tensorrt(bundle, "current+plugins").built) == 12
+    assert registered and with_plugins[-12:] == [True] * 12
+    assert len(build_tensorrt(bundle, "current").built) == 12
+    with pytest.raises(ExportError, match=r"got current and current\+plugins: give one of them"):
+        build_tensorrt(bundle, "current", "current+plugins")
 
     def load_enterprise(target: str) -> Pipeline:
         cuda = FakeCuda(target=target)
@@ -178,7 +203,7 @@ def test_enterprise_engines_are_built_for_this_gpu(bundle: Path, monkeypatch: py
 
     with load_enterprise("sm90") as pipe:
         assert pipe.generate([1]).images.shape == (1, 128, 128, 3)
-    with pytest.raises(BundleError, match=r"this GPU is sm80; run `fastvar build .* --target current`"):
+    with pytest.raises(BundleError, match=r"here is sm80; run `fastvar build .* --target current`"):
         load_enterprise("sm80")
 
 
@@ -195,10 +220,10 @@ def test_a_record_cannot_name_files_elsewhere(bundle: Path) -> None:
     ("spoil", "message"),
     [
         (lambda folder: (folder / "step_03.engine").unlink(), r"step_03\.engine is missing"),
-        (lambda folder: (folder / "step_03.engine").write_bytes(b"short"), "has 5 bytes, expected"),
+        (lambda folder: (folder / "step_03.engine").write_bytes(b"short"), "got 5 bytes, expected"),
         (
             lambda folder: (folder / "step_03.engine").write_bytes(b"\0" * (folder / "step_03.engine").stat().st_size),
-            "is damaged",
+            "its SHA-256 is not that on record",
         ),
         (lambda folder: (folder / "engines.json").unlink(), "no engines of tensorrt_rtx were built"),
         (lambda folder: (folder / "engines.json").write_text("{"), "damaged"),
@@ -212,12 +237,12 @@ def test_damaged_engines_are_refused(bundle: Path, spoil: Callable[[Path], objec
 
 
 def test_another_gpu_or_version_is_named(bundle: Path) -> None:
-    with pytest.raises(BundleError, match=r"built for sm86, sm89, this GPU is sm120; run `fastvar build .* sm120`"):
+    with pytest.raises(BundleError, match=r"built for sm86, sm89, here is sm120; run `fastvar build .* sm120`"):
         load(bundle, FakeCuda(target="sm120"))
     cuda = FakeCuda()
     newer = FakeTensorRT(cuda)
     newer.__version__ = "2.0"
-    with pytest.raises(BundleError, match=r"built by tensorrt_rtx 0\.fake, 2\.0 is installed"):
+    with pytest.raises(BundleError, match=r"built with tensorrt_rtx 0\.fake, here is 2\.0"):
         Pipeline.load(bundle, backend=TensorRTBackend(cuda=cuda, tensorrt=newer))
 
 
@@ -251,15 +276,16 @@ def test_devices_are_checked() -> None:
 
 def test_only_what_is_missing_or_stale_is_built(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_build(monkeypatch)
-    again = build.build_tensorrt(bundle, ("sm86",))
-    assert not again.built and len(again.kept) == 12 and again.targets == ("sm86", "sm89")
+    again = build_tensorrt(bundle, "sm86")
+    assert not again.built and len(again.kept) == 12
+    assert {record.targets for record in again.kept} == {("sm86", "sm89")}
 
     (bundle / "engines" / "tensorrt_rtx" / "step_01.engine").write_bytes(b"damaged")
     (bundle / "engines" / "tensorrt_rtx" / "step_02_b2.engine").unlink()
-    mended = build.build_tensorrt(bundle, ("sm86",))
+    mended = build_tensorrt(bundle, "sm86")
     assert [record.graph for record in mended.built] == ["step_01.onnx", "step_02_b2.onnx"]
 
-    wider = build.build_tensorrt(bundle, ("sm120",))
+    wider = build_tensorrt(bundle, "sm120")
     assert len(wider.built) == 12 and wider.targets == ("sm86", "sm89", "sm120")
     load(bundle, FakeCuda(target="sm120"))[0].close()
 
@@ -273,11 +299,11 @@ def test_an_interrupted_build_keeps_what_it_finished(bundle: Path, monkeypatch: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build.build_tensorrt(bundle, ("sm86",), interrupt)
+        build_tensorrt(bundle, "sm86", progress=interrupt)
     folder = bundle / "engines" / "tensorrt_rtx"
     finished = ["condition.engine", "step_00.engine", "step_01.engine"]
     assert sorted(path.name for path in folder.iterdir()) == [*finished[:1], "engines.json", *finished[1:]]
-    rest = build.build_tensorrt(bundle, ("sm86",))
+    rest = build_tensorrt(bundle, "sm86")
     assert len(rest.built) == 9 and len(rest.kept) == 3
     load(bundle)[0].close()
 
@@ -290,7 +316,7 @@ def test_engines_of_other_weights_are_stale(bundle: Path, monkeypatch: pytest.Mo
     with pytest.raises(BundleError, match=r"was built from another weights\.safetensors"):
         load(bundle)
     patch_build(monkeypatch)
-    assert len(build.build_tensorrt(bundle, ("sm86",)).built) == 1
+    assert len(build_tensorrt(bundle, "sm86").built) == 1
     load(bundle)[0].close()
 
 
@@ -304,8 +330,8 @@ def test_an_engine_with_other_tensors_is_refused(bundle: Path, monkeypatch: pyte
 
     patch_build(monkeypatch, half)
     shutil.rmtree(bundle / "engines")
-    with pytest.raises(ExportError, match=r"step_01\.onnx: the engine's tensor f_hat: got .*float16.*expected"):
-        build.build_tensorrt(bundle, ("sm86",))
+    with pytest.raises(ExportError, match=r"step_01\.onnx: the engine: only the graph has the tensor f_hat, float16"):
+        build_tensorrt(bundle, "sm86")
 
 
 def test_the_cuda_provider_must_be_there(built: Path) -> None:
@@ -318,7 +344,7 @@ def test_the_cuda_provider_must_be_there(built: Path) -> None:
 def test_graphs_for_cuda_are_built_once(bundle: Path) -> None:
     assert not build_cuda(bundle).built
     (bundle / "engines" / "onnxruntime_cuda" / "step_01.onnx").write_bytes(b"damaged")
-    with pytest.raises(BundleError, match=r"step_01\.onnx has 7 bytes.*run `fastvar build .* --target cuda`"):
+    with pytest.raises(BundleError, match=r"step_01\.onnx: got 7 bytes.*run `fastvar build .* --target cuda`"):
         load_onnxruntime(bundle)
     assert build_cuda(bundle).built
     load_onnxruntime(bundle)[0].close()

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from conftest import INFINITY_MAPS, INFINITY_PLAN, INFINITY_SPAN, tiny_infinity
-from fastvar_trt.export.cli import main as export_main
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_again
 from fastvar_trt.export.models.base import Request
 from fastvar_trt.export.models.checkpoint import load_state_dict
-from fastvar_trt.export.models.infinity_checkpoint import rope_tables
-from fastvar_trt.export.models.random_init import random_infinity_checkpoint
-from fastvar_trt.export.models.schedules import SIZES, ratios, schedule
-from fastvar_trt.export.sources import InfinitySource
+from fastvar_trt.export.models.infinity.checkpoint import rope_tables
+from fastvar_trt.export.models.infinity.family import PLAN_OF_SIZE
+from fastvar_trt.export.models.infinity.schedules import SIZES, ratios, schedule
+from fastvar_trt.export.models.infinity.source import InfinitySource
+from fastvar_trt.export.models.registry import load_plan
 from fastvar_trt.runtime import (
     CheckpointError,
     ExportError,
@@ -30,14 +30,16 @@ from fastvar_trt.runtime import (
     PlanError,
     PruningPlan,
     RequestError,
-    load_plan,
     read_manifest,
 )
-from fastvar_trt.runtime.plan import INFINITY_SIZES, infinity_preset
-from fastvar_trt.runtime.verify import TOLERANCE, verify_bundle
+from fastvar_trt.runtime.precision import PRECISIONS
+from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli import main as fastvar_main
+from fastvar_trt.tools.cli.export import main as export_main
+from random_checkpoints import random_infinity_checkpoint
 
 Export = Callable[..., tuple[Path, ExportReport]]
+FP32 = PRECISIONS["fp32"]
 
 _LONGER = ((1, 1), (2, 3), (4, 5), (4, 6), (4, 8))
 
@@ -62,7 +64,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], PruningPlan]] = {
 def test_variants_match_pytorch(variant: str, export_once: Export) -> None:
     changes, plan = VARIANTS[variant]
     bundle, report = export_once(f"infinity_{variant}", tiny_infinity(**changes), ExportOptions(plan=plan))
-    assert all(error.relative_error < TOLERANCE["fp32"] / 10 for error in report.errors.values())
+    assert all(error.relative_error < PRECISIONS["fp32"].tolerance.error / 10 for error in report.errors.values())
     pixels = 8 * 2 if changes.get("patchify") else 16
     with Pipeline.load(bundle) as pipe:
         outcome = verify_bundle(pipe)
@@ -79,7 +81,7 @@ def test_variants_match_pytorch(variant: str, export_once: Export) -> None:
 
 def test_half_precision(export_once: Export) -> None:
     _, report = export_once("infinity_fp16", tiny_infinity(), ExportOptions(plan=INFINITY_PLAN, precision="fp16"))
-    assert max(error.relative_error for error in report.errors.values()) < TOLERANCE["fp16"]
+    assert max(error.relative_error for error in report.errors.values()) < PRECISIONS["fp16"].tolerance.error
 
 
 def test_a_batch_gives_each_prompt_its_own_picture(bundle: Path) -> None:
@@ -110,11 +112,11 @@ def test_padding_is_not_read(bundle: Path) -> None:
     with Pipeline.load(bundle) as pipe:
         expected = pipe.generate(text_features=features(4), greedy=True, return_logits=True)
     source = tiny_infinity()
-    model = source.new_model(torch.float32)
+    model = source.new_model(FP32)
     short = dataclasses.replace(source.config, text_length=4)
     source = dataclasses.replace(source, config=short)
-    model = source.new_model(torch.float32)
-    model.load_tensors(dict(source.tensors(torch.float32, 0)))
+    model = source.new_model(FP32)
+    model.load_tensors(dict(source.tensors(FP32, 0)))
     text = torch.zeros(2, 4, 128)
     text[0] = torch.from_numpy(features(4)[0])
     from fastvar_trt.export.models.reference import generate
@@ -149,7 +151,7 @@ def test_guidance_and_temperature_per_scale(bundle: Path) -> None:
 
 def test_bits_are_drawn_as_the_reference_draws() -> None:
     """Top-p and temperature over two values, against the probabilities that the reference's function leaves."""
-    model = tiny_infinity().new_model(torch.float32)
+    model = tiny_infinity().new_model(FP32)
     logits = torch.randn(1, 6, 8, 2, generator=torch.Generator().manual_seed(0))
     for top_p, tau in ((0.97, 0.5), (0.6, 1.0), (0.3, 1.0), (0.01, 0.7), (2.0, 1.3)):
         probabilities = (logits / tau).softmax(-1)
@@ -183,13 +185,13 @@ def test_schedules_of_every_size_and_ratio() -> None:
             assert span[0] >= maps[-1][0]
             if (size, ratio) != ("2K", 1.333):  # the one without an inverse
                 assert schedule(size, maps[-1][1] / maps[-1][0])[0] == tuple((w, h) for h, w in maps)
-            preset = load_plan(infinity_preset(size))
+            preset = load_plan(PLAN_OF_SIZE[size].name)
             assert PruningPlan.from_json(preset.to_json()) == preset
             plan = preset.resolve(maps, 32)
             assert plan.steps[-1] == len(maps) - 1 or plan.num_kept[-1] == 0
     assert schedule("2K", 0.5)[0][-1] == (60, 120)
     assert schedule("2K", 1.333)[0][-1] == (84, 63)
-    assert INFINITY_SIZES == SIZES
+    assert tuple(PLAN_OF_SIZE) == SIZES
 
 
 def test_the_published_plan() -> None:
@@ -217,11 +219,11 @@ def test_rotary_positions_span_the_full_map() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": [1]}, "draws from text: give prompts or text_features"),
+        ({"labels": [1]}, "draws from text: give text_features"),
         ({}, "draws from text"),
-        ({"prompts": ["a dog"]}, "has no text encoder: give text_features, or export with --text-encoder"),
-        ({"text_features": []}, "expected a list with one array"),
-        ({"text_features": features(13)}, r"text_features\[0\]: got 13 tokens, this bundle takes 1 to 12"),
+        ({"prompts": ["a dog"]}, r"give text_features; it has no text encoder \(export with --text-encoder"),
+        ({"text_features": []}, "expected a list of at least one array"),
+        ({"text_features": features(13)}, r"text_features: got 13 tokens, this bundle takes 1 to 12"),
         ({"text_features": [np.zeros((0, 128))]}, "got 0 tokens"),
         ({"text_features": [np.zeros((3, 64))]}, r"got shape \[3, 64\], expected \[tokens, 128\]"),
         ({"text_features": [np.full((3, 128), np.nan)]}, "expected finite numbers"),
@@ -291,7 +293,7 @@ def test_official_file_formats(tmp_path: Path) -> None:
         assert source.config.rope_span == (45, 90)
     (shards / "model-1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"the shard model-1\.safetensors of its index is missing"):
-        load_state_dict(shards, "infinity")
+        load_state_dict(shards)
 
 
 def test_export_and_generate_commands(tmp_path: Path) -> None:
@@ -308,7 +310,7 @@ def test_export_and_generate_commands(tmp_path: Path) -> None:
     out = str(tmp_path / "b")
     done = run(export_main, [*files, "--pn", "0.06M", "--aspect", "2:1", "--text-length", "5", "--out", out])
     assert done.exit_code == 0, done.output
-    assert read_manifest(tmp_path / "b").schedule[-1] == (11, 22)
+    assert read_manifest(tmp_path / "b").default.schedule[-1] == (11, 22)
     np.savez(tmp_path / "text.npz", **{"0": features(3)[0], "1": features(5)[0]})
     picture = str(tmp_path / "x.png")
     options = ["--text-features", str(tmp_path / "text.npz"), "--cfg", "3,3,3,3,2,2,1", "--temperature", "0.5"]

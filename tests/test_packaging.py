@@ -57,9 +57,9 @@ def test_importing_the_runtime_loads_no_backend() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["tools", "export"])
+@pytest.mark.parametrize("command", ["cli", "cli.export"])
 def test_help_needs_only_what_the_runtime_needs(command: str) -> None:
-    code = f"from fastvar_trt.{command}.cli import main\nmain(['--help'])"
+    code = f"from fastvar_trt.tools.{command} import main\nmain(['--help'])"
     done = run_without((*EXPORT_ONLY, *QUALITY_ONLY, *SERVE_ONLY, "onnxruntime"), code)
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
@@ -69,7 +69,7 @@ def test_help_needs_only_what_the_runtime_needs(command: str) -> None:
     ("code", "message"),
     [
         (
-            "from fastvar_trt.export.cli import main\nmain(['demo', '--out', 'unused'])",
+            "from fastvar_trt.tools.cli.export import main\nmain(['demo', '--out', 'unused'])",
             "pip install 'fastvar-trt[export",
         ),
         ("from fastvar_trt.tools.cli import main\nmain(['build', 'unused', '--target', 'cpu'])", "fastvar-trt[export"),

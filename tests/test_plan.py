@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from fastvar_trt.export.models.registry import load_plan, presets
 from fastvar_trt.runtime.errors import PlanError
-from fastvar_trt.runtime.plan import PRESETS, PruningPlan, load_plan
+from fastvar_trt.runtime.plan import DENSE, PruningPlan, Work
 
+PRESETS = presets()
 SCHEDULE = ((1, 1), (2, 2), (4, 4), (4, 6), (8, 8))
 
 
@@ -42,6 +44,21 @@ def test_skipped_scales_do_not_run() -> None:
     assert not plan.is_pruned(4)
 
 
+def test_what_a_layer_does_is_decided_in_one_place() -> None:
+    plan = PruningPlan(fractions=((-1, 1.0), (3, 0.5)), cache_scale=2, first_layer=1).resolve(SCHEDULE, 2)
+    works = {(k, i): (work.kind, work.num_computed) for k in range(5) for i in range(2) for work in [plan.work(k, i)]}
+    assert works[2, 1] == works[2, 0] == (Work.FULL, 16)
+    assert works[3, 0] == (Work.FULL, 24)
+    assert works[3, 1] == (Work.PRUNED, 12)
+    assert works[4, 0] == works[4, 1] == (Work.SKIPPED, 0)
+    assert [plan.kept(k, 1) for k in range(5)] == [1, 4, 16, 12, 0]
+
+
+def test_the_one_score_may_be_named() -> None:
+    """As plan files of earlier releases do."""
+    assert PruningPlan.from_json({"score": "mse_to_mean"}, name="none") == DENSE
+
+
 def test_skipping_alone_needs_no_cache() -> None:
     assert PruningPlan(fractions=((-1, 1.0),)).resolve(SCHEDULE, 2).cache_scale is None
 
@@ -71,7 +88,6 @@ def test_presets_fit_vars_schedules(name: str, sides: tuple[int, ...]) -> None:
         (PruningPlan(fractions=tuple((k, 1.0) for k in range(5))), "every scale is skipped"),
         (PruningPlan(fractions=((4, 0.5),), cache_scale=2, first_layer=3), "first_layer 3 does not exist"),
         (PruningPlan(fractions=((4, 0.5),), cache_scale=2, first_layer=2, last_layer=1), "comes after last_layer"),
-        (PruningPlan(score="attention"), "score: got 'attention', expected one of mse_to_mean"),
     ],
 )
 def test_plans_that_do_not_fit(plan: PruningPlan, message: str) -> None:
@@ -91,7 +107,7 @@ def test_plans_that_do_not_fit(plan: PruningPlan, message: str) -> None:
         ({"pruned": [{"scale": 1, "fraction": True}]}, "fraction: got True"),
         ({"cache_scale": 1.5}, "cache_scale: got 1.5"),
         ({"name": 3}, "name: got 3"),
-        ({"score": None}, "score: got None"),
+        ({"score": "attention"}, "score: got 'attention', expected 'mse_to_mean', or leave it out"),
     ],
 )
 def test_malformed_json(data: Any, message: str) -> None:
@@ -103,7 +119,7 @@ def test_load_plan_from_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text('{"pruned": [{"scale": -1, "fraction": 0.25}], "cache_scale": -2, "first_layer": 1}')
     assert load_plan(str(file)) == PruningPlan("mine", ((-1, 0.25),), -2, 1)
-    assert load_plan("none") is PRESETS["none"]
+    assert load_plan("none") is DENSE
 
 
 def test_load_plan_refuses(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastvar_trt.runtime import BundleError, read_manifest
-from fastvar_trt.tools import profiling
 from fastvar_trt.tools.cli import main
-from fastvar_trt.tools.profiling import GraphProfile, Profile, step_bytes
+from fastvar_trt.tools.measure import profiling
+from fastvar_trt.tools.measure.profiling import GraphProfile, Profile, step_bytes
 
 
 def _profile(**times: float) -> Profile:

@@ -15,18 +15,18 @@ from PIL import Image
 
 from conftest import TINY_PLAN
 from fastvar_trt.export.exporter import ExportOptions, export_again
-from fastvar_trt.export.sources import VARSource
+from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import Pipeline, read_manifest
 from fastvar_trt.runtime.errors import CheckpointError, RequestError
-from fastvar_trt.runtime.plan import PRESETS, PruningPlan
+from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.verify import verify_bundle
-from fastvar_trt.tools import tune
 from fastvar_trt.tools.cli import main
-from fastvar_trt.tools.compare import compare, draw_side_by_side
-from fastvar_trt.tools.quality import image_metrics, mean_metrics, nearest_distances, reference_metrics
+from fastvar_trt.tools.measure import tune
+from fastvar_trt.tools.measure.compare import compare, draw_side_by_side
+from fastvar_trt.tools.measure.quality import image_metrics, mean_metrics, nearest_distances, reference_metrics
+from fastvar_trt.tools.measure.work import chain_multiply_adds, step_multiply_adds
 from fastvar_trt.tools.sheets import contact_sheet, error_map
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
-from fastvar_trt.tools.work import chain_multiply_adds, step_multiply_adds
 
 
 def flat(value: int, side: int = 64) -> NDArray[np.uint8]:
@@ -103,7 +103,7 @@ def test_a_contact_sheet_shows_every_picture() -> None:
 
 def test_counted_work_of_a_small_model(tiny_bundle: Path) -> None:
     manifest = read_manifest(tiny_bundle)
-    model, dense = manifest.model, PRESETS["none"].resolve(manifest.schedule, manifest.model.depth)
+    model, dense = manifest.model, DENSE.resolve(manifest.default.schedule, manifest.model.depth)
     assert (model.width, model.mlp_width, model.depth) == (128, 512, 2)
     # Scale 1: 9 tokens, 1 + 9 keys.
     projections = 9 * (4 * 128 * 128 + 2 * 128 * 512 + 2 * 128 * 10)
@@ -112,12 +112,12 @@ def test_counted_work_of_a_small_model(tiny_bundle: Path) -> None:
     )
     pruned = manifest.resolved_plan
     assert chain_multiply_adds(model, pruned) < chain_multiply_adds(model, dense)
-    skipping = PruningPlan("skip", ((-1, 1.0),)).resolve(manifest.schedule, model.depth)
+    skipping = PruningPlan("skip", ((-1, 1.0),)).resolve(manifest.default.schedule, model.depth)
     assert step_multiply_adds(model, skipping, 3) == 0
 
 
 def test_a_bundle_is_exported_again_with_another_plan(tiny_bundle: Path, tmp_path: Path) -> None:
-    report = export_again(tiny_bundle, tmp_path / "dense", PRESETS["none"], batches=(1,))
+    report = export_again(tiny_bundle, tmp_path / "dense", DENSE, batches=(1,))
     assert set(report.errors) == {"step_02.onnx", "step_03.onnx"}  # the others are the same graphs
     with Pipeline.load(tmp_path / "dense") as dense, Pipeline.load(tiny_bundle) as pruned:
         assert not verify_bundle(dense).failures

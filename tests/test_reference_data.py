@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
-from fastvar_trt.export.models.random_init import random_checkpoint
-from fastvar_trt.export.sources import VARSource
+from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import Pipeline, PruningPlan
+from fastvar_trt.runtime.precision import PRECISIONS
+from random_checkpoints import random_checkpoint
 
 DATA = Path(__file__).parent / "data"
 FASTVAR_PLAN = PruningPlan("fastvar", ((3, 0.4), (4, 0.5)), cache_scale=2, first_layer=1)
@@ -57,15 +58,16 @@ def test_the_public_code_is_reproduced(
 def test_pruning_matters_in_that_case() -> None:
     """The dense model gives other logits, so that the comparison above could not pass without pruning."""
     from fastvar_trt.export.models.base import Request
-    from fastvar_trt.export.models.checkpoint import deployment_tensors
     from fastvar_trt.export.models.reference import generate
-    from fastvar_trt.export.models.var import VAR
+    from fastvar_trt.export.models.var.checkpoint import deployment_tensors
+    from fastvar_trt.export.models.var.model import VAR
 
     source, expected = load_case("var_fastvar")
+    fp32 = PRECISIONS["fp32"]
     tensors = deployment_tensors(
-        source.config, source.vae_config, source.state, source.vae_state, torch.float32, source.config.vocab_size
+        source.config, source.vae_config, source.state, source.vae_state, fp32, source.config.vocab_size
     )
-    model = VAR(source.config, source.vae_config, torch.float32).load_tensors(dict(tensors))
+    model = VAR(source.config, source.vae_config, fp32).load_tensors(dict(tensors))
     ones = torch.ones(2)
     request = Request(2.5 * ones, ones, (48 * ones).long(), 2 * ones, ones.bool())
     for plan, is_equal in ((FASTVAR_PLAN, True), (PruningPlan(), False)):

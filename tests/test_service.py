@@ -22,20 +22,26 @@ from fastvar_trt.runtime import (
 )
 from fastvar_trt.runtime import service as service_module
 from fastvar_trt.runtime.service import LATENCY_BUCKETS_S
+from faulty_backend import FaultyBackend
 
 
 @pytest.fixture
-def pipe(tiny_bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline.load(tiny_bundle) as pipeline:
+def backend() -> FaultyBackend:
+    return FaultyBackend()
+
+
+@pytest.fixture
+def pipe(tiny_bundle: Path, backend: FaultyBackend) -> Iterator[Pipeline]:
+    with Pipeline.load(tiny_bundle, backend=backend) as pipeline:
         yield pipeline
 
 
 class Gate:
-    """Holds `Pipeline.generate` until it is opened."""
+    """Holds `Pipeline.draw` until it is opened, or the drawing is given up."""
 
     def __init__(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self._open = threading.Event(), threading.Event()
-        original = pipe.generate
+        original = pipe.draw
 
         def held(*args: Any, should_stop: Callable[[], bool] = lambda: False, **options: Any) -> Any:
             self.entered.set()
@@ -43,7 +49,7 @@ class Gate:
                 time.sleep(0.002)
             return original(*args, should_stop=should_stop, **options)
 
-        monkeypatch.setattr(pipe, "generate", held)
+        monkeypatch.setattr(pipe, "draw", held)
 
     def open(self) -> None:
         self._open.set()
@@ -140,11 +146,10 @@ def test_a_chain_stops_between_two_scales(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(again.images, expected.images)
 
 
-def test_a_backend_that_throws_once_in_the_middle(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_throws_once_in_the_middle(pipe: Pipeline, backend: FaultyBackend) -> None:
     """The batch is tried again picture by picture: both come, and are right."""
     expected = [pipe.generate([i], seeds=[i]).images[0] for i in (0, 1)]
-    bound = pipe._chains[2]._bound[frozenset()][3]  # step 2 of the batch of two
-    monkeypatch.setattr(bound, "enqueue", _raising(BackendError("out of memory")))
+    backend.before = backend.fails(BackendError("out of memory"), name="step_02", batch=2)
     with Service(pipe, max_wait_s=1.0) as service:
         tickets = [service.submit(ImageRequest(label=i, seed=i)) for i in (0, 1)]
         results = [ticket.result(60) for ticket in tickets]
@@ -155,23 +160,17 @@ def test_a_backend_that_throws_once_in_the_middle(pipe: Pipeline, monkeypatch: p
     assert (metrics.failed, metrics.completed) == (0, 2)
 
 
-def test_a_backend_that_throws_always(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_throws_always(pipe: Pipeline, backend: FaultyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = pipe.generate([5], seeds=[5]).images[0]
     with Service(pipe, max_wait_s=0) as service:
         with monkeypatch.context() as patch:
-            patch.setattr(pipe._chains[1]._bound[frozenset()][3], "enqueue", _raising(BackendError("the GPU is lost")))
+            failing = backend.fails(BackendError("the GPU is lost"), name="step_02", batch=1)
+            patch.setattr(backend, "before", failing)
             with pytest.raises(BackendError, match="the GPU is lost"):
                 service.submit(ImageRequest(label=5)).result(60)
         assert service.healthy
         np.testing.assert_array_equal(service.submit(ImageRequest(label=5, seed=5)).result(60).image, expected)
         assert service.metrics().failed == 1
-
-
-def _raising(error: Exception) -> Callable[[], None]:
-    def enqueue() -> None:
-        raise error
-
-    return enqueue
 
 
 def test_no_memory_for_the_copies_of_a_picture(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +243,7 @@ def test_abandoned_requests_do_not_wait(pipe: Pipeline, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (ImageRequest(), "labels: got"),
+        (ImageRequest(), "draws classes: give labels"),
         (ImageRequest(label=10), "class 10: this model has 10 classes"),
         (ImageRequest(label=1, cfg=float("nan")), "cfg: got"),
         (ImageRequest(label=1, seed=-1), "seed: got -1"),
@@ -287,8 +286,8 @@ def test_a_service_changes_its_pipeline_between_two_batches(
     gate = Gate(pipe, monkeypatch)
     successor = Pipeline.load(tiny_bundle)
     drawn: list[int] = []
-    original = successor.generate
-    monkeypatch.setattr(successor, "generate", lambda **options: (drawn.append(1), original(**options))[1])
+    original = successor.draw
+    monkeypatch.setattr(successor, "draw", lambda *args, **options: (drawn.append(1), original(*args, **options))[1])
     with Service(pipe, max_wait_s=0) as service:
         running = service.submit(ImageRequest(label=0))
         assert gate.entered.wait(10)

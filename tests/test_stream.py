@@ -23,6 +23,8 @@ from fastvar_trt.runtime import (
     RequestError,
     Service,
 )
+from fastvar_trt.runtime.manifest import GraphSpec
+from faulty_backend import FaultyBackend
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +64,20 @@ def test_a_reader_may_draw_between_two_previews(pipe: Pipeline) -> None:
         np.testing.assert_array_equal(pipe.generate([1], seeds=9).images, expected)
 
 
-def test_a_reader_that_goes_stops_the_drawing(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs, gate, ran = pipe._chains[1]._bound[frozenset()], threading.Event(), []
-    held, last = graphs[2].enqueue, graphs[-1].enqueue
-    monkeypatch.setattr(graphs[2], "enqueue", lambda: (gate.wait(10), held()))
-    monkeypatch.setattr(graphs[-1], "enqueue", lambda: (ran.append(True), last()))
-    stopped = threading.Event()
-    original = pipe.generate
+def test_a_reader_that_goes_stops_the_drawing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, gate, ran, stopped = FaultyBackend(), threading.Event(), [], threading.Event()
+
+    def before(graph: GraphSpec) -> None:
+        ran.append(graph.name)
+        if graph.name == "step_01":
+            gate.wait(10)
+
+    pipe = Pipeline.load(tiny_bundle, backend=backend)
+    backend.before = before
+    original = pipe.draw
     monkeypatch.setattr(
         pipe,
-        "generate",
+        "draw",
         lambda *a, should_stop, **o: original(*a, should_stop=lambda: _noted(should_stop, stopped), **o),
     )
     stream = pipe.stream([2], preview_scales=[0])
@@ -82,9 +88,10 @@ def test_a_reader_that_goes_stops_the_drawing(pipe: Pipeline, monkeypatch: pytes
     assert closing.is_alive()
     gate.set()
     closing.join(60)
-    assert not ran
+    assert ran == ["condition", "step_00", "decoder", "step_01"]  # the decoder, of the preview
     assert stopped.is_set()
     assert not any(thread.name == "fastvar-stream" for thread in threading.enumerate())
+    pipe.close()
 
 
 def _noted(should_stop: Callable[[], bool], stopped: threading.Event) -> bool:
@@ -141,14 +148,14 @@ def test_a_request_is_awaited_and_given_up_in_asyncio(pipe: Pipeline, monkeypatc
         result = await service.submit(ImageRequest(label=1, seed=1))
         np.testing.assert_array_equal(result.image, expected)
         with monkeypatch.context() as patch:
-            original = pipe.generate
+            original = pipe.draw
 
             def slow(*arguments: Any, **options: Any) -> Any:
                 while not options["should_stop"]():
                     time.sleep(0.002)
                 return original(*arguments, **options)
 
-            patch.setattr(pipe, "generate", slow)
+            patch.setattr(pipe, "draw", slow)
             ticket = service.submit(ImageRequest(label=2))
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):

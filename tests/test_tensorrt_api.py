@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = ("export/tensorrt/engine.py", "export/tensorrt/flavour.py", "runtime/backends/tensorrt.py")
+FILES = ("export/build/tensorrt/engine.py", "export/build/tensorrt/flavour.py", "runtime/backends/tensorrt.py")
 # Variables that hold objects of TensorRT, as these files name them.
 OBJECTS = {
     "trt",

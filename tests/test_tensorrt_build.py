@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -14,13 +13,14 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import INFINITY_PLAN, TINY_PLAN, tiny_infinity
+from fastvar_trt.export.build.base import BuildReport, Progress, build_bundle, no_progress
+from fastvar_trt.export.build.registry import parse_targets
+from fastvar_trt.export.build.tensorrt import builder
+from fastvar_trt.export.build.tensorrt.builder import EnterpriseBuilder, RtxBuilder, tensorrt_graph
+from fastvar_trt.export.build.tensorrt.engine import BuiltEngine, build_engine
+from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS, Flavour
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
-from fastvar_trt.export.sources import VARSource
-from fastvar_trt.export.tensorrt import build
-from fastvar_trt.export.tensorrt.build import build_tensorrt
-from fastvar_trt.export.tensorrt.engine import BuiltEngine, build_engine
-from fastvar_trt.export.tensorrt.flavour import RTX_TARGETS, Flavour, flavour_of
-from fastvar_trt.export.tensorrt.graphs import TensorRTGraph, tensorrt_graph
+from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.plugins import DOMAIN, VERSION
 from fastvar_trt.plugins.onnx_functions import function_protos
 from fastvar_trt.runtime.engines import EngineRecord, read_engines
@@ -29,6 +29,10 @@ from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.tools.cli import main
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+
+def build_tensorrt(bundle: Path, *targets: str, progress: Progress = no_progress) -> BuildReport:
+    return build_bundle(bundle, RtxBuilder(targets), progress)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +47,9 @@ def half_bundle(
 
 @pytest.fixture(scope="module")
 def engines(half_bundle: Path) -> dict[str, EngineRecord]:
-    report = build_tensorrt(half_bundle, ("sm86", "sm89"))
+    report = build_tensorrt(half_bundle, "sm86", "sm89")
     assert len(report.built) == len(read_manifest(half_bundle).graphs) and not report.kept
-    return read_engines(half_bundle, "tensorrt_rtx")
+    return dict(read_engines(half_bundle, "tensorrt_rtx").records)
 
 
 def test_every_graph_becomes_an_engine(half_bundle: Path, engines: dict[str, EngineRecord]) -> None:
@@ -54,10 +58,13 @@ def test_every_graph_becomes_an_engine(half_bundle: Path, engines: dict[str, Eng
     for graph in manifest.graphs:
         record = engines[graph.file]
         assert record.targets == ("sm86", "sm89")
-        assert {s for s in record.inputs if s.name not in record.weights} == set(graph.inputs)
-        assert set(record.outputs) == set(graph.outputs)
-        folder = half_bundle / "engines" / "tensorrt_rtx"
-        assert not record.stale_reason(manifest, folder, check_hash=True)
+        read = {(s.name, s.shape, s.dtype) for s in record.inputs if s.name not in record.weights}
+        assert read == {(s.name, s.shape, s.dtype) for s in graph.inputs}
+        assert {(s.name, s.shape, s.dtype) for s in record.outputs} == {
+            (s.name, s.shape, s.dtype) for s in graph.outputs
+        }
+        there = read_engines(half_bundle, "tensorrt_rtx")
+        assert not there.problem(manifest, graph.file, record.built_with, "sm89", check_hash=True)
 
 
 def test_attention_and_gelu_are_fused(engines: dict[str, EngineRecord]) -> None:
@@ -75,14 +82,15 @@ def test_keys_values_and_caches_are_half(engines: dict[str, EngineRecord]) -> No
         assert dtypes[name] == "float16", name
     for name in ("f_hat", "f_hat_out", "modulation_0", "uniform", "logits"):
         assert dtypes[name] == "float32", name
-    assert dtypes["tokens"] == "int32" and dtypes["greedy"] == "bool"
+    assert dtypes["tokens"] == "int32" and dtypes["greedy"] == dtypes["finite"] == "bool"
 
 
 def test_large_weights_are_inputs(half_bundle: Path) -> None:
     for k in range(4):
-        graph = tensorrt_graph(half_bundle / f"step_{k:02d}.onnx")
-        assert {f"blocks.{i}.{m}.weight" for i in (0, 1) for m in ("attn.mat_qkv", "ffn.fc1")} <= set(graph.weights)
-        model = onnx.load_from_string(graph.model)
+        serialized, weights = tensorrt_graph(half_bundle / f"step_{k:02d}.onnx")
+        large = {f"blocks.{i}.{m}.weight" for i in (0, 1) for m in ("attn.mat_qkv", "ffn.fc1")}
+        assert large <= {spec.name for spec in weights}
+        model = onnx.load_from_string(serialized)
         onnx.checker.check_model(model)
         inside = {i.name: len(i.raw_data) for i in model.graph.initializer}
         assert sum(inside.values()) < 80_000, inside  # convolutions of phi, interpolation, ranks
@@ -92,14 +100,14 @@ def test_large_weights_are_inputs(half_bundle: Path) -> None:
 
 def test_fp32_attention_may_be_decomposed(tiny_bundle: Path, half_bundle: Path) -> None:
     for bundle, expected in ((tiny_bundle, 2), (half_bundle, 0)):
-        model = onnx.load_from_string(tensorrt_graph(bundle / "step_02.onnx").model)
+        model = onnx.load_from_string(tensorrt_graph(bundle / "step_02.onnx")[0])
         marked = [a for node in model.graph.node for a in node.attribute if a.name == "TRT_decomposable"]
         assert len(marked) == expected
 
 
 def test_an_fp32_bundle_builds_too(tiny_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "b")
-    report = build_tensorrt(tmp_path / "b", ("sm86",))
+    report = build_tensorrt(tmp_path / "b", "sm86")
     assert len(report.built) == 12
 
 
@@ -108,15 +116,15 @@ def test_the_parser_names_what_it_refuses(half_bundle: Path, tmp_path: Path, mon
 
     def with_unknown_operator(path: Path, *, plugins: bool) -> object:
         assert not plugins  # TensorRT for RTX has none
-        graph = tensorrt_graph(path)
-        model = onnx.load_from_string(graph.model)
+        serialized, weights = tensorrt_graph(path)
+        model = onnx.load_from_string(serialized)
         model.graph.node[0].op_type = "NoSuchOperator"
-        return dataclasses.replace(graph, model=model.SerializeToString())
+        return model.SerializeToString(), weights
 
-    monkeypatch.setattr(build, "tensorrt_graph", with_unknown_operator)
+    monkeypatch.setattr(builder, "tensorrt_graph", with_unknown_operator)
     with pytest.raises(ExportError, match=r"condition\.onnx: tensorrt_rtx .* does not accept .*NoSuchOperator"):
-        build_tensorrt(tmp_path / "b", ("sm86",))
-    assert not (tmp_path / "b" / "engines").exists()
+        build_tensorrt(tmp_path / "b", "sm86")
+    assert not read_engines(tmp_path / "b", "tensorrt_rtx").records
 
 
 def test_ctrl_c_cancels_a_build(half_bundle: Path, tmp_path: Path) -> None:
@@ -127,15 +135,16 @@ def test_ctrl_c_cancels_a_build(half_bundle: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_tensorrt(tmp_path / "b", ("sm86",), interrupt)
-    assert set(read_engines(tmp_path / "b", "tensorrt_rtx")) == {"condition.onnx", "step_00.onnx"}
+        build_tensorrt(tmp_path / "b", "sm86", progress=interrupt)
+    assert set(read_engines(tmp_path / "b", "tensorrt_rtx").records) == {"condition.onnx", "step_00.onnx"}
 
 
 def test_targets() -> None:
-    assert flavour_of(RTX_TARGETS) == "tensorrt_rtx" and flavour_of(("current",)) == "tensorrt"
-    for targets in (("sm90",), ("current", "sm86"), ()):
-        with pytest.raises(ExportError, match="target: got"):
-            flavour_of(targets)
+    kinds = [(type(found), found.targets) for found in parse_targets(f"{','.join(RTX_TARGETS)},current")]
+    assert kinds == [(RtxBuilder, RTX_TARGETS), (EnterpriseBuilder, ("current",))]
+    for targets in ("sm90", "sm86,sm90", ""):
+        with pytest.raises(ExportError, match="--target: got"):
+            parse_targets(targets)
 
 
 def test_build_command(half_bundle: Path, engines: dict[str, EngineRecord]) -> None:
@@ -143,7 +152,8 @@ def test_build_command(half_bundle: Path, engines: dict[str, EngineRecord]) -> N
     assert done.exit_code == 0, done.output
     assert "up to date; nothing to build" in done.output
     refused = CliRunner().invoke(main, ["build", str(half_bundle), "--target", "sm86,h100"])
-    assert refused.exit_code == 1 and "--target: got 'h100', expected one or more of sm75" in refused.output
+    assert refused.exit_code == 1 and "--target: got 'h100', expected one or more of cpu" in refused.output
+    assert "sm75, sm80, sm86, sm89, sm120, sm121 (TensorRT for RTX, on any machine)" in refused.output
 
 
 def test_inspect_shows_the_engines(half_bundle: Path, engines: dict[str, EngineRecord]) -> None:
@@ -152,14 +162,14 @@ def test_inspect_shows_the_engines(half_bundle: Path, engines: dict[str, EngineR
     assert "tensorrt_rtx" in done.output and "sm86, sm89" in done.output
     row = next(line for line in done.output.splitlines() if line.startswith("step_03.engine"))
     kernels = engines["step_03.onnx"].kernels
-    assert row.split()[-3:] == [str(kernels[key]) for key in ("total", "attention", "gemm_bias_gelu")]
+    assert row.split()[-4:] == [str(kernels[key]) for key in ("total", "attention", "gemm_bias_gelu", "plugins")]
     data = json.loads((half_bundle / "engines" / "tensorrt_rtx" / "engines.json").read_text())
     assert len(data["engines"]) == 6
 
 
 def test_plugins_take_the_place_of_the_functions(half_bundle: Path) -> None:
     """For enterprise TensorRT, which cannot be run here: the graph names them as its parser wants it."""
-    model = onnx.load_from_string(tensorrt_graph(half_bundle / "step_03.onnx", plugins=True).model)
+    model = onnx.load_from_string(tensorrt_graph(half_bundle / "step_03.onnx", plugins=True)[0])
     assert not model.functions
     nodes = [node for node in model.graph.node if node.domain == "fastvar"]
     kinds = Counter(node.op_type for node in nodes)
@@ -182,8 +192,8 @@ def test_infinity_builds(export_once: Callable[..., tuple[Path, ExportReport]], 
     """Pruned, with text of any length masked: self- and cross-attention are fused."""
     shared, report = export_once("infinity_fp16", tiny_infinity(), ExportOptions(plan=INFINITY_PLAN, precision="fp16"))
     bundle = Path(shutil.copytree(shared, tmp_path / "b"))
-    build_tensorrt(bundle, ("sm86",))
-    engines = read_engines(bundle, "tensorrt_rtx")
+    build_tensorrt(bundle, "sm86")
+    engines = read_engines(bundle, "tensorrt_rtx").records
     assert set(engines) == {graph.file for graph in report.manifest.graphs}
     for k in report.manifest.resolved_plan.steps:
         kernels = engines[f"step_{k:02d}.onnx"].kernels
@@ -200,13 +210,11 @@ def test_more_pivotal_tokens_than_one_top_k_takes() -> None:
         [value("indices", onnx.TensorProto.INT64, (2, keep))],
     )
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(DOMAIN, VERSION)]
-    rtx = Flavour.load(flavour_of(("sm86",)))
+    rtx = Flavour.load(RtxBuilder.folder)
 
     def build_with(functions: list[onnx.FunctionProto]) -> BuiltEngine:
         model = onnx.helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
-        return build_engine(
-            rtx, TensorRTGraph(model.SerializeToString(), ()), "x", ("sm86",), lambda phase, share: None
-        )
+        return build_engine(rtx, model.SerializeToString(), "x", ("sm86",), lambda phase, share: None)
 
     assert build_with(function_protos(23, keep)).data
     with pytest.raises(ExportError, match=r"built no engine|does not accept"):

@@ -15,21 +15,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import T5Config, T5EncoderModel
 
 from fastvar_trt.export import exporter
+from fastvar_trt.export.build.tensorrt.builder import RtxBuilder, tensorrt_graph
+from fastvar_trt.export.build.tensorrt.engine import build_engine
+from fastvar_trt.export.build.tensorrt.flavour import Flavour
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
-from fastvar_trt.export.models.random_init import random_infinity_checkpoint
-from fastvar_trt.export.models.schedules import schedule
+from fastvar_trt.export.models.infinity.schedules import schedule
+from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.export.models.t5 import T5Config as OurConfig
 from fastvar_trt.export.models.t5 import T5Source, position_bias
-from fastvar_trt.export.sources import InfinitySource
-from fastvar_trt.export.tensorrt.engine import build_engine
-from fastvar_trt.export.tensorrt.flavour import Flavour, flavour_of
-from fastvar_trt.export.tensorrt.graphs import tensorrt_graph
 from fastvar_trt.export.tracing import build_graph, save_graph, text_function
 from fastvar_trt.export.validation import compare_with_torch, run_in_onnxruntime
 from fastvar_trt.export.weights_file import map_weights
 from fastvar_trt.runtime import BundleError, CheckpointError, ImageRequest, Pipeline, RequestError, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE
-from fastvar_trt.runtime.verify import TOLERANCE, verify_bundle
+from fastvar_trt.runtime.precision import PRECISIONS
+from fastvar_trt.runtime.verify import verify_bundle
+from random_checkpoints import random_infinity_checkpoint
 from server_process import Page, serving
 
 Export = Callable[..., tuple[Path, ExportReport]]
@@ -90,7 +91,6 @@ def test_features_are_those_of_transformers(bundle: Path, reference: Callable[[s
     prompts = ["a fox", "the red fox in the snow a dog", "unheard of"]
     with Pipeline.load(bundle) as pipe:
         ours, negatives = pipe.encode(prompts, [None, "blurry", ""])
-    assert negatives is not None
     assert [item is None for item in negatives] == [True, False, True]
     for prompt, features in zip(prompts, ours, strict=True):
         expected = reference(prompt)
@@ -138,13 +138,13 @@ def test_a_person_draws_from_a_prompt(bundle: Path, tmp_path: Path, browser: Any
         expected = pipe.generate(prompts=["a fox"], negative_prompts=["blurry"], seeds=[7]).images[0]
     with serving(bundle, tmp_path / "log") as server:
         page = Page(browser, server.url)
-        assert not page.field("label").is_displayed()
-        for name, text in (("prompt", "a fox"), ("negative", "blurry"), ("seed", "7")):
+        assert not page.has("label")
+        for name, text in (("prompt", "a fox"), ("negative_prompt", "blurry"), ("seed", "7")):
             page.enter(name, text)
         page.draw_and_wait("Seed 7, ")
         np.testing.assert_array_equal(page.picture(), expected)
         page.enter("prompt", "a " * 10)
-        page.draw_and_wait("prompt 0: got 11 tokens")
+        page.draw_and_wait("prompt: got 11 tokens")
 
 
 def test_a_warm_pipeline_reads_no_file_later(bundle: Path, tmp_path: Path) -> None:
@@ -176,14 +176,14 @@ def test_a_text_encoder_that_was_replaced_is_not_used(bundle: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": ["a " * 10]}, "prompt 0: got 11 tokens, this bundle takes up to 10; shorten it"),
-        ({"prompts": ["a \ud800"]}, "prompt 0: is no text that can be encoded"),
-        ({"prompts": ["a", " "]}, "prompt 1: got ' ', expected some text"),
+        ({"prompts": ["a " * 10]}, "^prompt: got 11 tokens, this bundle takes up to 10; shorten it"),
+        ({"prompts": ["a \ud800"]}, "prompt: is no text that can be encoded"),
+        ({"prompts": ["a", " "]}, "image 1: prompt: got ' ', expected some text"),
         ({"prompts": "a fox"}, "expected a list of at least one text"),
         ({"prompts": []}, "expected a list of at least one text"),
-        ({"prompts": ["a"], "negative_prompts": ["a", "b"]}, "expected a list of one per prompt"),
-        ({"prompts": ["a"], "text_features": [np.zeros((1, 128))]}, "not both"),
-        ({"negative_prompts": ["a"]}, "prompts: got None"),
+        ({"prompts": ["a"], "negative_prompts": ["a", "b"]}, r"negative_prompts: got 2, expected one per image \(1\)"),
+        ({"prompts": ["a"], "text_features": [np.zeros((1, 128))]}, "got prompt and text_features: give one of them"),
+        ({"negative_prompts": ["a"]}, "negative_prompt: needs a prompt"),
     ],
 )
 def test_prompts_out_of_range(bundle: Path, arguments: dict[str, Any], message: str) -> None:
@@ -220,7 +220,7 @@ def test_relative_positions_are_those_of_transformers() -> None:
 def test_the_text_encoder_in_half_precision_and_as_an_engine(folder: Path, tmp_path: Path) -> None:
     source = _source(folder)
     places = exporter._write_weights(source, tmp_path, ExportOptions(precision="fp16"))
-    model = source.new_model(torch.float16)
+    model = source.new_model(PRECISIONS["fp16"])
     model.load_tensors(map_weights(tmp_path))
     function = text_function(model)
     assert function is not None
@@ -229,13 +229,13 @@ def test_the_text_encoder_in_half_precision_and_as_an_engine(folder: Path, tmp_p
     inputs = model.example_text()
     with torch.inference_mode():
         got = run_in_onnxruntime(tmp_path, function.spec, graph, inputs)
-        error = compare_with_torch(function, inputs, got, "fp16")
-    assert error.relative_error < TOLERANCE["fp16"]
+        error = compare_with_torch(function, inputs, got, PRECISIONS["fp16"])
+    assert error.relative_error < PRECISIONS["fp16"].tolerance.error
 
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     built = build_engine(
-        Flavour.load(flavour_of(("sm86",))),
-        tensorrt_graph(tmp_path / function.spec.file),
+        Flavour.load(RtxBuilder.folder),
+        tensorrt_graph(tmp_path / function.spec.file)[0],
         "text_encoder",
         ("sm86",),
         lambda phase, share: None,

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from fastvar_trt.export.models.checkpoint import load_state_dict
-from fastvar_trt.export.sources import VARSource
+from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.tools.train_demo import training
 from fastvar_trt.tools.train_demo.cli import main
 from fastvar_trt.tools.train_demo.photographs import load_photographs, random_crop
@@ -48,8 +48,8 @@ def test_an_interrupted_training_ends_as_one_that_ran_through(tmp_path: Path, mo
     class Interrupt(Exception):
         pass
 
-    def interrupt(stage: str, step: int, num_steps: int, losses: str) -> None:
-        if step == 2:
+    def interrupt(stage: str, losses: str, share: float) -> None:
+        if share == 0.5:
             raise Interrupt
 
     monkeypatch.setattr(training, "_SAVE_EVERY_S", 0.0)
@@ -95,7 +95,7 @@ def test_teacher_forcing_sees_what_the_exported_chain_sees(tmp_path: Path) -> No
     with Pipeline.load(tmp_path / "bundle") as pipe:
         result = pipe.generate([3], cfg=0.0, greedy=True, return_logits=True)
     config = TrainingConfig(patch_nums=(1, 2, 3), depth=1, width=64)
-    state, vae_state = (load_state_dict(path, kind) for path, kind in zip(paths, ("var", "vae"), strict=True))
+    state, vae_state = (load_state_dict(path) for path in paths)
     vqvae, model = VQVAE(config.vqvae, config.patch_nums), Transformer(config.transformer)
     vqvae.load_state_dict({k: v.float() for k, v in vae_state.items()})
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})

@@ -13,11 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import INFINITY_PLAN, tiny_infinity
-from fastvar_trt.export.cli import main
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
-from fastvar_trt.export.triton import triton_config, write_triton_model
 from fastvar_trt.runtime import BackendError, ExportError, Pipeline, read_manifest
-from triton_stub import StubServer, model_config
+from fastvar_trt.runtime.backends import BACKENDS, BackendEntry
+from fastvar_trt.serving.triton.repository import triton_config, write_triton_model
+from fastvar_trt.tools.cli.export import main
+from faulty_backend import FaultyBackend
+from triton_stub import StubServer, model_config, running
 
 Export = Callable[..., tuple[Path, ExportReport]]
 
@@ -31,9 +33,8 @@ def repository(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def server(repository: Path) -> Iterator[StubServer]:
-    stub = StubServer(repository, "tiny")
-    yield stub
-    stub.close()
+    with running(repository, "tiny") as stub:
+        yield stub
 
 
 def test_the_configuration_is_one(server: StubServer) -> None:
@@ -65,17 +66,15 @@ def test_a_bad_request_does_not_spoil_its_neighbour(server: StubServer, tiny_bun
         np.testing.assert_array_equal(good["IMAGE"], pipe.generate([3], seeds=[7]).images)
 
 
-def test_a_backend_that_fails_once(server: StubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = server._model._pipe._chains[2]._bound[frozenset()][2]
-
-    def raising() -> None:
-        raise BackendError("the GPU is lost")
-
-    monkeypatch.setattr(graph, "enqueue", raising)
-    both = server.infer({"LABEL": [[1]]}, {"LABEL": [[2]]})
-    assert all(found["IMAGE"].shape == (1, 128, 128, 3) for found in both)  # drawn one by one
-    (found,) = server.infer({"LABEL": [[1], [2]]})
-    assert found == {"error": "BackendError: the GPU is lost"}
+def test_a_backend_that_fails_once(repository: Path) -> None:
+    backend = FaultyBackend()
+    entry = BackendEntry("faulty", lambda device, profile: backend)
+    with BACKENDS.registered(entry), running(repository, "tiny", backend="faulty") as server:
+        backend.before = backend.fails(BackendError("the GPU is lost"), name="step_01", batch=2)
+        both = server.infer({"LABEL": [[1]]}, {"LABEL": [[2]]})
+        assert all(found["IMAGE"].shape == (1, 128, 128, 3) for found in both)  # drawn one by one
+        (found,) = server.infer({"LABEL": [[1], [2]]})
+        assert found == {"error": "BackendError: the GPU is lost"}
 
 
 def test_models_of_text(export_once: Export, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -83,15 +82,12 @@ def test_models_of_text(export_once: Export, tmp_path: Path, rng: np.random.Gene
     bundle, _ = export_once("infinity", tiny_infinity(), options)
     write_triton_model(bundle, tmp_path)
     features = [rng.standard_normal((count, 128)).astype(np.float32) for count in (3, 5)]
-    stub = StubServer(tmp_path, "infinity")
-    try:
+    with running(tmp_path, "infinity") as stub:
         assert list(stub.config.input[0].dims) == [-1, 128]
         found = stub.infer(
             {"TEXT_FEATURES": features[0][None], "SEED": [[1]]},
             {"TEXT_FEATURES": features[1][None], "NEGATIVE_TEXT_FEATURES": features[0][None], "SEED": [[2]]},
         )
-    finally:
-        stub.close()
     with Pipeline.load(bundle) as pipe:
         expected = pipe.generate(text_features=features, negative_text_features=[None, features[0]], seeds=[1, 2])
     np.testing.assert_array_equal(np.concatenate([f["IMAGE"] for f in found]), expected.images)
@@ -101,7 +97,7 @@ def test_prompts_are_inputs_where_the_bundle_has_its_text_encoder(export_once: E
     bundle, _ = export_once("infinity", tiny_infinity(), ExportOptions(plan=INFINITY_PLAN, batches=(1, 4)))
     manifest = read_manifest(bundle)
     encoder = dataclasses.replace(manifest.graphs[0], kind="text_encoder", scale=None)
-    config = model_config(triton_config('a "b"', dataclasses.replace(manifest, graphs=(*manifest.graphs, encoder))))
+    config = model_config(triton_config('a "b"', dataclasses.replace(manifest, auxiliary=(encoder,))))
     assert config.name == 'a "b"'
     assert [spec.name for spec in config.input][:2] == ["PROMPT", "NEGATIVE_PROMPT"]
 

@@ -9,7 +9,8 @@ import importlib.util
 import json
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _DTYPES = {
     "TYPE_FP32": np.float32,
     "TYPE_UINT8": np.uint8,
     "TYPE_STRING": np.object_,
+    "TYPE_BOOL": np.bool_,
 }
 
 
@@ -84,7 +86,7 @@ def model_config(text: str) -> Any:
 class StubServer:
     """One model of a repository, loaded and asked as Triton does."""
 
-    def __init__(self, repository: Path, name: str) -> None:
+    def __init__(self, repository: Path, name: str, backend: str = "") -> None:
         self.config = model_config((repository / name / "config.pbtxt").read_text())
         assert self.config.name == name
         sys.modules["triton_python_backend_utils"] = _as_module()
@@ -93,6 +95,8 @@ class StubServer:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self._model = module.TritonPythonModel()
+        if backend:
+            self.config.parameters["backend"].string_value = backend
         as_json = json_format.MessageToDict(self.config, preserving_proto_field_name=True)
         self._model.initialize(
             {
@@ -141,6 +145,16 @@ class StubServer:
             assert len(found[spec.name]) == count
             _check_dims(spec.name, found[spec.name], spec.dims)
         return found
+
+
+@contextmanager
+def running(repository: Path, name: str, backend: str = "") -> Iterator[StubServer]:
+    """A server that is closed when the block ends."""
+    server = StubServer(repository, name, backend)
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 def _check_dims(name: str, array: np.ndarray[Any, Any], dims: Any) -> None:
