@@ -20,7 +20,7 @@ import numpy as np
 
 from fastvar_trt.export.models.infinity.family import PLAN_OF_SIZE
 from fastvar_trt.runtime import Pipeline
-from fastvar_trt.runtime.manifest import Manifest
+from fastvar_trt.runtime.manifest import Manifest, Role
 from fastvar_trt.runtime.plan import PruningPlan
 from fastvar_trt.tools.measure.work import chain_multiply_adds, output_bytes
 from fastvar_trt.tools.tables import format_table
@@ -93,18 +93,20 @@ def main(sizes: str, runs: int, depth: int, width: int, heads: int, work_dir: Pa
                         for name, ms in result.timings.items():
                             times[i].setdefault(name, []).append(ms)
             medians = [{name: statistics.median(values) for name, values in t.items()} for t in times]
-            steps = [sum(ms for name, ms in m.items() if name.startswith("step_")) / 1e3 for m in medians]
-            model = manifests[0].model
+            graphs = [{g.scale: g.name for g in m.default.chain(1) if g.scale is not None} for m in manifests]
+            by_scale = [{k: m[name] for k, name in g.items()} for m, g in zip(medians, graphs, strict=True)]
+            steps = [sum(times_of.values()) / 1e3 for times_of in by_scale]
+            variant = manifests[0].default
             records.append(
                 {
                     "size": size,
-                    "pixels": model.image_height * model.image_width,
+                    "pixels": variant.image_height * variant.image_width,
                     "dense_s": round(steps[0], 3),
                     "pruned_s": round(steps[1], 3),
                     "tokens": [tokens_forwarded(m) for m in manifests],
-                    "kv_mib": [round(output_bytes(m, 1, "new_k_", "new_v_") / 2**20, 1) for m in manifests],
+                    "kv_mib": [round(output_bytes(m, 1, Role.KEYS, Role.VALUES) / 2**20, 1) for m in manifests],
                     "work": [chain_multiply_adds(m.model, m.resolved_plan) for m in manifests],
-                    "steps_ms": [{k: round(v, 1) for k, v in m.items()} for m in medians],
+                    "steps_ms": [{k: round(ms, 1) for k, ms in m.items()} for m in by_scale],
                 }
             )
             _print_scales(records[-1], manifests)
@@ -120,8 +122,8 @@ def _print_scales(record: dict[str, Any], manifests: list[Manifest]) -> None:
         [
             f"{h}x{w}",
             f"{plan.num_kept[k]}/{h * w}",
-            f"{dense[f'step_{k:02d}']:.1f}",
-            f"{pruned[f'step_{k:02d}']:.1f}" if k in plan.steps else "skipped",
+            f"{dense[k]:.1f}",
+            f"{pruned[k]:.1f}" if k in plan.steps else "skipped",
         ]
         for k, (h, w) in enumerate(plan.schedule)
     ]

@@ -13,18 +13,14 @@ from typing import Any
 
 import numpy as np
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from fastvar_trt.runtime import FastVARError, Pipeline, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE
 from fastvar_trt.serving.http.app import ServerOptions, create_app
-
-# Not the clock: machines differ. Examples are the same in every run, so that a failure is somebody's change.
-settings.register_profile(
-    "fuzz", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), print_blob=True
-)
+from fuzzing import FUZZ, PATHS, answers_to_valid_bodies
 
 _NUMBERS = st.one_of(st.integers(), st.sampled_from([0, 1, -1, 2**31, 2**63, 10**30]), st.floats())
 _JSON = st.recursive(
@@ -68,7 +64,7 @@ def test_damaged_manifests(tiny_bundle: Path, tmp_path: Path) -> None:
     sections = [[path for path in _paths(manifest) if path[0] == key] for key in manifest]
     outcomes: Counter[str] = Counter()
 
-    @settings(settings.get_profile("fuzz"), max_examples=120)
+    @settings(FUZZ, max_examples=120)
     @given(
         st.sampled_from(sections).flatmap(st.sampled_from),
         st.sampled_from(["remove", "repeat", "shift", "replace", "replace"]),
@@ -87,6 +83,13 @@ def test_damaged_manifests(tiny_bundle: Path, tmp_path: Path) -> None:
     check()
     assert outcomes["BundleError"] > 60
     assert outcomes.total() >= 120
+
+
+def test_the_schema_says_what_the_bundle_takes(tiny_bundle: Path) -> None:
+    with TestClient(create_app(Service(Pipeline.load(tiny_bundle), max_wait_s=0))) as client:
+        answers = answers_to_valid_bodies(client, 60)
+    assert set(answers) <= {"200", "504"}  # a deadline may be as short as one likes
+    assert answers["200"] > 80
 
 
 def _body() -> st.SearchStrategy[Any]:
@@ -117,8 +120,8 @@ def test_senseless_requests(tiny_bundle: Path) -> None:
     statuses: Counter[int] = Counter()
     with TestClient(create_app(service, ServerOptions(max_body_bytes=2000)), raise_server_exceptions=False) as client:
 
-        @settings(settings.get_profile("fuzz"), max_examples=400)
-        @given(st.sampled_from(["/v1/images", "/v1/images/stream"]), st.binary(max_size=40) | _body())
+        @settings(FUZZ, max_examples=400)
+        @given(st.sampled_from(PATHS), st.binary(max_size=40) | _body())
         def check(path: str, body: Any) -> None:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             answer = client.post(path, content=content, headers={"content-type": "application/json"})

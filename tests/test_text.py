@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import T5Config, T5EncoderModel
 
@@ -30,6 +31,8 @@ from fastvar_trt.runtime import BundleError, CheckpointError, ImageRequest, Pipe
 from fastvar_trt.runtime.manifest import MANIFEST_FILE
 from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.verify import verify_bundle
+from fastvar_trt.serving.http.app import create_app
+from fuzzing import answers_to_valid_bodies
 from random_checkpoints import random_infinity_checkpoint
 from server_process import Page, serving
 
@@ -242,3 +245,13 @@ def test_the_text_encoder_in_half_precision_and_as_an_engine(folder: Path, tmp_p
     )
     assert built.num_attention == 3, "one per layer"
     assert {t.name for t in built.tensors if not t.is_input} == {"encoded"}
+
+
+def test_the_schema_says_what_the_bundle_takes(bundle: Path) -> None:
+    with TestClient(create_app(Service(Pipeline.load(bundle), max_wait_s=0))) as client:
+        of_prompts = answers_to_valid_bodies(client, 25, only="prompt")
+        of_features = answers_to_valid_bodies(client, 10, only="text_features")
+    assert set(of_features) <= {"200", "504"} and of_features["200"] > 10
+    too_long = {answer for answer in of_prompts if "tokens, this bundle takes up to 10" in answer}
+    assert set(of_prompts) - too_long <= {"200", "504"}  # how many tokens a text becomes, no schema can say
+    assert of_prompts["200"] > 30

@@ -45,6 +45,7 @@ class GraphProfile:
     p90_ms: float
     p99_ms: float
     share: float
+    scale: int | None = None
     tokens_kept: int | None = None
     tokens: int | None = None
     multiply_adds: int | None = None
@@ -170,7 +171,7 @@ class Recorder:
                     "num_bytes": step_bytes(manifest, graph.scale, self._batch),
                 }
             share = round(float(np.mean(samples)) / sum_of_means, 4)
-            graphs.append(GraphProfile(graph.name, share=share, **figures))
+            graphs.append(GraphProfile(graph.name, share=share, scale=graph.scale, **figures))
         runs = {"warmup": warmup, "runs": len(self._overheads), "batch": self._batch}
         return Profile(
             conditions={**machine(), **self._conditions, **runs},
@@ -347,19 +348,19 @@ def plot(profiles: Mapping[str, Profile], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(g.name for profile in profiles.values() for g in profile.graphs))
-    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.95, max(len(names), 2)))
+    scales = {g.name: g.scale for profile in profiles.values() for g in profile.graphs}
+    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.95, max(len(scales), 2)))
     figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.8 * len(profiles)), layout="constrained")
     labels = list(profiles)
     left = np.zeros(len(labels))
-    for name, colour in zip(names, colours, strict=False):
+    for (name, scale), colour in zip(scales.items(), colours, strict=False):
         medians = {label: {g.name: g.p50_ms for g in profile.graphs} for label, profile in profiles.items()}
         widths = np.array([medians[label].get(name, 0.0) for label in labels])
         axes.barh(labels, widths, left=left, color=colour, label=name, edgecolor="white", linewidth=0.4)
         ink = "black" if colour[1] > 0.55 else "white"  # viridis becomes light as it becomes green
         for i, width in enumerate(widths):
             if width > 0.06 * max(profile.total_ms for profile in profiles.values()):
-                text = name.rpartition("_")[2].lstrip("0") or "0"
+                text = name if scale is None else str(scale)
                 axes.text(left[i] + width / 2, i, text, ha="center", va="center", color=ink, fontsize=8)
         left += widths
     axes.invert_yaxis()
