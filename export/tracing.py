@@ -13,12 +13,16 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fastvar_trt.export.models.base import BLOCK_DOMAIN, BlockSpec, NextScaleModel, Request
 from fastvar_trt.export.models.matrix import dtype_name, torch_dtype
@@ -298,10 +302,40 @@ def _block_function(spec: BlockSpec, name: str, model: NextScaleModel) -> ir.Fun
     return ir.Function(BLOCK_DOMAIN, name, graph=graph, attributes=[])
 
 
+class _Recorder(TorchFunctionMode):
+    """Collects the parameters that functions of torch are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()  # ids
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.read |= {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter)}
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _only_what_it_reads(module: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """The module without the parameters that it does not read: as inputs of a trace they take most of its time.
+
+    A step reads its own tables only, and no part of the decoder.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), _Recorder() as recorder:
+        module(*inputs)
+    parameters = {part: dict(part._parameters) for part in module.modules()}
+    for part, own in parameters.items():
+        part._parameters = {name: value if id(value) in recorder.read else None for name, value in own.items()}
+    try:
+        yield
+    finally:
+        for part, own in parameters.items():
+            part._parameters = own
+
+
 def _trace(
     module: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str]
 ) -> ir.Model:
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _only_what_it_reads(module, inputs):
         program = torch.onnx.export(
             module.eval(),
             tuple(inputs),
