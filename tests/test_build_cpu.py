@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import BackendError, ExportError, Pipeline, read_manifest
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileSpec
+from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli import main as fastvar
 
 
@@ -159,6 +163,35 @@ def test_a_failed_build_keeps_the_engines_of_before(bundle: Path, monkeypatch: p
         build_cpu(bundle)
     assert sorted(p.name for p in (bundle / "engines" / "cpu").iterdir()) == before
     assert [p.name for p in (bundle / "engines").iterdir()] == ["cpu"]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastvar_trt.export.build.registry import build_targets
+def progress(graph, phase, share):
+    if (graph, phase) == ("step_01.onnx", "build"):
+        os.kill(os.getpid(), signal.SIGKILL)
+build_targets(Path(sys.argv[1]), "cpu", progress)
+"""
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_killed_build_leaves_nothing_after_the_next(built: Path, tmp_path: Path, again: bool) -> None:
+    """Nor before it, outside `engines/`; and the next build clears away even where it finds nothing to build."""
+    bundle = Path(shutil.copytree(built, tmp_path / "b"))
+    before = {p.name for p in bundle.iterdir()}
+    _other_processor(bundle)
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(bundle)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert {p.name for p in bundle.iterdir()} == before
+    assert len(list((bundle / "engines").iterdir())) > 1
+    if not again:
+        shutil.copytree(built / "engines" / "cpu", bundle / "engines" / "cpu", dirs_exist_ok=True)
+    assert bool(build_cpu(bundle).built) == again
+    assert [p.name for p in (bundle / "engines").iterdir()] == ["cpu"]
+    with Pipeline.load(bundle, engines="require") as pipe:
+        assert not verify_bundle(pipe).failures
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from fastvar_trt.export.folders import replace_folder, temporary_folder
+from fastvar_trt.export.folders import recover, replace_folder, temporary_folder
 from fastvar_trt.runtime.engines import EngineRecord, EngineSet, engines_folder, read_engines
 from fastvar_trt.runtime.errors import BundleError, ExportError
 from fastvar_trt.runtime.manifest import (
@@ -181,6 +181,8 @@ def build_bundle(bundle: Path, builder: Builder, progress: Progress = no_progres
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=True)
     builder.open()
+    with _writing(engines_folder(bundle, builder.folder)):
+        recover(engines_folder(bundle, builder.folder))  # what builds that were killed have left
     before = _engines_there(bundle, builder)
     stale = [graph for graph in manifest.graphs if not builder.fresh(before, manifest, graph)]
     if builder.shares_files and (stale or before.shared_problem(check_hash=True)):

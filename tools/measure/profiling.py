@@ -45,11 +45,11 @@ class GraphProfile:
     p90_ms: float
     p99_ms: float
     share: float
-    scale: int | None = None
     tokens_kept: int | None = None
     tokens: int | None = None
     multiply_adds: int | None = None
     num_bytes: int | None = None
+    scale: int | None = None
 
     @property
     def gflop_per_s(self) -> float | None:
