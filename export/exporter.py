@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +22,7 @@ from fastvar_trt.export.models.base import NextScaleModel
 from fastvar_trt.export.models.reference import ChainState, default_request
 from fastvar_trt.export.models.registry import FAMILIES
 from fastvar_trt.export.models.source import Source
+from fastvar_trt.export.progress import Progress, no_progress
 from fastvar_trt.export.tracing import GraphFunction, build_graph, chain_functions, save_graph, text_function
 from fastvar_trt.export.validation import GraphError, compare_with_torch, run_in_onnxruntime
 from fastvar_trt.export.weights_file import map_weights, write_weights
@@ -51,11 +52,6 @@ PHASES = ("trace", "check", "compare", "done")
 DEFAULT_TOP_K = 900  # bound of top-k in the graphs: that of VAR's sampling
 _REFERENCE_POSITIONS = 64  # of the logits that the reference keeps per step
 _FREE_SPACE_MARGIN = 64 << 20  # graphs, reference and manifest
-Progress = Callable[[str, str, float], None]  # graph file, phase, share of the graph's work that is done
-
-
-def _no_progress(graph: str, phase: str, share: float) -> None:
-    """For callers that want none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +90,7 @@ def export_model(
     options: ExportOptions,
     *,
     force: bool = False,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> ExportReport:
     """Write the bundle of a model.
 
@@ -144,7 +140,7 @@ def export_again(
     *,
     batches: tuple[int, ...] | None = None,
     force: bool = False,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> ExportReport:
     """Write a bundle of the same weights and precision with another plan, without the checkpoint.
 
@@ -164,6 +160,8 @@ def export_again(
         PlanError: the plan does not fit the model.
     """
     model, manifest = load_bundle_model(bundle)
+    if len(manifest.variants) > 1:
+        raise ExportError(f"bundle {bundle}: has {len(manifest.variants)} variants, and another plan is for one")
     plan.resolve(model.schedule, model.depth)
     options = ExportOptions(plan, manifest.precision, batches or manifest.batches, manifest.sampling.max_top_k)
     options.check()

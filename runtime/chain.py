@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, CapturedChain, View
 from fastvar_trt.runtime.errors import BackendError, BundleError, CancelledError
-from fastvar_trt.runtime.manifest import OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
+from fastvar_trt.runtime.manifest import DECODER, OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
 from fastvar_trt.runtime.request import BatchInputs
 
 
@@ -184,10 +184,14 @@ class Chain:
 
     def _preview(self, scale: int) -> NDArray[Any]:
         """What the decoder makes of `f_hat` after a step: uint8 [B, H, W, 3]."""
-        key, decoder = self._layout.f_hat_after[scale], self._graphs[-1]
+        key = self._layout.f_hat_after[scale]
+        index, decoder = next((i, graph) for i, graph in enumerate(self._graphs) if graph.kind == DECODER)
         pixels = self._buffer_of(Role.PIXELS)
         if key not in self._decoders:
-            inputs = {spec.name: self._buffers[key].view() for spec in decoder.inputs}
+            inputs = {}
+            for spec in decoder.inputs:
+                place = _Place(key) if spec.role is Role.F_HAT else self._layout.inputs[index][spec.name]
+                inputs[spec.name] = self._view(decoder, spec, place)
             outputs = {spec.name: pixels.view() for spec in decoder.outputs if spec.role is Role.PIXELS}
             self._decoders[key] = self._backend.bind(decoder, inputs, outputs)
         self._decoders[key].enqueue()

@@ -39,7 +39,8 @@ class EngineRecord:
         weights: inputs that are tensors of the weights file.
         inputs: what the engine reads, weights among it.
         outputs: what it writes.
-        kernels: counts by kind, where the builder tells them: `total`, `attention` (fused), `gemm_bias_gelu` (fused).
+        kernels: counts by kind, where the builder tells them: `total`, `attention` (fused), `gemm_bias_gelu` (fused);
+            `plugins`: 1 where the cache operator is our plugin.
         seconds: that the build took.
     """
 
@@ -167,7 +168,7 @@ def read_engines(bundle: Path, name: str) -> EngineSet:
             raise ValueError(f"format version {data['format_version']!r}, expected {FORMAT_VERSION}")
         records = [EngineRecord.from_json(entry) for entry in data["engines"]]
         shared = {_plain_name(file): FileSpec(**spec) for file, spec in data["shared"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BundleError(
             f"{path}: damaged ({type(error).__name__}: {error}); run `fastvar build {bundle}` again"
         ) from error
@@ -213,4 +214,5 @@ def usable_engines(
         problem = problem or engines.problem(manifest, graph.file, built_with, target, check_hash=check_hashes)
     if problem:
         raise BundleError(f"bundle {bundle}: {problem}; {command}")
-    return engines
+    graphs = [graph.file for graph in manifest.graphs]
+    return dataclasses.replace(engines, records={file: engines.records[file] for file in graphs})

@@ -29,7 +29,6 @@ REFERENCE_FILE = "reference.npz"  # what PyTorch computed at export; `fastvar ve
 TOKENIZER_FILE = "tokenizer.json"  # of the text encoder
 ENGINES_FOLDER = "engines"
 ENGINES_FILE = "engines.json"
-ENGINES_FOLDER = "engines"
 
 # Kinds of graphs. A family may have others: a chain runs whatever graphs it lists.
 TEXT_ENCODER = "text_encoder"
@@ -63,6 +62,8 @@ class Role(enum.StrEnum):
 _PER_SCALE = (Role.NOISE, Role.TOKENS, Role.LOGITS, Role.FINITE)  # every step has its own
 _PER_LAYER = (Role.KEYS, Role.VALUES)
 OPTIONAL_ROLES = (Role.LOGITS, Role.IMAGE)
+_HANDED_ON = (Role.F_HAT, Role.STATE, Role.MODULATION, Role.TEXT, Role.CACHE)  # a graph reads what one before wrote
+_OF_BATCH = (Role.REQUEST, Role.NOISE, Role.F_HAT, Role.TOKENS, Role.LOGITS, Role.FINITE, Role.IMAGE, Role.PIXELS)
 
 # Graph inputs and outputs.
 LABELS = "labels"  # int64 [B], class indices
@@ -342,6 +343,8 @@ class SamplingSpec:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ValueError(f"sampling.{name}: got {value!r}, expected a finite number")
+        if self.temperature <= 0 or not 0 <= self.top_p <= 1:
+            raise ValueError(f"sampling: got temperature {self.temperature} and top_p {self.top_p}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,11 +463,18 @@ class Variant:
     def _check_chain(self, batch: int, plan: ResolvedPlan) -> None:
         """That tokens, keys and values are as many as schedule and plan say: buffers are sized by these."""
         rows: dict[tuple[Role, int | None], int] = defaultdict(int)
+        written: set[tuple[Role, str]] = set()
         for graph in self.chain(batch):
+            _check_roles(graph)
             for spec in graph.inputs:
                 if spec.role in _PER_LAYER:
                     _check_axis(graph, spec, 0, rows[spec.role, spec.layer])
+                if spec.role in _HANDED_ON and _handed_on(spec) not in written:
+                    raise ValueError(f"{graph.file}: {spec.name}: no graph before writes this {spec.role}")
+            written |= {_handed_on(spec) for spec in graph.outputs if spec.role in _HANDED_ON}
             for spec in (*graph.inputs, *graph.outputs):
+                if spec.role in _OF_BATCH:
+                    _check_axis(graph, spec, 0, batch)
                 if spec.scale is not None and not 0 <= spec.scale < len(self.schedule):
                     raise ValueError(f"{graph.file}: {spec.name}: there is no scale {spec.scale}")
                 if spec.role in (Role.NOISE, Role.TOKENS) and spec.scale is not None:
@@ -474,6 +484,26 @@ class Variant:
                     if graph.kind == STEP and graph.scale is not None and spec.layer is not None:
                         _check_axis(graph, spec, 0, plan.kept(graph.scale, spec.layer))
                     rows[spec.role, spec.layer] += spec.shape[0]
+
+
+def _handed_on(spec: TensorSpec) -> tuple[Role, str]:
+    """What makes an output and a later input the same; there is one f_hat, whatever its tensors are called."""
+    return spec.role, "" if spec.role is Role.F_HAT else spec.name
+
+
+def _check_roles(graph: GraphSpec) -> None:
+    """That a step and a decoder have what the runtime gives them and takes from them."""
+    f_hat, scale = (Role.F_HAT, None), graph.scale
+    needed: dict[str, tuple[list[Any], list[Any]]] = {
+        STEP: ([(Role.NOISE, scale)], [f_hat, *((role, scale) for role in (Role.TOKENS, Role.LOGITS, Role.FINITE))]),
+        DECODER: ([f_hat], [(Role.PIXELS, None), (Role.IMAGE, None)]),
+    }
+    for specs, expected in zip((graph.inputs, graph.outputs), needed.get(graph.kind, ((), ())), strict=True):
+        found = [(spec.role, spec.scale) for spec in specs]
+        for role, own in expected:
+            if found.count((role, own)) != 1:
+                where = "" if own is None else f" of scale {own}"
+                raise ValueError(f"{graph.file}: got {found.count((role, own))} tensors {role}{where}, expected one")
 
 
 def _check_axis(graph: GraphSpec, spec: TensorSpec, axis: int, expected: int) -> None:
@@ -532,8 +562,8 @@ class Manifest:
         self.sampling.check(self.model.vocab_size)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: got {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
-        if not self.batches:
-            raise ValueError("batches: got none")
+        if not self.batches or min(self.batches) < 1 or len(set(self.batches)) != len(self.batches):
+            raise ValueError(f"batches: got {list(self.batches)}, expected one or more different sizes of 1 or more")
         if not self.variants or len({variant.name for variant in self.variants}) != len(self.variants):
             raise ValueError("variants: expected one or more, each with a name of its own")
         for variant in self.variants:
@@ -598,10 +628,12 @@ class Manifest:
 
 def _how_to_export(data: Mapping[str, Any], where: str) -> str:
     """The command that makes a bundle of format 1 anew, as far as its manifest tells."""
+    if data.get("format_version") != 1:
+        return " with fastvar-export of this release"
     try:
         batches = ",".join(str(int(batch)) for batch in data["batches"])
         family, plan, precision = (str(v) for v in (data["model"]["family"], data["plan"]["name"], data["precision"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return " with fastvar-export of this release"
     return (
         f": fastvar-export {family} --checkpoint FILE --vae FILE --prune {plan} --precision {precision} --batch "

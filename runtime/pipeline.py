@@ -17,7 +17,14 @@ from fastvar_trt.runtime.backends import Backend, create_backend
 from fastvar_trt.runtime.chain import Chain, ChainOutputs, plan_batches
 from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.manifest import Manifest, Role, Variant, check_files, read_manifest
-from fastvar_trt.runtime.request import Request, batch_inputs, check_request, example_requests, requests_of
+from fastvar_trt.runtime.request import (
+    Request,
+    batch_inputs,
+    check_inputs,
+    check_request,
+    example_requests,
+    requests_of,
+)
 from fastvar_trt.runtime.text import PromptTokenizer, TextEncoder
 
 
@@ -113,14 +120,19 @@ class Pipeline:
             raise RequestError(f"check: got {check!r}, expected 'full' or 'size'")
         path = Path(bundle)
         manifest = read_manifest(path)
+        check_inputs(manifest)
         check_files(path, manifest, hashes=check == "full")
         if isinstance(backend, str):
             backend = create_backend(backend, device, **options)
+        elif device is not None or options:
+            given = ["device"] * (device is not None) + list(options)
+            raise RequestError(f"{given[0]}: has no effect on a backend that is given as an object; make it with it")
         pipeline = cls(path, manifest, backend)
         try:
             backend.open(path, manifest, check_hashes=check == "full")
-            for batch in manifest.batches:
-                pipeline._chain(manifest.default, batch)
+            for variant in manifest.variants:
+                for batch in manifest.batches:
+                    pipeline._chains[variant.name, batch] = Chain(backend, variant.chain(batch))
         except BaseException:
             backend.close()
             raise
@@ -134,21 +146,14 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _chain(self, variant: Variant, batch: int) -> Chain:
-        """The chain of a variant and batch size, loaded at its first use; call it with the lock held."""
-        key = (variant.name, batch)
-        if key not in self._chains:
-            self._chains[key] = Chain(self.backend, variant.chain(batch))
-        return self._chains[key]
-
     @property
     def buffer_shapes(self) -> dict[tuple[str, int], dict[str, tuple[int, ...]]]:
-        """(Variant, batch size) -> shape of every buffer, of the chains used so far."""
+        """(Variant, batch size) -> shape of every buffer, of every chain."""
         return {key: chain.buffer_shapes for key, chain in self._chains.items()}
 
     @property
     def num_buffer_bytes(self) -> int:
-        """Memory of requests, modulations, keys and values, caches and results, of all batch sizes used so far."""
+        """Memory of requests, modulations, keys and values, caches and results, of all batch sizes."""
         text = 0 if self._text_encoder is None else self._text_encoder.num_buffer_bytes
         return text + sum(chain.num_buffer_bytes for chain in self._chains.values())
 
@@ -275,12 +280,12 @@ class Pipeline:
             inputs = batch_inputs(self.manifest, chosen, [*part, *[part[-1]] * (batch - kept)])
             with self._lock:
                 self._check_open()
-                chain = self._chain(chosen, batch)
+                chain = self._chains[chosen.name, batch]
                 outputs.append(chain.run(inputs, wanted, should_stop, preview_scales, preview))
             start += batch
         for i, finite in enumerate(np.concatenate([o.finite for o in outputs])[: len(encoded)]):
             if not finite:
-                cfg = self.manifest.sampling.cfg if requests[i].cfg is None else np.max(requests[i].cfg)
+                cfg = np.max(self.manifest.sampling.cfg if requests[i].cfg is None else requests[i].cfg)
                 raise BackendError(
                     f"image {i}: the model's logits are not finite: cfg {cfg:g} is too large, or its activations "
                     f"exceed {self.manifest.precision}"

@@ -44,13 +44,13 @@ class Registry(Mapping[str, T]):
         Raises:
             ValueError: a name is taken.
         """
-        for item in items:
-            self.register(item)
+        before = dict(self._items)
         try:
+            for item in items:
+                self.register(item)
             yield
         finally:
-            for item in items:
-                del self._items[item.name]
+            self._items = before
 
     def __getitem__(self, name: str) -> T:
         return self._items[name]

@@ -7,6 +7,7 @@ page derive from `parameters`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
@@ -15,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime import manifest as names
-from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.runtime.errors import BundleError, RequestError
 from fastvar_trt.runtime.manifest import Condition, Manifest, Tokens, Variant
 from fastvar_trt.runtime.noise import MAX_SEED, uniform_noise
 
+# A character that can be seen: spelt out, as the languages of regular expressions differ in what is a space.
+VISIBLE = r"[^\s\x1c-\x1f\x85]"
 MIN_TEMPERATURE = 1e-3  # below, logits divided by it overflow
 Kind = Literal["integer", "number", "boolean", "text", "features"]
 
@@ -57,6 +60,8 @@ class Parameter:
         """The range in words."""
         if self.maximum is None:
             return f"{self.minimum:g} or more"
+        if self.minimum is None:
+            return f"up to {self.maximum}"
         return f"{self.minimum:g} to {self.maximum}"
 
 
@@ -100,6 +105,10 @@ TABLE: Mapping[str, Parameter] = {
     for field in dataclasses.fields(Request)
     if "parameter" in field.metadata
 }
+_CONDITION_INPUTS: Mapping[Condition, tuple[str, ...]] = {
+    Condition.CLASS: (names.LABELS,),
+    Condition.TEXT: (names.TEXT_FEATURES, names.TEXT_LENGTHS, names.NEGATIVE),
+}
 GRAPH_INPUTS: Mapping[str, Parameter] = {name: p for name, p in TABLE.items() if p.dtype}
 
 
@@ -107,7 +116,7 @@ def parameters(manifest: Manifest) -> dict[str, Parameter]:
     """What a bundle takes, with its own ranges and defaults."""
     model, sampling = manifest.model, manifest.sampling
     least_top_k = 0 if sampling.max_top_k == model.vocab_size else 1
-    own: dict[str, dict[str, Any] | None] = {
+    own: dict[str, dict[str, Any]] = {
         "label": {"minimum": 0, "maximum": model.num_classes - 1},
         "text_features": {"minimum": 1, "maximum": model.text_length, "width": model.text_width},
         "negative_text_features": {"minimum": 1, "maximum": model.text_length, "width": model.text_width},
@@ -123,10 +132,34 @@ def parameters(manifest: Manifest) -> dict[str, Parameter]:
     if model.tokens is not Tokens.INDEX:
         absent.add("top_k")
     return {
-        name: dataclasses.replace(p, **{"default": getattr(sampling, name, p.default), **(own.get(name) or {})})
+        name: dataclasses.replace(p, **{"default": getattr(sampling, name, p.default), **own.get(name, {})})
         for name, p in TABLE.items()
         if name not in absent
     }
+
+
+def check_inputs(manifest: Manifest) -> None:
+    """That requests can fill the inputs of all graphs.
+
+    Raises:
+        BundleError: an input that no request has, or one of the condition that is missing.
+    """
+    for graph in manifest.graphs:
+        for spec in graph.inputs:
+            if spec.role is names.Role.REQUEST:
+                parameter = GRAPH_INPUTS.get(spec.name)
+                if parameter is None or parameter.per_scale != (spec.scale is not None):
+                    raise BundleError(f"{graph.file}: {spec.name}: no such value of a request; export the bundle again")
+    expected = _CONDITION_INPUTS[manifest.model.condition]
+    for variant in manifest.variants:
+        for batch in manifest.batches:
+            inputs = [spec for graph in variant.chain(batch) for spec in graph.inputs]
+            found = {spec.name for spec in inputs if spec.role is names.Role.CONDITION}
+            if found != set(expected):
+                raise BundleError(
+                    f"graphs of batch {batch}: got condition inputs {', '.join(sorted(found)) or 'none'}, "
+                    f"expected {', '.join(expected)}; export the bundle again"
+                )
 
 
 def check_request(manifest: Manifest, variant: Variant, request: Request) -> None:
@@ -152,6 +185,8 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
     for name, parameter in known.items():
         if _is_given(request, parameter):
             _check_value(parameter, getattr(request, name), len(variant.schedule), manifest, greedy=request.greedy)
+    if request.noise is not None:
+        _noise(variant, manifest.batches[0], [request])
 
 
 def _is_given(request: Request, parameter: Parameter) -> bool:
@@ -233,7 +268,7 @@ def _numbers(name: str, value: Any) -> NDArray[Any]:
 
 
 def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not re.search(VISIBLE, value):
         raise RequestError(f"{name}: got {value!r}, expected some text")
     try:
         value.encode()
@@ -317,6 +352,8 @@ def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
 
 
 def _per_image(name: str, value: Any, count: int, num_scales: int) -> list[Any]:
+    if isinstance(value, list | tuple) and any(isinstance(row, list | tuple) for row in value):
+        value = _numbers(name, value)  # rows of values per scale
     if isinstance(value, list | tuple):
         if len(value) == count:
             return list(value)
@@ -411,12 +448,16 @@ def _noise(variant: Variant, batch: int, requests: Sequence[Request]) -> dict[in
 
 def _noise_of(request: Request, scale: int, shape: tuple[int, ...]) -> NDArray[Any]:
     if request.noise is None:
-        return uniform_noise(request.seed, scale, shape)
+        return uniform_noise(TABLE["seed"].minimum if request.seed is None else request.seed, scale, shape)
+    if not isinstance(request.noise, Mapping):
+        raise RequestError(f"noise: got {type(request.noise).__name__}, expected arrays by scale")
     if scale not in request.noise:
         raise RequestError(f"noise: scale {scale} is missing")
     array = _numbers(f"noise[{scale}]", request.noise[scale])
-    if array.shape != shape or not ((array >= 0) & (array < 1)).all():
-        raise RequestError(f"noise[{scale}]: got {array.shape}, expected {shape}, 0 to below 1")
+    if array.shape != shape:
+        raise RequestError(f"noise[{scale}]: got shape {list(array.shape)}, expected {list(shape)}")
+    if not ((array >= 0) & (array < 1)).all():
+        raise RequestError(f"noise[{scale}]: got {array.min():g} to {array.max():g}, expected 0 to below 1")
     return array
 
 

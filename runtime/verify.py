@@ -66,7 +66,7 @@ class Verification:
 
 
 def verify_bundle(pipeline: Pipeline) -> Verification:
-    """Draw the greedy images that the exporter left in the bundle, in every batch size, and compare.
+    """Draw the greedy images that the exporter left of the first variant, in every batch size, and compare.
 
     A token that differs changes everything after it, so an image is compared up to its first difference.
 

@@ -1,1 +1,1 @@
-"""Servers around `runtime.Service`: HTTP (`app`), Ray Serve (`ray_deployment`), Triton (`triton`)."""
+"""Servers: `http` and `ray_deployment` around `runtime.Service`, `triton` around `runtime.Pipeline`; `metrics`."""

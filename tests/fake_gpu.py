@@ -257,4 +257,4 @@ def fake_build_engine(
         for is_input, values in ((True, model.graph.input), (False, model.graph.output))
         for value in values
     )
-    return BuiltEngine(model.SerializeToString(), tensors, 0, 0, 0, 0.0)
+    return BuiltEngine(model.SerializeToString(), tensors, 0, 0, 0)

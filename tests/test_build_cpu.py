@@ -194,6 +194,18 @@ def test_a_killed_build_leaves_nothing_after_the_next(built: Path, tmp_path: Pat
         assert not verify_bundle(pipe).failures
 
 
+def test_a_bundle_that_lost_graphs_keeps_engines_for_the_others(built: Path, tmp_path: Path) -> None:
+    """Engines share a file here: one that is used no more takes the others with it, and they are built anew."""
+    bundle = Path(shutil.copytree(built, tmp_path / "b"))
+    manifest = read_manifest(bundle)
+    variant = dataclasses.replace(manifest.default, graphs=tuple(manifest.default.chain(1)))
+    smaller = dataclasses.replace(manifest, batches=(1,), variants=(variant,))
+    (bundle / MANIFEST_FILE).write_text(json.dumps(smaller.to_json()))
+    assert len(build_cpu(bundle).built) == 6
+    with Pipeline.load(bundle, engines="require") as pipe:
+        assert not verify_bundle(pipe).failures
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_needs_engines_on_the_cpu(
     precision: str,

@@ -100,6 +100,14 @@ def test_inspect(bundle: Path) -> None:
     assert data["variants"][0]["schedule"] == [[n, n] for n in TINY_PATCH_NUMS]
 
 
+def test_inspect_shows_what_can_be_read(bundle: Path) -> None:
+    (bundle / "engines" / "cpu").mkdir(parents=True)
+    (bundle / "engines" / "cpu" / "engines.json").write_text("{}")
+    done = run(fastvar, "inspect", bundle, "--tensors")
+    assert done.exit_code == 0
+    assert "engines.json: damaged" in done.output and "step_02.onnx" in done.output
+
+
 @pytest.mark.parametrize("command", [["verify"], ["generate", "--class", "1", "-o", "x.png"], ["inspect"]])
 def test_a_bundle_that_is_none(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -177,7 +185,7 @@ def _in_another_order(data: dict[str, Any]) -> None:
         (_in_another_order, "those of batch 1 are not in the order in which they run"),
         (lambda data: data.update(variants=[]), "variants: expected one or more"),
         (lambda data: data.update(variants=data["variants"] * 2), "variants: expected one or more, each with a name"),
-        (lambda data: data.update(batches=[]), "batches: got none"),
+        (lambda data: data.update(batches=[]), "batches: got [], expected one or more"),
         (lambda data: data.update(batches=[1, 2, 3]), "got 0 of condition for batch 3, expected 1"),
         (lambda data: data["model"].update(condition="sound"), "'sound' is not a valid Condition"),
         (lambda data: data.update(precision="fp8"), "precision: got 'fp8'"),

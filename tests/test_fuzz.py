@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import math
+import operator
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvar_trt.runtime import FastVARError, Pipeline, Service
-from fastvar_trt.runtime.manifest import MANIFEST_FILE
+from fastvar_trt.runtime import BundleError, FastVARError, Pipeline, Service
+from fastvar_trt.runtime.manifest import MANIFEST_FILE, Manifest
+from fastvar_trt.runtime.request import check_inputs
 from fastvar_trt.serving.http.app import ServerOptions, create_app
 from fuzzing import FUZZ, PATHS, answers_to_valid_bodies
 
@@ -83,6 +87,18 @@ def test_damaged_manifests(tiny_bundle: Path, tmp_path: Path) -> None:
     check()
     assert outcomes["BundleError"] > 60
     assert outcomes.total() >= 120
+
+
+def test_no_tensor_can_do_without_its_role(tiny_bundle: Path) -> None:
+    """Nothing is read out of names: a tensor of another role is seen before anything runs."""
+    manifest = json.loads((tiny_bundle / MANIFEST_FILE).read_text())
+    paths = [path for path in _paths(manifest) if path[-1] == "role" and path[0] == "variants"]
+    assert len(paths) > 150
+    for path in paths:
+        if functools.reduce(operator.getitem, path, manifest) == "state":
+            continue
+        with pytest.raises(BundleError):
+            check_inputs(Manifest.from_json(_damaged(manifest, path, "replace", "state"), "manifest.json"))
 
 
 def test_the_schema_says_what_the_bundle_takes(tiny_bundle: Path) -> None:

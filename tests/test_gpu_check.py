@@ -22,7 +22,7 @@ def test_without_a_gpu_everything_is_skipped(tmp_path: Path, monkeypatch: Any) -
     assert done.exit_code == 0, done.output
     data = json.loads((tmp_path / "check" / "gpu_check.json").read_text())
     assert [s["name"] for s in data["sections"]][:2] == ["GPU", "CUDA kernels against the oracle"]
-    assert len(data["sections"]) == 7 and all(s["skipped"] and not s["failed"] for s in data["sections"])
+    assert len(data["sections"]) == 8 and all(s["skipped"] and not s["failed"] for s in data["sections"])
     assert "Skipped: no NVIDIA driver" in (tmp_path / "check" / "gpu_check.md").read_text()
 
 

@@ -293,7 +293,8 @@ def main(bundle: Path | None, out: Path, runs: int) -> None:
             return [{"bundle": name, "precision": read_manifest(path).precision} for name, path in bundles.items()]
 
         sections.append(run_section("Export", export))
-        for name, target in (("onnxruntime", "cuda"), ("tensorrt_rtx", gpu), ("tensorrt", "current")):
+        enterprise = [("tensorrt", target) for target in ("current", "current+plugins")]
+        for name, target in (("onnxruntime", "cuda"), ("tensorrt_rtx", gpu), *enterprise):
 
             def check(name: str = name, target: str = target) -> list[dict[str, Any]]:
                 if not sections[2].results:
@@ -302,7 +303,7 @@ def main(bundle: Path | None, out: Path, runs: int) -> None:
                     raise UnavailableError(f"TensorRT for RTX does not build for {target}")
                 return [result for path in bundles.values() for result in check_backend(path, name, target)]
 
-            sections.append(run_section(f"{name} against the CPU", check))
+            sections.append(run_section(f"{name}, built for {target}, against the CPU", check))
 
         def speed() -> list[dict[str, Any]]:
             if not sections[2].results:

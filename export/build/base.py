@@ -7,11 +7,12 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from fastvar_trt.export.folders import recover, replace_folder, temporary_folder
+from fastvar_trt.export.progress import Progress, no_progress
 from fastvar_trt.runtime.engines import EngineRecord, EngineSet, engines_folder, read_engines
 from fastvar_trt.runtime.errors import BundleError, ExportError
 from fastvar_trt.runtime.manifest import (
@@ -24,12 +25,6 @@ from fastvar_trt.runtime.manifest import (
     check_files,
     read_manifest,
 )
-
-Progress = Callable[[str, str, float], None]  # graph file, phase, share of the phase that is done
-
-
-def no_progress(graph: str, phase: str, share: float) -> None:
-    """For callers that want none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +81,9 @@ class Builder(abc.ABC):
     def fresh(self, engines: EngineSet, manifest: Manifest, graph: GraphSpec) -> bool:
         """Whether the engine that is there computes the graph on all targets."""
         return not any(
-            engines.problem(manifest, graph.file, self.built_with(), target, check_hash=True) for target in self.targets
+            # Each file is hashed once, however many targets it is for.
+            engines.problem(manifest, graph.file, self.built_with(), target, check_hash=target == self.targets[0])
+            for target in self.targets
         )
 
     def all_targets(self, engines: EngineSet) -> tuple[str, ...]:
@@ -179,31 +176,31 @@ def build_bundle(bundle: Path, builder: Builder, progress: Progress = no_progres
     """
     begin = time.perf_counter()
     manifest = read_manifest(bundle)
-    check_files(bundle, manifest, hashes=True)
     builder.open()
+    check_files(bundle, manifest, hashes=True)
     with _writing(engines_folder(bundle, builder.folder)):
         recover(engines_folder(bundle, builder.folder))  # what builds that were killed have left
     before = _engines_there(bundle, builder)
+    graphs = {graph.file for graph in manifest.graphs}
+    after = dataclasses.replace(before, records={k: r for k, r in before.records.items() if k in graphs})
+    is_obsolete = len(after.records) < len(before.records)
     stale = [graph for graph in manifest.graphs if not builder.fresh(before, manifest, graph)]
-    if builder.shares_files and (stale or before.shared_problem(check_hash=True)):
+    if builder.shares_files and (stale or is_obsolete or before.shared_problem(check_hash=True)):
         stale = list(manifest.graphs)
     targets = builder.all_targets(before)
-    replaced = {graph.file for graph in stale}
-    graphs = {graph.file for graph in manifest.graphs} - replaced
-    kept = EngineSet(before.folder, {k: r for k, r in before.records.items() if k in graphs}, before.shared)
-    after = kept
-    if replaced or len(kept.records) < len(before.records):
+    if stale or is_obsolete:
         with _writing(before.folder), temporary_folder(before.folder) as scratch:
             steps = _records(bundle, manifest, builder, stale, targets, scratch, progress)
-            after = (_replace if builder.shares_files else _add)(kept, steps, scratch)
+            after = (_replace if builder.shares_files else _add)(after, steps, scratch)
             _remove_unused(before, after)
+    replaced = {graph.file for graph in stale}
     new = tuple(after.records[graph.file] for graph in stale)
     sizes = (*(record.content for record in after.records.values()), *after.shared.values())
     return BuildReport(
         folder=builder.folder,
         targets=targets if new else builder.targets,
         built=new,
-        kept=tuple(kept.records.values()),
+        kept=tuple(record for file, record in after.records.items() if file not in replaced),
         num_bytes=sum(spec.num_bytes for spec in sizes),
         seconds=time.perf_counter() - begin,
     )
@@ -227,9 +224,9 @@ def _records(
         progress(graph.file, "done", 1.0)
 
 
-def _add(kept: EngineSet, records: Iterator[EngineRecord], scratch: Path) -> EngineSet:
-    """Put each engine into the folder as soon as it is there, and its record beside it."""
-    engines, folder = kept, kept.folder
+def _add(there: EngineSet, records: Iterator[EngineRecord], scratch: Path) -> EngineSet:
+    """Put each engine into the folder as soon as it is there, and its record in the place of the one before."""
+    engines, folder = there, there.folder
     folder.mkdir(exist_ok=True)
     _write_record(engines, scratch, folder)
     for record in records:
@@ -239,14 +236,14 @@ def _add(kept: EngineSet, records: Iterator[EngineRecord], scratch: Path) -> Eng
     return engines
 
 
-def _replace(kept: EngineSet, records: Iterator[EngineRecord], scratch: Path) -> EngineSet:
+def _replace(there: EngineSet, records: Iterator[EngineRecord], scratch: Path) -> EngineSet:
     """Put all engines and the files that they share in the folder's place, when all are there."""
     by_graph = {record.graph: record for record in records}
     own = {record.file for record in by_graph.values()}
     shared = {path.name: FileSpec.of(path) for path in sorted(scratch.iterdir()) if path.name not in own}
-    engines = EngineSet(kept.folder, by_graph, shared)
+    engines = EngineSet(there.folder, by_graph, shared)
     _write_record(engines, scratch, scratch)
-    replace_folder(scratch, kept.folder)
+    replace_folder(scratch, there.folder)
     return engines
 
 

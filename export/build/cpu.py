@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 import onnx
 import onnx_ir as ir
 
-from fastvar_trt.export.build.base import Builder, Built, Progress
+from fastvar_trt.export.build.base import Builder, Built
 from fastvar_trt.export.passes.widen_bfloat16 import WidenBFloat16
+from fastvar_trt.export.progress import Progress
 from fastvar_trt.runtime.backends.onnxruntime import CPU_TARGET, cpu_built_with, import_onnxruntime
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from fastvar_trt.export.build.base import Builder, Built, Progress
+from fastvar_trt.export.build.base import Builder, Built
 from fastvar_trt.export.passes.promote_weights import PromoteWeights
+from fastvar_trt.export.progress import Progress
 from fastvar_trt.runtime.backends.onnxruntime_cuda import BUILT_WITH, CUDA_TARGET, FLAVOUR
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec

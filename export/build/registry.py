@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvar_trt.export.build.base import Builder, BuildReport, Progress, build_bundle, no_progress
+from fastvar_trt.export.build.base import Builder, BuildReport, build_bundle
 from fastvar_trt.export.build.cpu import CpuBuilder
 from fastvar_trt.export.build.cuda import CudaBuilder
 from fastvar_trt.export.build.tensorrt.builder import EnterpriseBuilder, RtxBuilder
+from fastvar_trt.export.progress import Progress, no_progress
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.registry import Registry
 

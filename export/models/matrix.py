@@ -1,6 +1,7 @@
 """Large matrices: how a precision writes them into the weights file, and how a graph multiplies with them.
 
-A new format touches this module alone: one class, one entry in `FORMATS`, and a `Precision` that names it.
+A new format is one class, one entry in `FORMATS`, and a `Precision` that names it. For engines that shall share its
+tensors, the operators that read them belong into `passes.promote_weights`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Cast(MatrixFormat):
         return F.linear(x, tensors[f"{linear}.weight"], bias)
 
 
-FORMATS: Registry[MatrixFormat] = Registry(*(Cast(name) for name in ("float32", "float16", "bfloat16")))
+FORMATS: Registry[MatrixFormat] = Registry(*(Cast(name) for name in DTYPES if "float" in name))
 
 
 def matrix_format(precision: Precision) -> MatrixFormat:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvar_trt.export.models.base import NextScaleModel, Request, StepOutputs
 from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.request import GRAPH_INPUTS, TABLE
 
 
 def default_request(model: NextScaleModel, batch: int, *, greedy: bool, cfg: float | None = None) -> Request:
@@ -23,10 +24,9 @@ def default_request(model: NextScaleModel, batch: int, *, greedy: bool, cfg: flo
         cfg: guidance scale, in place of the model's.
     """
     defaults = model.sampling_spec()
-    values = {"cfg": cfg, "temperature": None, "top_k": None, "top_p": None}
-    filled = {name: getattr(defaults, name) if value is None else value for name, value in values.items()}
-    rows = {name: torch.full((batch,), value) for name, value in filled.items()}
-    return Request(**rows, greedy=torch.full((batch,), greedy))
+    values = {name: getattr(defaults, name, TABLE[name].default) for name in GRAPH_INPUTS}
+    values |= {"greedy": greedy} | ({} if cfg is None else {"cfg": cfg})
+    return Request(**{name: torch.full((batch,), value) for name, value in values.items()})
 
 
 @dataclasses.dataclass

@@ -55,4 +55,8 @@ def create_backend(name: str, device: str | None = None, *, profile: bool = Fals
     if unknown:
         takes = f"it takes {', '.join(known)}" if known else "it takes no options"
         raise BackendError(f"backend {name}: takes no {unknown[0]}; {takes}")
+    for option in entry.options:
+        value = given.get(option.name)
+        if option.choices and value is not None and value not in option.choices:
+            raise BackendError(f"{option.name}: got {value!r}, expected one of {', '.join(option.choices)}")
     return entry.create(device, profile, **given)

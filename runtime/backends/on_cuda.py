@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, CapturedChain
 from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError, host_array
-from fastvar_trt.runtime.engines import EngineSet, usable_engines
-from fastvar_trt.runtime.errors import BackendError
-from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, TensorSpec
+from fastvar_trt.runtime.engines import EngineRecord, EngineSet, usable_engines
+from fastvar_trt.runtime.errors import BackendError, BundleError
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, GraphSpec, Manifest, TensorSpec, check_same_tensors
 from fastvar_trt.runtime.weights import TensorPlace, read_layout
 
 _ALIGNMENT = 256  # bytes, of every tensor on the device: what cudaMalloc gives, and what vector loads want
@@ -155,6 +155,11 @@ class CudaBackend(Backend):
         )
         places = read_layout(bundle / WEIGHTS_FILE)
         used = sorted({name for record in self._engines.records.values() for name in record.weights})
+        missing = [name for name in used if name not in places]
+        if missing:
+            raise BundleError(
+                f"bundle {bundle}: {WEIGHTS_FILE} has no {missing[0]}, which an engine reads; build again"
+            )
         weights = sum(places[name].num_bytes for name in used)
         buffers = sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs)
         free = self._device.free_bytes()
@@ -165,6 +170,16 @@ class CudaBackend(Backend):
                 f"on {self._device.name}; export with smaller --batch or --precision fp16, or free the GPU"
             )
         self._upload_weights(used, places)
+
+    def _check_tensors(self, graph: GraphSpec, record: EngineRecord) -> None:
+        """That an engine has the tensors of the manifest, and weights: they are bound by their addresses.
+
+        Raises:
+            BundleError: it has others.
+        """
+        own = tuple(spec for spec in record.inputs if spec.name not in record.weights)
+        for expected, got in ((graph.inputs, own), (graph.outputs, record.outputs)):
+            check_same_tensors(record.file, expected, got, BundleError)
 
     def _allocate(self, num_bytes: int) -> int:
         pointer = int(self._device.allocate(num_bytes))

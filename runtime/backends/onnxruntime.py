@@ -283,8 +283,8 @@ def _check_tensors(graph: GraphSpec, session: Any) -> None:
 
 def _create(device: str | None, profile: bool, **options: Any) -> Backend:
     if device is None or not device.startswith("cuda"):
-        if "capture" in options:
-            raise BackendError("backend onnxruntime on the CPU: takes no capture; leave it out")
+        if options.pop("capture", False):
+            raise BackendError("backend onnxruntime on the CPU: cannot capture; leave it out")
         return OnnxRuntimeBackend(device=device or "cpu", profile=profile, **options)
     from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 

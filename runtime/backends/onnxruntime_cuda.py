@@ -92,6 +92,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
                 f"{path.name}: ONNX Runtime runs it on {session.get_providers()[0]}, not on {self._device.name}; check "
                 "that CUDA and cuDNN are the versions that onnxruntime-gpu wants"
             )
+        self._check_tensors(graph, record)
         self._sessions[graph.file] = session
 
     def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:

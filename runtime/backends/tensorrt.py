@@ -122,6 +122,7 @@ class TensorRTBackend(CudaBackend):
                 f"({self._device.target}) could not load the engine; run `fastvar build {self._bundle} --target "
                 f"{self._device.target}`"
             )
+        self._check_tensors(graph, record)
         self._loaded[graph.file] = _Engine(record, engine)
 
     def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:

@@ -130,8 +130,8 @@ def create_app(
     )
     async def images(request: Request) -> Response:
         """Draw one picture. Requests that arrive together share a batch, which does not change their pictures."""
-        body = await _parsed(request, bodies().image)
         await admit(request)
+        body = await _parsed(request, bodies().image)
         ticket, wanted = await submit(body)
         result = await _unless_gone(request, _result(ticket, wanted))
         if result is None:
@@ -153,8 +153,8 @@ def create_app(
     )
     async def stream(request: Request) -> StreamingResponse:
         """Draw one picture, and show it in the making."""
-        body = await _parsed(request, bodies().stream)
         await admit(request)
+        body = await _parsed(request, bodies().stream)
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[Preview | None] = asyncio.Queue()
 
@@ -223,7 +223,7 @@ async def _parsed(request: Request, body: Body) -> ImageBody:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a page of another site can send unasked is none
         raise RequestError(f"content-type: got {kind!r}, expected application/json")
-    return body.parse(await request.body())
+    return await asyncio.to_thread(body.parse, await request.body())  # a large one takes a while
 
 
 class _ErrorBody(BaseModel):

@@ -22,13 +22,15 @@ from pydantic import (
 
 from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Manifest
-from fastvar_trt.runtime.request import Parameter, parameters
+from fastvar_trt.runtime.request import VISIBLE, Parameter, parameters
 from fastvar_trt.runtime.service import ImageRequest
 
 _MAX_PROMPT = 10_000  # characters; a bundle's limit in tokens is lower, and no schema can say it
 _MAX_CFG = 100.0  # far beyond what is of use; logits overflow much later, which would spoil a whole batch
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _MAX_PREVIEWS = 64
+_MAX_PROBLEMS = 10  # that one answer tells
+_MAX_NAME = 100  # characters of a field, in an answer
 _SCHEMAS = "#/components/schemas/{model}"
 
 
@@ -75,13 +77,16 @@ class Body:
             return self.adapter.validate_json(content)
         except ValidationError as error:
             problems = error.errors(include_url=False, include_context=False, include_input=False)
-            raise RequestError("; ".join(self._problem(problem) for problem in problems)) from error
+            told = [self._problem(problem) for problem in problems[:_MAX_PROBLEMS]]
+            more = len(problems) - len(told)
+            raise RequestError("; ".join([*told, *([f"and {more} more"] if more else [])])) from error
 
     def _problem(self, problem: Any) -> str:
         place = list(problem["loc"])
         if len(self.models) > 1 and place and place[0] in self.models:  # which of the models it is of
             place = place[1:]
-        return f"{'.'.join(map(str, ('body', *place)))}: {problem['msg']}"
+        where = ".".join(str(part)[:_MAX_NAME] for part in ("body", *place))
+        return f"{where}: {problem['msg']}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +171,7 @@ def _features(parameter: Parameter) -> Any:
 
 def _text(parameter: Parameter) -> Any:
     # Something that can be seen; of negative prompts, which forms send empty, nothing is one as well.
-    pattern = r"^$|\S" if parameter.needs else r"\S"
+    pattern = f"^$|{VISIBLE}" if parameter.needs else VISIBLE
     return Annotated[str, Field(max_length=_MAX_PROMPT, pattern=pattern)]
 
 

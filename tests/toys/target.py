@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fastvar_trt.export.build.base import Builder, Built, Progress
+from fastvar_trt.export.build.base import Builder, Built
+from fastvar_trt.export.progress import Progress
 from fastvar_trt.runtime.manifest import GraphSpec
 
 VERSION = {"toy": "1"}

@@ -1,4 +1,7 @@
-"""`fastvar`: everything that is done with a bundle, a command a file. Needs neither torch nor onnx, but for `build`."""
+"""`fastvar`: everything that is done with a bundle, a command a file; and `export`, which makes them.
+
+Neither needs torch nor onnx before `build`, `tune` or an export runs.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,13 @@ from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, examples, progre
     ),
 )
 @BUNDLE
-@click.option("--target", "targets", required=True, metavar="T,T,...", help="cpu, cuda, sm75 ... sm121, or current.")
+@click.option(
+    "--target",
+    "targets",
+    required=True,
+    metavar="T,T,...",
+    help="cpu, cuda, sm75 ... sm121, current, current+plugins; the error for another one lists all.",
+)
 def build(bundle: Path, targets: str) -> None:
     """Build what targets need beyond the graphs.
 

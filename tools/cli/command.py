@@ -122,7 +122,7 @@ class ProgressBar:
             self.close()
             self._task = task
             self._bar = click.progressbar(
-                length=100, label=f"{task:<18}", item_show_func=lambda item: item, show_eta=False, width=_WIDTH
+                length=100, label=f"{task:<18}", item_show_func=lambda item: item, width=_WIDTH
             )
             self._bar.__enter__()
         # Phases may nest and repeat: the bar never goes back, and is full at the end only.

@@ -133,18 +133,18 @@ def _bundle_command() -> click.Command:
 def _run(export: Export, out: Path, targets: str | None, triton: Path | None, *, force: bool) -> None:
     """Write a bundle and what was asked for beyond it, and say what came out."""
     try:
+        import fastvar_trt.export.exporter  # noqa: F401  # with all that it needs, before minutes of work
         from fastvar_trt.export.build.registry import build_targets, parse_targets
         from fastvar_trt.serving.triton.repository import check_free, model_folder
-
-        builders = parse_targets(targets) if targets is not None else []  # an error before minutes of work
-        if triton is not None:
-            check_free(model_folder(triton, out), force=force)
-        begin = time.perf_counter()
-        with progress_bars() as progress:
-            report = export(out, progress)
-            built = build_targets(out, builders, progress)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
+    builders = parse_targets(targets) if targets is not None else []  # an error before minutes of work
+    if triton is not None:
+        check_free(model_folder(triton, out), force=force)
+    begin = time.perf_counter()
+    with progress_bars() as progress:
+        report = export(out, progress)
+        built = build_targets(out, builders, progress)
     manifest = report.manifest
     size = sum(spec.num_bytes for spec in manifest.files.values()) / 2**20
     click.echo(f"{out}: {len(manifest.graphs)} graphs ({len(report.errors)} traced), {size:.1f} MiB")

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from fastvar_trt.runtime.engines import EngineSet, engine_folders, read_engines
+from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import (
     WEIGHTS_FILE,
     Condition,
@@ -60,7 +61,10 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
     files = [[name, f"{spec.num_bytes / 2**20:.2f}", spec.sha256[:12]] for name, spec in manifest.files.items()]
     click.echo("\n" + format_table(["file", "MiB", "SHA-256"], files))
     for folder in engine_folders(bundle):
-        click.echo("\n" + _engine_table(folder, read_engines(bundle, folder)))
+        try:
+            click.echo("\n" + _engine_table(folder, read_engines(bundle, folder)))
+        except BundleError as error:
+            click.echo(f"\n{folder}: {error}")
     if tensors:
         for graph in manifest.graphs:
             click.echo(f"\n{graph.file}")

@@ -186,6 +186,7 @@ class Stage:
                 saved = now
             latest = ", ".join(f"{name} {np.mean(values[-20:]):.4f}" for name, values in self.losses.items())
             progress(self.name, latest, self.step / self.num_steps)
+        progress(self.name, "done", 1.0)
 
     def record(self, **losses: Tensor) -> None:
         """Keep the losses of a step."""

@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from fastvar_trt.export.build.base import Builder, Built, Progress
+from fastvar_trt.export.build.base import Builder, Built
 from fastvar_trt.export.build.cuda import with_weights_as_inputs
 from fastvar_trt.export.build.tensorrt.engine import build_engine
 from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS, Flavour
 from fastvar_trt.export.passes.allow_attention_decomposition import AllowAttentionDecomposition
 from fastvar_trt.export.passes.use_plugins import UsePlugins
+from fastvar_trt.export.progress import Progress
 from fastvar_trt.plugins.tensorrt_plugin import register_plugins
 from fastvar_trt.runtime.backends.cuda import CudaDevice
 from fastvar_trt.runtime.backends.tensorrt import CURRENT_TARGET, ENTERPRISE_FLAVOUR, RTX_FLAVOUR

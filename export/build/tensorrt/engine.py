@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +36,6 @@ class BuiltEngine:
         num_kernels: layers of the optimised network; 0 where the log did not list them.
         num_attention: of those, fused attention.
         num_gemm_gelu: of those, matrix products fused with bias and GELU.
-        seconds: parse and build.
     """
 
     data: bytes
@@ -45,7 +43,6 @@ class BuiltEngine:
     num_kernels: int
     num_attention: int
     num_gemm_gelu: int
-    seconds: float
 
 
 def build_engine(
@@ -69,7 +66,6 @@ def build_engine(
         ExportError: the parser refused the graph, or no engine came out; with TensorRT's own words.
     """
     trt = flavour.module
-    begin = time.perf_counter()
     logger = _logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(flavour.network_flags())
@@ -96,7 +92,6 @@ def build_engine(
         num_kernels=len(layers),
         num_attention=sum(bool(_ATTENTION.search(layer)) for layer in layers),
         num_gemm_gelu=sum(bool(_GEMM_BIAS_GELU.search(layer)) for layer in layers),
-        seconds=time.perf_counter() - begin,
     )
 
 
