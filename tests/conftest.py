@@ -50,6 +50,11 @@ TINY_PATCH_NUMS = (1, 3, 5, 8)
 TINY_PLAN = PruningPlan("tiny", fractions=((-1, 0.5),), cache_scale=-2, first_layer=1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: what is left at the end, workers can share."""
+    items.sort(key=lambda item: item.path.name not in ("test_golden.py", "test_demo_model.py"))
+
+
 class Golden:
     """A folder of `golden/`: the case, its checkpoint files, and what the public reference code computed."""
 

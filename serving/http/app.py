@@ -102,8 +102,16 @@ def create_app(
     responses = Counter(
         "fastvar_http_responses", "Responses by path and status.", ["path", "status"], registry=registry
     )
-    limiter = MovingWindowRateLimiter(MemoryStorage())
     app.add_middleware(_Gatekeeper, max_body_bytes=options.max_body_bytes, responses=responses)
+    _add_pictures(app, service, options)
+    _add_status(app, service, registry)
+    _add_errors(app)
+    return app
+
+
+def _add_pictures(app: FastAPI, service: Service, options: ServerOptions) -> None:
+    """The paths that draw, and the schema of what they take."""
+    limiter = MovingWindowRateLimiter(MemoryStorage())
 
     async def admit(request: Request) -> None:
         client = request.client.host if request.client else "unknown"
@@ -164,6 +172,18 @@ def create_app(
         ticket, wanted = await submit(body, hand_over)
         return StreamingResponse(_events(ticket, wanted, body, items), media_type="text/event-stream")
 
+    def openapi() -> dict[str, Any]:
+        """FastAPI's own schema, with the bodies that the bundle takes."""
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        known = bodies()
+        return known.add_to_schema(schema, {"/v1/images": known.image, "/v1/images/stream": known.stream})
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
+
+
+def _add_status(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
+    """What is served and how it does, for people, load balancers and Prometheus."""
+
     @app.get("/v1/model")
     async def model() -> dict[str, Any]:
         """What is served: sizes, plan, defaults, the scales that have previews."""
@@ -188,6 +208,10 @@ def create_app(
         text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers={"content-security-policy": _CONTENT_SECURITY_POLICY})
 
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error as JSON, with its status."""
+
     @app.exception_handler(Exception)
     @app.exception_handler(FastVARError)
     @app.exception_handler(MemoryError)
@@ -203,15 +227,6 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(_error_content("HTTPError", str(error.detail)), error.status_code, error.headers)
-
-    def openapi() -> dict[str, Any]:
-        """FastAPI's own schema, with the bodies that the bundle takes."""
-        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        known = bodies()
-        return known.add_to_schema(schema, {"/v1/images": known.image, "/v1/images/stream": known.stream})
-
-    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
-    return app
 
 
 async def _parsed(request: Request, body: Body) -> ImageBody:
