@@ -341,14 +341,17 @@ class Pipeline:
             thread.join()
 
     def warm_up(self) -> None:
-        """Draw one image per batch size; where there is a text encoder, load it and its tokenizer: the first request of
-        a service then takes what the later ones take (on a GPU, chains are captured here), and no file is read later.
+        """Draw one batch of every size with every variant; where there is a text encoder, load it and its tokenizer.
+
+        The first request of a service then takes what the later ones take (on a GPU, chains are captured here), and no
+        file is read later.
 
         Raises:
             BackendError: the backend failed, or prompts need a package that is not installed.
         """
-        for batch in self.manifest.batches:
-            self.draw(example_requests(self.manifest, batch))
+        for variant in self.manifest.variants:
+            for batch in self.manifest.batches:
+                self.draw(example_requests(self.manifest, batch), variant=variant.name)
         if self.manifest.text_encoder is not None:
             self._tokenizer.load()
             self.encode_tokens([0])
