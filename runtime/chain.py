@@ -185,9 +185,9 @@ class Chain:
     def _preview(self, scale: int) -> NDArray[Any]:
         """What the decoder makes of `f_hat` after a step: uint8 [B, H, W, 3]."""
         key = self._layout.f_hat_after[scale]
-        index, decoder = next((i, graph) for i, graph in enumerate(self._graphs) if graph.kind == DECODER)
         pixels = self._buffer_of(Role.PIXELS)
         if key not in self._decoders:
+            index, decoder = next((i, graph) for i, graph in enumerate(self._graphs) if graph.kind == DECODER)
             inputs = {}
             for spec in decoder.inputs:
                 place = _Place(key) if spec.role is Role.F_HAT else self._layout.inputs[index][spec.name]

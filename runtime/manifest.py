@@ -399,6 +399,16 @@ class Variant:
         """The plan for a model of that many layers."""
         return self.plan.resolve(self.schedule, depth)
 
+    @functools.cached_property
+    def computed_scales(self) -> tuple[int, ...]:
+        """The scales that have a step, in order."""
+        return tuple(dict.fromkeys(g.scale for g in self.graphs if g.kind == STEP and g.scale is not None))
+
+    @property
+    def preview_scales(self) -> tuple[int, ...]:
+        """The scales after which there is something to look at besides the result: computed ones before the last."""
+        return self.computed_scales[:-1]
+
     def chain(self, batch: int) -> tuple[GraphSpec, ...]:
         """The graphs of one batch size, in the order in which they run."""
         return tuple(graph for graph in self.graphs if graph.batch == batch)
@@ -544,8 +554,8 @@ class Manifest:
 
     @property
     def preview_scales(self) -> tuple[int, ...]:
-        """The scales after which there is something to look at besides the result: computed ones before the last."""
-        return self.resolved_plan.steps[:-1]
+        """Those of the default variant."""
+        return self.default.preview_scales
 
     @property
     def text_encoder(self) -> GraphSpec | None:

@@ -321,8 +321,7 @@ class Pipeline:
                     **options,
                 )
                 variant = self._variant(options.get("variant"), options.get("h_div_w"))
-                last = variant.resolve(self.manifest.model.depth).steps[-1]
-                items.put(Preview(last, 0, result.images, result))
+                items.put(Preview(variant.computed_scales[-1], 0, result.images, result))
             except BaseException as error:
                 items.put(error)
 
@@ -403,7 +402,7 @@ class Pipeline:
                     raise
                 raise RequestError(f"image {i}: {error}") from error
             token_ids.append((ids, negative_ids))
-        allowed = variant.resolve(self.manifest.model.depth).steps[:-1]
+        allowed = variant.preview_scales
         wrong = [scale for scale in preview_scales if scale not in allowed or isinstance(scale, bool)]
         if wrong:
             raise RequestError(
