@@ -62,6 +62,7 @@ class ExportOptions:
     precision: str = "fp32"
     batches: tuple[int, ...] = (1,)
     max_top_k: int = DEFAULT_TOP_K  # static bound of top-k in the graphs; 0: the whole vocabulary
+    compare: bool = True  # run every graph and PyTorch beside it; without, nothing is left for `fastvar verify`
 
     def check(self) -> Precision:
         """The precision, where everything is in range.
@@ -163,7 +164,13 @@ def export_again(
     if len(manifest.variants) > 1:
         raise ExportError(f"bundle {bundle}: has {len(manifest.variants)} variants, and another plan is for one")
     plan.resolve(model.schedule, model.depth)
-    options = ExportOptions(plan, manifest.precision, batches or manifest.batches, manifest.sampling.max_top_k)
+    options = ExportOptions(
+        plan,
+        manifest.precision,
+        batches or manifest.batches,
+        manifest.sampling.max_top_k,
+        compare=REFERENCE_FILE in manifest.files,
+    )
     options.check()
     functions = [
         function
@@ -190,10 +197,11 @@ def _write_graphs(
     """All that a bundle holds besides its weights: graphs, reference, manifest."""
     plan = options.plan.resolve(model.schedule, model.depth)
     batches = tuple(sorted(set(options.batches)))
-    writer = _GraphWriter(model, places, folder, progress, there)
+    writer = _GraphWriter(model, places, folder, progress, there, compare=options.compare)
     auxiliary = writer.write_text_encoder()
     graphs = [spec for batch in batches for spec in writer.write_chain(plan, batch, keep_reference=batch == batches[0])]
-    np.savez(folder / REFERENCE_FILE, allow_pickle=False, **writer.reference)
+    if options.compare:
+        np.savez(folder / REFERENCE_FILE, allow_pickle=False, **writer.reference)
     manifest = _manifest(model, options, batches, auxiliary, graphs, folder)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
     return ExportReport(manifest, writer.errors)
@@ -232,9 +240,11 @@ class _GraphWriter:
         folder: Path,
         progress: Progress,
         there: Mapping[str, tuple[GraphFunction, Path]],
+        *,
+        compare: bool,
     ) -> None:
         self._model, self._places, self._folder = model, places, folder
-        self._progress, self._there = progress, there
+        self._progress, self._there, self._compare = progress, there, compare
         self.errors: dict[str, GraphError] = {}
         self.reference: dict[str, Any] = {}
 
@@ -244,10 +254,10 @@ class _GraphWriter:
         function = text_function(self._model)
         if function is None:
             return []
-        inputs = self._model.example_text()
-        self._write(function, inputs)
-        encoded = self._model.encode_text(inputs)
-        self.reference |= {name: tensor.numpy() for name, tensor in (*inputs.items(), *encoded.items())}
+        self._write(function, inputs := self._model.example_text())
+        if self._compare:
+            encoded = self._model.encode_text(inputs)
+            self.reference |= {name: tensor.numpy() for name, tensor in (*inputs.items(), *encoded.items())}
         self._report(function, "done")
         return [function.spec]
 
@@ -255,11 +265,16 @@ class _GraphWriter:
     def write_chain(self, plan: ResolvedPlan, batch: int, *, keep_reference: bool) -> list[GraphSpec]:
         """The graphs of one batch size, in the order in which they run."""
         model = self._model
+        functions = chain_functions(model, plan, batch)
+        if not self._compare:
+            for function in functions:
+                self._write(function, {})
+                self._report(function, "done")
+            return [function.spec for function in functions]
         condition = model.example_condition(batch)
         greedy = default_request(model, batch, greedy=True)
         drawn: dict[str, Tensor] = dict(condition)
         state: ChainState | None = None
-        functions = chain_functions(model, plan, batch)
         for function in functions:
             spec = function.spec
             self._write(function, _graph_inputs(model, function, condition, state))
@@ -290,6 +305,8 @@ class _GraphWriter:
             graph = build_graph(function, self._model, self._places, self._folder)
         self._report(function, "check")
         save_graph(graph, self._folder / spec.file)
+        if not self._compare:
+            return
         self._report(function, "compare")
         got = run_in_onnxruntime(self._folder, spec, graph, inputs)
         self.errors[spec.file] = compare_with_torch(function, inputs, got, self._model.precision)

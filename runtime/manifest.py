@@ -25,7 +25,7 @@ from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
-REFERENCE_FILE = "reference.npz"  # what PyTorch computed at export; `fastvar verify` compares with it
+REFERENCE_FILE = "reference.npz"  # what PyTorch computed at export, for `fastvar verify`; absent after --no-compare
 TOKENIZER_FILE = "tokenizer.json"  # of the text encoder
 ENGINES_FOLDER = "engines"
 ENGINES_FILE = "engines.json"
@@ -579,7 +579,7 @@ class Manifest:
         for variant in self.variants:
             variant.check(self.model.depth, self.batches)
         tokenizer = () if self.text_encoder is None else (TOKENIZER_FILE,)
-        for name in (WEIGHTS_FILE, REFERENCE_FILE, *tokenizer, *(graph.file for graph in self.graphs)):
+        for name in (WEIGHTS_FILE, *tokenizer, *(graph.file for graph in self.graphs)):
             if name not in self.files:
                 raise ValueError(f"files: {name} is missing")
         for name in self.files:

@@ -74,6 +74,11 @@ def verify_bundle(pipeline: Pipeline) -> Verification:
         BundleError: the reference cannot be read.
     """
     path = pipeline.bundle / names.REFERENCE_FILE
+    if path.name not in pipeline.manifest.files:
+        raise BundleError(
+            f"bundle {pipeline.bundle}: was exported with --no-compare, so there is nothing to compare with; export it "
+            "without"
+        )
     try:
         with np.load(path, allow_pickle=False) as data:
             reference = dict(data)

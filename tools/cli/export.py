@@ -61,6 +61,7 @@ def _source_command(command: SourceCommand) -> click.Command:
         targets: str | None,
         triton: Path | None,
         force: bool,
+        compare: bool,
         max_top_k: int | None = None,
         **own: Any,
     ) -> None:
@@ -69,7 +70,8 @@ def _source_command(command: SourceCommand) -> click.Command:
         def export(out: Path, progress: ProgressBar) -> Any:
             from fastvar_trt.export.exporter import DEFAULT_TOP_K, ExportOptions, export_model
 
-            options = ExportOptions(plan, precision, batches or (1,), DEFAULT_TOP_K if max_top_k is None else max_top_k)
+            top_k = DEFAULT_TOP_K if max_top_k is None else max_top_k
+            options = ExportOptions(plan, precision, batches or (1,), top_k, compare)
             return export_model(command.load(**own), out, options, force=force, progress=progress)
 
         _run(export, out, targets, triton, force=force)
@@ -82,6 +84,11 @@ def _source_command(command: SourceCommand) -> click.Command:
             ["--precision"], type=click.Choice(list(PRECISIONS)), default=next(iter(PRECISIONS)), show_default=True
         ),
         _batches("1"),
+        click.Option(
+            ["--compare/--no-compare"],
+            default=True,
+            help="Compare every graph with PyTorch, most of an export's time; `fastvar verify` needs it. Default: do.",
+        ),
         *([top_k] if command.has_top_k else []),
         *_destinations(),
     ]
