@@ -260,9 +260,7 @@ def build_graph(
         skeleton.functions[function_.identifier()] = function_
     passes.InlinePass(lambda f: f.domain == BLOCK_DOMAIN)(skeleton)
     skeleton.opset_imports.pop(BLOCK_DOMAIN, None)
-    kept = {block.keep for block in function.blocks if block.keep is not None}
-    assert len(kept) <= 1, kept  # of a step, so that one body of the operator serves all its layers
-    for proto in onnx_functions.function_protos(OPSET, max(kept, default=1)):
+    for proto in onnx_functions.function_protos(OPSET):
         cache_function = ir.serde.deserialize_function(proto)
         skeleton.functions[cache_function.identifier()] = cache_function
     passes.RemoveUnusedFunctionsPass()(skeleton)

@@ -1,10 +1,12 @@
-"""The cache operator as ONNX local functions: bodies of standard operators, inlined by any ONNX runtime.
+"""The operators as ONNX local functions: bodies of standard operators, inlined by any ONNX runtime.
 
-Only operators that TensorRT's parser takes are used. Everything that depends on the attributes alone (the
-interpolation matrices, the flat row numbers) is constant-folded when a session or an engine is built.
+These are the bodies for ONNX Runtime, on the CPU and on CUDA; `tensorrt_functions` has others. Everything that depends
+on the attributes alone (the interpolation matrices, the flat row numbers) is constant-folded when a session is built.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import onnx
 import onnxscript
@@ -12,7 +14,7 @@ from onnxscript import FLOAT, INT64
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
-from fastvar_trt.plugins import DOMAIN, PIVOTAL_TOKENS, VERSION
+from fastvar_trt.plugins import DOMAIN, VERSION
 
 _fastvar = Opset(DOMAIN, VERSION)
 
@@ -106,75 +108,60 @@ def RestoreTokens(
     return restored
 
 
-MAX_TOP_K = 3840  # of TensorRT's TopK
+@onnxscript.script(_fastvar, default_opset=op)
+def GroupNorm(x: FLOAT[...], weight: FLOAT[...], bias: FLOAT[...], num_groups: int, epsilon: float) -> FLOAT[...]:
+    """[B, C, h, w], fp32 [C], fp32 [C] -> [B, C, h, w]; see `torch_ops.group_norm`.
 
-
-def _pivotal_tokens_in_rounds(keep: int) -> onnx.FunctionProto:
-    """`PivotalTokens` for one `keep` above `MAX_TOP_K`: several TopK, each over what the ones before have left.
-
-    The positions are put in order by counting, as a TopK of that many would be needed to sort them.
+    Spelt out: ONNX Runtime has no `GroupNormalization` on CUDA, and on the CPU it sums a group one by one, which shows
+    in large pictures. Rows are summed first here.
     """
-    make = onnx.helper.make_node
-    nodes: list[onnx.NodeProto] = []
-
-    def value(name: str, **attribute: object) -> str:
-        nodes.append(make("Constant", [], [name], **attribute))
-        return name
-
-    def add(operator: str, inputs: list[str], *outputs: str, **attributes: object) -> None:
-        nodes.append(make(operator, inputs, list(outputs), **attributes))
-
-    lowest = onnx.helper.make_tensor("lowest", onnx.TensorProto.FLOAT, [1], [-3e38])
-    none = onnx.helper.make_tensor("none", onnx.TensorProto.INT64, [1], [0])
-    value("axis1", value_ints=[1])
-    value("axis2", value_ints=[2])
-    value("axis", value_int=1)
-    add("Cast", ["x"], "x32", to=onnx.TensorProto.FLOAT)
-    add("ReduceMean", ["x32", "axis1"], "mean", keepdims=1)
-    add("Sub", ["x32", "mean"], "deviation")
-    add("ReduceSumSquare", ["deviation", "axis2"], "left_0", keepdims=0)  # the scores [B, L]
-    rounds = [min(MAX_TOP_K, keep - start) for start in range(0, keep, MAX_TOP_K)]
-    for i, count in enumerate(rounds):
-        add("TopK", [f"left_{i}", value(f"count_{i}", value_ints=[count])], f"best_{i}", f"order_{i}", axis=-1)
-        add("Shape", [f"best_{i}"], f"shape_{i}")
-        add("ConstantOfShape", [f"shape_{i}"], f"taken_{i}", value=lowest)
-        add("ScatterElements", [f"left_{i}", f"order_{i}", f"taken_{i}"], f"left_{i + 1}", axis=1)
-    add("Less", [f"left_{len(rounds)}", value("threshold", value_float=-1e38)], "is_kept")
-    # The n-th kept position goes to place n, all others to one place behind, which is cut off.
-    add("Cast", ["is_kept"], "ones", to=onnx.TensorProto.FLOAT)
-    add("CumSum", ["ones", "axis"], "number")  # exact below 2^24
-    add("Sub", ["number", "ones"], "rank")
-    add("Where", ["is_kept", "rank", value("behind", value_float=float(keep))], "place_float")
-    add("Cast", ["place_float"], "place", to=onnx.TensorProto.INT64)
-    add("Shape", ["left_0"], "score_shape")
-    add("Gather", ["score_shape", "axis"], "length")
-    add("Range", [value("zero", value_int=0), "length", value("one", value_int=1)], "positions_1d")
-    add("Expand", ["positions_1d", "score_shape"], "positions")
-    # One place more than positions: TensorRT scatters into what is at least as long.
-    add("Add", ["score_shape", value("room", value_ints=[0, 1])], "out_shape")
-    add("ConstantOfShape", ["out_shape"], "empty", value=none)
-    add("ScatterElements", ["empty", "place", "positions"], "scattered", axis=1)
-    add("Slice", ["scattered", value("start", value_ints=[0]), value("stop", value_ints=[keep]), "axis1"], "indices")
-    opset = onnx.helper.make_opsetid("", 18)
-    return onnx.helper.make_function(DOMAIN, PIVOTAL_TOKENS, ["x"], ["indices"], nodes, [opset], attributes=["keep"])
+    row = op.Constant(value_ints=[3])
+    rows = op.Constant(value_ints=[2])
+    groups = op.Reshape(op.Constant(value_int=num_groups), op.Constant(value_ints=[1]))
+    minus1 = op.Constant(value_ints=[-1])
+    x32 = op.Cast(x, to=1)
+    batch = op.Shape(x, start=0, end=1)
+    grouped = op.Reshape(x32, op.Concat(batch, groups, minus1, op.Shape(x, start=3), axis=0))
+    centre = op.ReduceMean(op.ReduceMean(grouped, row, keepdims=1), rows, keepdims=1)
+    deviation = op.Sub(grouped, centre)
+    variance = op.ReduceMean(op.ReduceMean(op.Mul(deviation, deviation), row, keepdims=1), rows, keepdims=1)
+    # By channel, so that the map is read and written once more only.
+    by_group = op.Concat(groups, op.Constant(value_ints=[-1, 1]), axis=0)
+    scale = op.Div(op.Reshape(weight, by_group), op.Sqrt(op.Add(variance, op.Constant(value_float=epsilon))))
+    shift = op.Sub(op.Reshape(bias, by_group), op.Mul(centre, scale))  # both [B, G, C/G, 1]
+    by_channel = op.Concat(op.Shape(x, start=0, end=2), op.Constant(value_ints=[1, 1]), axis=0)
+    normed = op.CastLike(op.Add(op.Mul(x32, op.Reshape(scale, by_channel)), op.Reshape(shift, by_channel)), x)
+    return normed
 
 
-def function_protos(opset_version: int, keep: int = 1) -> list[onnx.FunctionProto]:
-    """The three functions, importing the standard operators at `opset_version` (18 or later).
+@onnxscript.script(_fastvar, default_opset=op)
+def UpsampleConv(x: FLOAT[...], weight: FLOAT[...], bias: FLOAT[...]) -> FLOAT[...]:
+    """[B, C, h, w], [C', C, 3, 3], [C'] -> [B, C', 2h, 2w]; see `torch_ops.upsample_conv`."""
+    # No Resize: ONNX Runtime has none for bfloat16 on CUDA.
+    two = op.Constant(value_ints=[2])
+    one = op.Constant(value_ints=[1])
+    planes = op.Shape(x, start=0, end=2)
+    height = op.Shape(x, start=2, end=3)
+    width = op.Shape(x, start=3, end=4)
+    cells = op.Reshape(x, op.Concat(planes, height, one, width, one, axis=0))
+    doubled = op.Expand(cells, op.Concat(planes, height, two, width, two, axis=0))
+    upsampled = op.Reshape(doubled, op.Concat(planes, op.Mul(height, two), op.Mul(width, two), axis=0))
+    convolved = op.Conv(upsampled, weight, bias, pads=[1, 1, 1, 1])
+    return convolved
 
-    Args:
-        opset_version: of the standard operators.
-        keep: the K of the graph. Above `MAX_TOP_K`, `PivotalTokens` holds for this K only.
-    """
+
+def function_protos(opset_version: int) -> list[onnx.FunctionProto]:
+    """The bodies, importing the standard operators at `opset_version` (18 or later)."""
     if opset_version < 18:
         raise ValueError(f"opset_version: got {opset_version}, the bodies need 18 or later")
-    protos = []
-    for function in (PivotalTokens, GatherTokens, RestoreTokens):
-        proto = function.to_function_proto()
-        if proto.name == PIVOTAL_TOKENS and keep > MAX_TOP_K:
-            proto = _pivotal_tokens_in_rounds(keep)
+    return with_opset((PivotalTokens, GatherTokens, RestoreTokens, GroupNorm, UpsampleConv), opset_version)
+
+
+def with_opset(functions: Iterable[onnxscript.OnnxFunction], opset_version: int) -> list[onnx.FunctionProto]:
+    """The functions, importing the standard operators at that version."""
+    protos = [function.to_function_proto() for function in functions]
+    for proto in protos:
         for entry in proto.opset_import:
             if entry.domain == "":
                 entry.version = opset_version
-        protos.append(proto)
     return protos

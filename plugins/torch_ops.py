@@ -1,13 +1,23 @@
-"""The cache operator in torch: computes in eager mode, and is one custom node each in a traced graph."""
+"""The operators in torch: they compute in eager mode, and are one custom node each in a traced graph."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastvar_trt.plugins import DOMAIN, GATHER_TOKENS, PIVOTAL_TOKENS, RESTORE_TOKENS, VERSION
+from fastvar_trt.plugins import (
+    DOMAIN,
+    GATHER_TOKENS,
+    GROUP_NORM,
+    PIVOTAL_TOKENS,
+    RESTORE_TOKENS,
+    UPSAMPLE_CONV,
+    VERSION,
+)
 from fastvar_trt.plugins.oracle import area_weights
 
 Selector = Callable[[Tensor, int], Tensor]  # (x [B, L, C], K) -> int64 [B, K], ascending positions
@@ -98,9 +108,47 @@ def restore_tokens(
             shape=(batch, h * w, channels),
             version=VERSION,
         )
-    rows = torch.from_numpy(area_weights(h, cached_h)).to(cached.device)
-    columns = torch.from_numpy(area_weights(w, cached_w)).to(cached.device)
+    rows, columns = (_area_weights(*sizes, cached.device) for sizes in ((h, cached_h), (w, cached_w)))
     grid = cached.float().view(batch, cached_h, cached_w * channels)
     full = (rows @ grid).view(batch * h, cached_w, channels)
     out = (columns @ full).view(batch, h * w, channels).to(computed.dtype)
     return out.scatter(1, indices.unsqueeze(-1).expand(batch, keep, channels), computed)
+
+
+def _area_weights(size_out: int, size_in: int, device: torch.device) -> Tensor:
+    """`oracle.area_weights` on a device."""
+    if device.type == "cpu":  # not kept: it may be made while shapes are traced, as a tensor without data
+        return torch.from_numpy(area_weights(size_out, size_in))
+    return _area_weights_there(size_out, size_in, device)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _area_weights_there(size_out: int, size_in: int, device: torch.device) -> Tensor:
+    """Copied to the device once."""
+    return torch.from_numpy(area_weights(size_out, size_in)).to(device)
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, epsilon: float) -> Tensor:
+    """Group normalisation of [B, C, h, w] by fp32 [C], computed in fp32: the dtype of `x`."""
+    if torch.onnx.is_in_onnx_export():
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{GROUP_NORM}",
+            (x, weight, bias),
+            {"num_groups": num_groups, "epsilon": epsilon},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=VERSION,
+        )
+    return F.group_norm(x.float(), num_groups, weight, bias, epsilon).to(x.dtype)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[B, C, h, w] doubled by the nearest neighbour, then convolved with [C', C, 3, 3]: [B, C', 2h, 2w]."""
+    if torch.onnx.is_in_onnx_export():
+        batch, _, height, width = x.shape
+        shape = (batch, weight.shape[0], 2 * height, 2 * width)
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{UPSAMPLE_CONV}", (x, weight, bias), dtype=x.dtype, shape=shape, version=VERSION
+        )
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)

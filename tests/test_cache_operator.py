@@ -1,4 +1,4 @@
-"""The cache operator: numpy oracle, torch definition and ONNX function body against each other."""
+"""The operators: numpy oracle, torch definition and ONNX function bodies of all targets against each other."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from fastvar_trt.plugins import DOMAIN, OPERATORS, VERSION, onnx_functions, oracle, torch_ops
+from fastvar_trt.plugins import DOMAIN, OPERATORS, VERSION, onnx_functions, oracle, tensorrt_functions, torch_ops
 
 OPSET = 23
 ONNX_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
 
 
-def run_body(operator: str, inputs: dict[str, np.ndarray], output: np.ndarray, **attributes: int) -> np.ndarray:
-    """One node of the operator, its body run by ONNX Runtime; `output` has the expected shape and dtype."""
+BODIES = {"onnxruntime": onnx_functions, "tensorrt": tensorrt_functions}
+bodies = pytest.mark.parametrize("body", list(BODIES))
+
+
+def run_body(
+    body: str, operator: str, inputs: dict[str, np.ndarray], output: np.ndarray, **attributes: Any
+) -> np.ndarray:
+    """One node of the operator, a target's body run by ONNX Runtime; `output` has the expected shape and dtype."""
+    functions = {f.name: f for module in (onnx_functions, BODIES[body]) for f in module.function_protos(OPSET)}
     graph = helper.make_graph(
         [helper.make_node(operator, list(inputs), ["out"], domain=DOMAIN, **attributes)],
         "g",
@@ -31,7 +38,7 @@ def run_body(operator: str, inputs: dict[str, np.ndarray], output: np.ndarray, *
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        functions=onnx_functions.function_protos(OPSET, attributes.get("keep", 1)),
+        functions=list(functions.values()),
         ir_version=10,
     )
     onnx.checker.check_model(model, full_check=True)
@@ -40,14 +47,15 @@ def run_body(operator: str, inputs: dict[str, np.ndarray], output: np.ndarray, *
     return np.asarray(result)
 
 
-@pytest.mark.parametrize(("length", "keep"), [(5000, 3841), (9000, 8000), (4096, 4096)])
-def test_more_tokens_than_one_top_k_takes(length: int, keep: int) -> None:
-    """TensorRT's TopK ends at 3840: beyond, the body selects in rounds; equal scores go to the lower position."""
+@pytest.mark.parametrize(("length", "keep"), [(5000, 3841), (4096, 4096)])
+@bodies
+def test_many_tokens(body: str, length: int, keep: int) -> None:
+    """More than TensorRT's TopK takes (3840); equal scores go to the lower position."""
     x = np.random.default_rng(0).normal(size=(2, length, 6)).astype(np.float32)
     x[1] = np.round(x[1])  # many equal scores
     score = np.square(x - x.mean(axis=1, keepdims=True)).sum(-1)
     expected = oracle.pivotal_tokens(x, keep)
-    got = run_body("PivotalTokens", {"x": x}, expected, keep=keep)
+    got = run_body(body, "PivotalTokens", {"x": x}, expected, keep=keep)
     assert (np.diff(got, axis=1) > 0).all()
     np.testing.assert_array_equal(got[0], expected[0])
     np.testing.assert_allclose(np.sort(score[1, got[1]]), np.sort(score[1, expected[1]]), rtol=1e-5)
@@ -72,7 +80,8 @@ def test_pivotal_tokens_agree(shape: tuple[int, int, int], seed: int, data: st.D
         return
     expected = oracle.pivotal_tokens(x, keep)
     np.testing.assert_array_equal(torch_ops.pivotal_tokens(torch.from_numpy(x), keep).numpy(), expected)
-    np.testing.assert_array_equal(run_body("PivotalTokens", {"x": x}, expected, keep=keep), expected)
+    for body in BODIES:
+        np.testing.assert_array_equal(run_body(body, "PivotalTokens", {"x": x}, expected, keep=keep), expected)
 
 
 def test_pivotal_tokens_known_answer() -> None:
@@ -89,7 +98,8 @@ def test_ties_go_to_the_lower_position(keep: int) -> None:
     expected = np.array([sorted((far + near)[:keep])])
     np.testing.assert_array_equal(oracle.pivotal_tokens(x, keep), expected)
     np.testing.assert_array_equal(torch_ops.pivotal_tokens(torch.from_numpy(x), keep).numpy(), expected)
-    np.testing.assert_array_equal(run_body("PivotalTokens", {"x": x}, expected, keep=keep), expected)
+    for body in BODIES:
+        np.testing.assert_array_equal(run_body(body, "PivotalTokens", {"x": x}, expected, keep=keep), expected)
 
 
 def test_score_does_not_overflow_in_half(rng: np.random.Generator) -> None:
@@ -97,7 +107,8 @@ def test_score_does_not_overflow_in_half(rng: np.random.Generator) -> None:
     expected = oracle.pivotal_tokens(x, 7)
     assert not np.array_equal(expected, np.tile(np.arange(7), (2, 1)))  # what equal infinite scores would give
     np.testing.assert_array_equal(torch_ops.pivotal_tokens(torch.from_numpy(x), 7).numpy(), expected)
-    np.testing.assert_array_equal(run_body("PivotalTokens", {"x": x}, expected, keep=7), expected)
+    for body in BODIES:
+        np.testing.assert_array_equal(run_body(body, "PivotalTokens", {"x": x}, expected, keep=7), expected)
 
 
 @pytest.mark.parametrize("keep", [0, 6])
@@ -123,7 +134,9 @@ def test_gather_tokens_agree(shape: tuple[int, int, int], seed: int, data: st.Da
     assert all((expected[b, i] == x[b, indices[b, i]]).all() for b in range(shape[0]) for i in range(indices.shape[1]))
     got = torch_ops.gather_tokens(torch.from_numpy(x), torch.from_numpy(indices))
     np.testing.assert_array_equal(got.numpy(), expected)
-    np.testing.assert_array_equal(run_body("GatherTokens", {"x": x, "indices": indices}, expected), expected)
+    np.testing.assert_array_equal(
+        run_body("onnxruntime", "GatherTokens", {"x": x, "indices": indices}, expected), expected
+    )
 
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -157,11 +170,37 @@ def test_restore_tokens_agree(
     sizes = {"h": h, "w": w, "cached_h": ch, "cached_w": cw}
     expected = oracle.restore_tokens(computed, indices, cached, **sizes)
     got = torch_ops.restore_tokens(*(torch.from_numpy(a) for a in (computed, indices, cached)), **sizes)
-    body = run_body("RestoreTokens", {"computed": computed, "indices": indices, "cached": cached}, expected, **sizes)
     tolerance = {"atol": 2e-3, "rtol": 2e-3} if dtype == "float16" else {"atol": 2e-6, "rtol": 2e-6}
     np.testing.assert_allclose(got.numpy(), expected, **tolerance)
-    np.testing.assert_allclose(body, expected, **tolerance)
-    np.testing.assert_array_equal(np.take_along_axis(body, indices[:, :, None], 1), computed)  # scattered exactly
+    inputs = {"computed": computed, "indices": indices, "cached": cached}
+    for body in list(BODIES) if ch <= h and cw <= w else ["onnxruntime"]:
+        out = run_body(body, "RestoreTokens", inputs, expected, **sizes)
+        np.testing.assert_allclose(out, expected, **tolerance)
+        np.testing.assert_array_equal(np.take_along_axis(out, indices[:, :, None], 1), computed)  # scattered exactly
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@bodies
+def test_group_norm_is_torchs(body: str, dtype: str, rng: np.random.Generator) -> None:
+    x = (rng.normal(size=(2, 12, 5, 7)) * 3 + rng.normal(size=(2, 12, 1, 1))).astype(dtype)
+    weight, bias = (rng.normal(size=12).astype(np.float32) for _ in range(2))
+    attributes = {"num_groups": 3, "epsilon": 1e-6}
+    expected = torch_ops.group_norm(*(torch.from_numpy(a) for a in (x, weight, bias)), **attributes).numpy()
+    assert expected.dtype == dtype
+    got = run_body(body, "GroupNorm", {"x": x, "weight": weight, "bias": bias}, expected, **attributes)
+    np.testing.assert_allclose(got, expected, atol=2e-2 if dtype == "float16" else 2e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)])
+@bodies
+def test_upsample_conv_is_torchs(body: str, size: tuple[int, int], rng: np.random.Generator) -> None:
+    """The borders, too: four phases see no other zeros than the doubled map does."""
+    x = rng.normal(size=(2, 6, *size)).astype(np.float32)
+    weight, bias = rng.normal(size=(4, 6, 3, 3)).astype(np.float32), rng.normal(size=4).astype(np.float32)
+    expected = torch_ops.upsample_conv(*(torch.from_numpy(a) for a in (x, weight, bias))).numpy()
+    assert expected.shape == (2, 4, 2 * size[0], 2 * size[1])
+    got = run_body(body, "UpsampleConv", {"x": x, "weight": weight, "bias": bias}, expected)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +218,7 @@ def test_area_interpolation_is_torchs(rng: np.random.Generator, grid: tuple[int,
 
 def test_function_names_do_not_collide_with_builtin_operators() -> None:
     builtin = {schema.name for schema in onnx.defs.get_all_schemas()}
-    protos = onnx_functions.function_protos(OPSET)
+    protos = [*onnx_functions.function_protos(OPSET), *tensorrt_functions.function_protos(OPSET)]
     assert {p.name for p in protos} == set(OPERATORS)
     assert not builtin & set(OPERATORS)
     assert all(name for p in protos for node in p.node for name in node.output)  # TensorRT needs every name

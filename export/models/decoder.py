@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvar_trt.plugins.torch_ops import group_norm, upsample_conv
+
 NORM_GROUPS = 32  # of `Normalize` in basic_vae.py
-# ONNX Runtime sums a group one by one in fp32: beyond this, the error shows in the picture. Rows are summed first then.
-_MAX_SUMMED_AT_ONCE = 1 << 18
 
 
 class GroupNorm(nn.GroupNorm):
@@ -25,23 +25,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(NORM_GROUPS if channels % NORM_GROUPS == 0 else 24, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        if channels // self.num_groups * height * width <= _MAX_SUMMED_AT_ONCE:
-            return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
-
-        def mean(values: Tensor) -> Tensor:
-            return values.mean(-1, keepdim=True).mean(-2, keepdim=True)  # [B, groups, 1, 1]
-
-        def per_channel(values: Tensor) -> Tensor:
-            values = values.view(batch, self.num_groups, 1)
-            return values.expand(-1, -1, channels // self.num_groups).reshape(batch, channels)
-
-        grouped = x.float().view(batch, self.num_groups, -1, width)
-        centre = mean(grouped)
-        deviation = (mean((grouped - centre).square()) + self.eps).sqrt()
-        scale = self.weight / per_channel(deviation)  # [B, C]
-        shift = self.bias - per_channel(centre) * scale
-        return (x.float() * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
+        return group_norm(x, self.weight, self.bias, num_groups=self.num_groups, epsilon=self.eps)
 
 
 class ResnetBlock(nn.Module):
@@ -89,7 +73,8 @@ class Upsample2x(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert self.conv.bias is not None
+        return upsample_conv(x, self.conv.weight, self.conv.bias)
 
 
 class MidBlock(nn.Module):
