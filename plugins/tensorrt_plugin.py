@@ -15,6 +15,7 @@ from fastvar_trt.plugins.cuda_kernels import compile_kernels
 from fastvar_trt.runtime.errors import UnavailableError
 
 TOKEN_MEAN, TOKEN_SCORE, SELECT_TOKENS = "TokenMean", "TokenScore", "SelectTokens"
+RESTORE_TOKENS_ADD = "RestoreTokensAdd"
 _PTX_ARCHITECTURE = "sm_80"  # PTX runs on this and all later architectures
 
 
@@ -113,3 +114,33 @@ def register_plugins() -> None:
         batch, keep, channels = computed.shape_expr
         sizes = [keep, channels, h, w, cached_h, cached_w]
         return launch(f"restore_tokens_{suffix[computed.dtype]}", (h * w, batch), (128, 1), sizes)
+
+    @trtp.register(f"{DOMAIN}::{RESTORE_TOKENS_ADD}")
+    def restore_tokens_add(
+        computed: trtp.TensorDesc,
+        indices: trtp.TensorDesc,
+        cached: trtp.TensorDesc,
+        residual: trtp.TensorDesc,
+        h: int,
+        w: int,
+        cached_h: int,
+        cached_w: int,
+    ) -> trtp.TensorDesc:
+        return residual.like()
+
+    @trtp.aot_impl(f"{DOMAIN}::{RESTORE_TOKENS_ADD}")
+    def restore_tokens_add_aot(
+        computed: trtp.TensorDesc,
+        indices: trtp.TensorDesc,
+        cached: trtp.TensorDesc,
+        residual: trtp.TensorDesc,
+        h: int,
+        w: int,
+        cached_h: int,
+        cached_w: int,
+        outputs: tuple[trtp.TensorDesc],
+        tactic: int,
+    ) -> Launch:
+        batch, keep, channels = computed.shape_expr
+        sizes = [keep, channels, h, w, cached_h, cached_w]
+        return launch(f"restore_tokens_add_{suffix[computed.dtype]}", (h * w, batch), (128, 1), sizes)

@@ -21,7 +21,26 @@ from fastvar_trt.runtime.manifest import (
     TensorSpec,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineLayer:
+    """One layer of an engine, which is one launch of a kernel, as the builder lists it.
+
+    Attributes:
+        name: the builder's own.
+        kind: `linear`, `attention`, `convolution`, `selection`, `gathering`, `restoring`, `sort`, `copy` or `other`.
+        dtype: of its arithmetic.
+        num_bytes: of what it reads and writes, each tensor once.
+        flop: of matrix products and convolutions, two per multiply-add.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    num_bytes: int
+    flop: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +60,8 @@ class EngineRecord:
         outputs: what it writes.
         kernels: counts by kind, where the builder tells them: `total`, `attention` (fused), `gemm_bias_gelu` (fused);
             `plugins`: 1 where the cache operator is our plugin.
+        layers: every launch, in order, where the builder lists them.
+        activation_bytes: of device memory while it runs, where the builder says.
         seconds: that the build took.
     """
 
@@ -55,12 +76,16 @@ class EngineRecord:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     kernels: Mapping[str, int]
+    layers: tuple[EngineLayer, ...]
+    activation_bytes: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         tensors = {"inputs": self.inputs, "outputs": self.outputs}
-        return dataclasses.asdict(self) | {name: [t.to_json() for t in specs] for name, specs in tensors.items()}
+        layers = [dataclasses.astuple(layer) for layer in self.layers]  # rows: there are a thousand of them
+        data = dataclasses.asdict(dataclasses.replace(self, layers=()))
+        return data | {name: [t.to_json() for t in specs] for name, specs in tensors.items()} | {"layers": layers}
 
     @classmethod
     def from_json(cls, data: Any) -> EngineRecord:
@@ -81,6 +106,8 @@ class EngineRecord:
             inputs=tuple(map(TensorSpec.from_json, data["inputs"])),
             outputs=tuple(map(TensorSpec.from_json, data["outputs"])),
             kernels={str(name): int(count) for name, count in data["kernels"].items()},
+            layers=tuple(EngineLayer(str(n), str(k), str(t), int(b), int(f)) for n, k, t, b, f in data["layers"]),
+            activation_bytes=int(data["activation_bytes"]),
             seconds=float(data["seconds"]),
         )
 

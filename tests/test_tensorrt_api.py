@@ -29,7 +29,15 @@ OBJECTS = {
     "module",
 }
 # Of TensorRT for RTX only; the flavour that is asked decides.
-RTX_ONLY = {"num_compute_capabilities", "set_compute_capability", "ComputeCapability"}
+RTX_ONLY = {
+    "num_compute_capabilities",
+    "set_compute_capability",
+    "ComputeCapability",
+    "REQUIRE_USER_ALLOCATION",
+    "create_runtime_cache",
+    "set_runtime_cache",
+    "is_stream_capturable",
+}
 
 
 def used_names(path: Path) -> set[str]:
@@ -56,3 +64,10 @@ def test_the_stubs_know_every_name(file: str) -> None:
     assert names, "the walk finds what is called"
     unknown = {name for name in names if not re.search(rf"^\s*(def|class) {name}\b|^\s*{name}\s*[:=]", stubs, re.M)}
     assert not unknown
+
+
+def test_tensorrt_for_rtx_has_what_is_its_own() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    owners = (trt, trt.IBuilderConfig, trt.BuilderFlag, trt.IRuntimeConfig, trt.IExecutionContext)
+    assert not {name for name in RTX_ONLY if not any(hasattr(owner, name) for owner in owners)}
+    assert hasattr(trt.ICudaEngine, "create_runtime_config") and hasattr(trt.IRuntimeCache, "deserialize")

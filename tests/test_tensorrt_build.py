@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from conftest import INFINITY_PLAN, TINY_PLAN, tiny_infinity
 from fastvar_trt.export.build.base import BuildReport, Progress, build_bundle, no_progress
@@ -19,14 +19,16 @@ from fastvar_trt.export.build.tensorrt import builder
 from fastvar_trt.export.build.tensorrt.builder import EnterpriseBuilder, RtxBuilder, tensorrt_graph
 from fastvar_trt.export.build.tensorrt.engine import BuiltEngine, build_engine
 from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS, Flavour
+from fastvar_trt.export.build.tensorrt.layers import read_activation_bytes, read_layers
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.var.source import VARSource
-from fastvar_trt.plugins import DOMAIN, VERSION
-from fastvar_trt.plugins.onnx_functions import function_protos
-from fastvar_trt.runtime.engines import EngineRecord, read_engines
+from fastvar_trt.plugins import DOMAIN, VERSION, onnx_functions, tensorrt_functions
+from fastvar_trt.runtime.engines import EngineLayer, EngineRecord, read_engines
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.tools.cli import main
+from fastvar_trt.tools.measure.estimate import Gpu, _times
+from fastvar_trt.tools.measure.work import chain_multiply_adds
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
@@ -167,14 +169,118 @@ def test_inspect_shows_the_engines(half_bundle: Path, engines: dict[str, EngineR
     assert len(data["engines"]) == 6
 
 
+def test_layers_are_read_from_the_build(half_bundle: Path, engines: dict[str, EngineRecord]) -> None:
+    """Their arithmetic is what is counted from the model's sizes, and their kinds are those of the graph."""
+    manifest = read_manifest(half_bundle)
+    for record in engines.values():
+        assert record.kernels["total"] == len(record.layers) > 0
+        assert record.activation_bytes > 0 and all(layer.num_bytes > 0 for layer in record.layers if layer.flop)
+    steps = [graph for graph in manifest.default.chain(1) if graph.scale is not None]
+    layers = [layer for graph in steps for layer in engines[graph.file].layers if layer.kind in ("linear", "attention")]
+    assert sum(layer.flop for layer in layers) == pytest.approx(
+        2 * chain_multiply_adds(manifest.model, manifest.resolved_plan), rel=0.05
+    )
+    kinds = {name: Counter(layer.kind for layer in record.layers) for name, record in engines.items()}
+    assert kinds["step_03.onnx"]["attention"] == 2 and not kinds["step_03.onnx"]["sort"]
+    assert kinds["step_03.onnx"]["selection"] and kinds["step_03.onnx"]["restoring"]
+    assert not kinds["step_02.onnx"]["selection"] and not kinds["step_02.onnx"]["restoring"]
+    # A doubled map is convolved in four parts; norms are one kernel with the SiLU behind them.
+    decoder = engines["decoder.onnx"].layers
+    upsampled = [node for node in onnx.load(half_bundle / "decoder.onnx").graph.node if node.op_type == "UpsampleConv"]
+    convolutions = [node for node in onnx.load(half_bundle / "decoder.onnx").graph.node if node.op_type == "Conv"]
+    assert kinds["decoder.onnx"]["convolution"] >= len(convolutions) + 4 * len(upsampled) - 8  # 1x1 ones are products
+    assert any("SiluGnor" in layer.name for layer in decoder)
+
+
+def test_a_layer_of_the_log() -> None:
+    def tensor(name: str, shape: str, dtype: str) -> str:
+        return (
+            f"{{ Name: {name}, Dimensions: [{shape}], Strides: [1], StrideOrder: [0], Datatype: {dtype}, Format: x }}"
+        )
+
+    def line(name: str, kind: str, inputs: list[str], outputs: list[str], metadata: str = "") -> str:
+        return (
+            f"Name: {name}, LayerType: {kind}, Inputs: [ {', '.join(inputs)}], Constants: [], Outputs: "
+            f"[ {', '.join(outputs)}], TacticName: t, StreamId: 0, Metadata: {metadata}"
+        )
+
+    half = "Half"
+    product = line(
+        "__myl_FcAdd_myl0_1",
+        "runtime_fusion",
+        [tensor("bias", "1,512", half), tensor("x", "50,128", half), tensor("w", "128,512", half)],
+        [tensor("y", "50,512", half)],
+    )
+    scatter = line(
+        "__myl_Scat_myl0_2",
+        "kgen",
+        [tensor("map", "100,8", "Float"), tensor("rows", "5,1", "Int64"), tensor("new", "5,8", "Float")],
+        [tensor("map", "100,8", "Float")],
+        "[ONNX Layer: n | node (RestoreTokens)]",
+    )
+    attention = line(
+        "_gemm_mha_v2_myl0_3",
+        "kgen",
+        [tensor("q", "4,10,32", half), tensor("k", "4,32,20", half), tensor("v", "4,20,32", half)],
+        [tensor("o", "4,10,32", half)],
+    )
+    signal = "Name: a^signal, LayerType: signal, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, "
+    signal += "EventId: 1, Metadata: "
+    log = "\n".join(["Name: nothing", product, signal, scatter, attention, "Max Scratch Memory: 4096 bytes", ""])
+    assert read_layers(log) == (
+        EngineLayer("__myl_FcAdd_myl0_1", "linear", "float16", 2 * (512 + 6400 + 65536 + 25600), 2 * 50 * 128 * 512),
+        EngineLayer("__myl_Scat_myl0_2", "restoring", "float32", 5 * 8 + 4 * 40, 0),  # written in place: rows only
+        EngineLayer(
+            "_gemm_mha_v2_myl0_3", "attention", "float16", 2 * (1280 + 2560 + 2560 + 1280), 4 * 4 * 10 * 20 * 32
+        ),
+    )
+    assert read_activation_bytes(log) == 4096 and read_activation_bytes("") == 0 and read_layers("") == ()
+
+
+def test_estimate_command(half_bundle: Path, engines: dict[str, EngineRecord], tmp_path: Path) -> None:
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(main, ["profile", str(half_bundle), *arguments])
+
+    done = run("--estimate", "rtx3090", "--out", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    total = json.loads(done.output.splitlines()[-1])
+    assert 0 < total["least_ms"] < total["probable_ms"]
+    manifest = read_manifest(half_bundle)
+    chain = [graph.file for graph in manifest.default.chain(1)]
+    assert total["launches"] == sum(len(engines[file].layers) for file in chain)
+    data = json.loads((tmp_path / "out" / "estimate.json").read_text())
+    assert set(data["graphs"]) == {Path(file).stem for file in chain}
+    assert data["total"]["flop"] == sum(layer.flop for file in chain for layer in engines[file].layers)
+    assert (tmp_path / "out" / "estimate.md").read_text().startswith("# Estimate for half on rtx3090")
+    refused = run("--estimate", "a100")
+    assert refused.exit_code == 1 and "expected an engine for sm80 (a100); run `fastvar build" in refused.output
+    assert run("--estimate", "rtx3090", "--operators").exit_code == 2
+    assert run("--estimate", "h100").exit_code == 2
+
+
+def test_estimated_times() -> None:
+    gpu = Gpu("x", "sm86", 100.0, 10.0, 1000.0)
+    layers = (
+        EngineLayer("product", "linear", "float16", 10**6, 10**12),  # 10 ms of arithmetic
+        EngineLayer("product", "linear", "float32", 10**6, 10**12),  # 100 ms outside tensor cores
+        EngineLayer("copy", "copy", "float32", 10**9, 0),  # 1 ms of bandwidth
+        EngineLayer("little", "other", "float32", 10, 0),
+        EngineLayer("sort", "sort", "float32", 10, 0),
+    )
+    times = [_times(layer, gpu) for layer in layers]
+    assert [round(least, 6) for least, _ in times] == [10, 100, 1, 0, 0]
+    probable = [10 / 0.75, 100 / 0.75, 1 / 0.85, 0.0025, 0.05]
+    assert [most for _, most in times] == pytest.approx([ms + 0.001 for ms in probable])
+
+
 def test_plugins_take_the_place_of_the_functions(half_bundle: Path) -> None:
     """For enterprise TensorRT, which cannot be run here: the graph names them as its parser wants it."""
     model = onnx.load_from_string(tensorrt_graph(half_bundle / "step_03.onnx", plugins=True)[0])
-    assert not model.functions
+    assert {function.name for function in model.functions} <= {"GroupNorm", "UpsampleConv"}  # which have no plugin
     nodes = [node for node in model.graph.node if node.domain == "fastvar"]
     kinds = Counter(node.op_type for node in nodes)
     # One pruned layer: selected, gathered and restored once for each of its two sublayers.
-    assert kinds == dict.fromkeys(("TokenMean", "TokenScore", "SelectTokens", "GatherTokens", "RestoreTokens"), 2)
+    assert kinds == dict.fromkeys(("TokenMean", "TokenScore", "SelectTokens", "GatherTokens", "RestoreTokensAdd"), 2)
     produced = {i.name for i in (*model.graph.input, *model.graph.initializer)}
     for node in model.graph.node:  # in order, and nothing is missing
         assert set(node.input) - {""} <= produced, node.op_type
@@ -184,7 +290,8 @@ def test_plugins_take_the_place_of_the_functions(half_bundle: Path) -> None:
         assert attributes.pop("plugin_namespace") == b"fastvar"
         if node.op_type == "SelectTokens":
             assert attributes == {"keep": 32}
-        if node.op_type == "RestoreTokens":
+        if node.op_type == "RestoreTokensAdd":
+            assert len(node.input) == 4
             assert attributes == {"h": 8, "w": 8, "cached_h": 5, "cached_w": 5}
 
 
@@ -216,6 +323,6 @@ def test_more_pivotal_tokens_than_one_top_k_takes() -> None:
         model = onnx.helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
         return build_engine(rtx, model.SerializeToString(), "x", ("sm86",), lambda phase, share: None)
 
-    assert build_with(function_protos(23, keep)).data
+    assert build_with(tensorrt_functions.function_protos(23)).data
     with pytest.raises(ExportError, match=r"built no engine|does not accept"):
-        build_with(function_protos(23))
+        build_with(onnx_functions.function_protos(23))

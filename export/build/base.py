@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from fastvar_trt.export.folders import recover, replace_folder, temporary_folder
 from fastvar_trt.export.progress import Progress, no_progress
-from fastvar_trt.runtime.engines import EngineRecord, EngineSet, engines_folder, read_engines
+from fastvar_trt.runtime.engines import EngineLayer, EngineRecord, EngineSet, engines_folder, read_engines
 from fastvar_trt.runtime.errors import BundleError, ExportError
 from fastvar_trt.runtime.manifest import (
     ENGINES_FILE,
@@ -37,6 +37,8 @@ class Built:
         inputs: what the engine reads, weights among it.
         outputs: what it writes.
         kernels: counts by kind, where they are known.
+        layers: every launch, where they are known.
+        activation_bytes: of device memory while it runs, where it is known.
     """
 
     file: Path
@@ -44,6 +46,8 @@ class Built:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    layers: tuple[EngineLayer, ...] = ()
+    activation_bytes: int = 0
 
 
 class Builder(abc.ABC):
@@ -123,6 +127,8 @@ class Builder(abc.ABC):
             inputs=built.inputs,
             outputs=built.outputs,
             kernels=built.kernels,
+            layers=built.layers,
+            activation_bytes=built.activation_bytes,
             seconds=round(seconds, 3),
         )
 

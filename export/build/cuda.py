@@ -1,6 +1,7 @@
 """The target `cuda`: graphs for ONNX Runtime on an NVIDIA GPU, over one device copy of the weights.
 
-An initializer would be copied to the device once per session, so the weights become inputs, as for TensorRT.
+An initializer would be copied to the device once per session, so the weights become inputs, as for TensorRT. Nothing in
+a graph may come from the host while it runs, so that ONNX Runtime can record it as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx_ir as ir
+from onnxscript import optimizer
 
 from fastvar_trt.export.build.base import Builder, Built
+from fastvar_trt.export.passes.batch_left_operands import BatchLeftOperands
 from fastvar_trt.export.passes.promote_weights import PromoteWeights
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.runtime.backends.onnxruntime_cuda import BUILT_WITH, CUDA_TARGET, FLAVOUR
@@ -34,6 +37,8 @@ class CudaBuilder(Builder):
     ) -> Built:
         """See `Builder.build`."""
         model, weights = with_weights_as_inputs(bundle / graph.file)
+        optimizer.optimize_ir(model)  # inlines the operators, and folds what follows from shapes
+        BatchLeftOperands()(model)
         path = scratch / graph.file
         ir.save(model, path)
         return Built(path, tuple(spec.name for spec in weights), (*graph.inputs, *weights), graph.outputs)

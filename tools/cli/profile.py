@@ -13,6 +13,8 @@ from typing import Any
 import click
 
 from fastvar_trt.runtime.backends import Backend
+from fastvar_trt.runtime.backends.tensorrt import TENSORRT_FLAVOURS
+from fastvar_trt.runtime.engines import read_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, RequestError
 from fastvar_trt.runtime.manifest import Manifest, read_manifest
 from fastvar_trt.runtime.pipeline import Pipeline
@@ -20,11 +22,13 @@ from fastvar_trt.runtime.request import example_requests
 from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, counting_bar, examples, runtime_options
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure import profiling
+from fastvar_trt.tools.measure.estimate import GPUS, Gpu, estimate, to_table
 
 _OPERATOR_RUNS = 3
 _TEXT_TOKENS = 32  # of the random features that text bundles are profiled with
 _FILES = ("profile.json", "profile.md", "trace.json", "profile.png")
 _BESIDE = "beside.json"
+_ESTIMATE_FILES = ("estimate.json", "estimate.md")
 
 
 @click.command(
@@ -33,6 +37,7 @@ _BESIDE = "beside.json"
         "fastvar profile out/demo_pruned --operators --out out/profile",
         "fastvar profile out/demo_pruned --beside out/demo_dense --runs 50 --out out/profile",
         "fastvar profile --compare last_week/profile.json out/profile/profile.json",
+        "fastvar profile out/infinity_1m --estimate rtx3090",
     ),
 )
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
@@ -44,6 +49,12 @@ _BESIDE = "beside.json"
     "--beside", type=click.Path(path_type=Path), help="Another bundle: run in turns with this one, and compared."
 )
 @click.option("--compare", type=click.Path(path_type=Path), nargs=2, help="Compare two profile.json; no bundle then.")
+@click.option(
+    "--estimate",
+    "gpu",
+    type=click.Choice(list(GPUS)),
+    help="Run nothing: what the bundle's TensorRT engines need on this GPU, by the layers that TensorRT listed.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help=f"Folder for {', '.join((*_FILES, _BESIDE))}.")
 @runtime_options
 def profile(
@@ -54,6 +65,7 @@ def profile(
     operators: bool,
     beside: Path | None,
     compare: tuple[Path, Path] | None,
+    gpu: str | None,
     out: Path | None,
     runtime: RuntimeOptions,
 ) -> None:
@@ -69,6 +81,11 @@ def profile(
         click.echo(json.dumps({"a_ms": round(a.total_ms, 3), "b_ms": round(b.total_ms, 3)}))
         return
     assert bundle is not None
+    if gpu is not None:
+        if operators or beside is not None:
+            raise click.UsageError("--estimate runs nothing: leave out --operators and --beside")
+        _estimate(bundle, batch, GPUS[gpu], out)
+        return
     bundles = [bundle] if beside is None else [bundle, beside]
     measuring = _measuring_backend(runtime) if operators else None
     if out is not None:
@@ -84,10 +101,7 @@ def profile(
         recorders = []
         for path in bundles:
             pipe = stack.enter_context(runtime.load(path))
-            size = batch or pipe.manifest.batches[0]
-            if size not in pipe.manifest.batches:
-                sizes = ", ".join(map(str, pipe.manifest.batches))
-                raise RequestError(f"--batch {size}: {path} holds {sizes}; export with --batch {size}")
+            size = _batch_size(path, pipe.manifest, batch)
             conditions: dict[str, Any] = {**_conditions(path, pipe.manifest), **pipe.backend.describe()}
             recorders.append(profiling.Recorder(pipe, _drawer(pipe, size), size, conditions))
         with counting_bar("profile", (runs + warmup) * len(bundles)) as progress:
@@ -104,6 +118,35 @@ def profile(
     if out is not None:
         _write(own, others, out)
     click.echo(json.dumps({"total_ms": round(own.total_ms, 3), "overhead_ms": own.overhead_ms, "out": str(out or "")}))
+
+
+def _batch_size(bundle: Path, manifest: Manifest, batch: int | None) -> int:
+    size = batch or manifest.batches[0]
+    if size not in manifest.batches:
+        sizes = ", ".join(map(str, manifest.batches))
+        raise RequestError(f"--batch {size}: {bundle} holds {sizes}; export with --batch {size}")
+    return size
+
+
+def _estimate(bundle: Path, batch: int | None, gpu: Gpu, out: Path | None) -> None:
+    """Print, and with a folder also write, what the engines need."""
+    if out is not None:
+        for name in _ESTIMATE_FILES:
+            check_writable(out / name)
+    manifest = read_manifest(bundle)
+    folders = [engine_set for name in TENSORRT_FLAVOURS if (engine_set := read_engines(bundle, name)).records]
+    if not folders:
+        raise BackendError(
+            f"bundle {bundle}: has no TensorRT engines; run `fastvar build {bundle} --target {gpu.target}`"
+        )
+    result = estimate(manifest, folders[0], _batch_size(bundle, manifest, batch), gpu)
+    table, total = to_table(result), result.total
+    click.echo(table)
+    if out is not None:
+        write_text(out / "estimate.json", json.dumps(result.to_json(), indent=1) + "\n")
+        write_text(out / "estimate.md", f"# Estimate for {bundle.name} on {gpu.name}\n\n```\n{table}\n```\n")
+    line = {"gpu": gpu.name, "least_ms": total.least_ms, "probable_ms": total.probable_ms, "launches": total.launches}
+    click.echo(json.dumps({key: round(v, 2) if isinstance(v, float) else v for key, v in line.items()}))
 
 
 def _read(path: Path) -> profiling.Profile:

@@ -12,9 +12,12 @@ from fastvar_trt.export.build.base import Builder, Built
 from fastvar_trt.export.build.cuda import with_weights_as_inputs
 from fastvar_trt.export.build.tensorrt.engine import build_engine
 from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS, Flavour
+from fastvar_trt.export.build.tensorrt.layers import count_kernels
 from fastvar_trt.export.passes.allow_attention_decomposition import AllowAttentionDecomposition
+from fastvar_trt.export.passes.replace_functions import ReplaceFunctions
 from fastvar_trt.export.passes.use_plugins import UsePlugins
 from fastvar_trt.export.progress import Progress
+from fastvar_trt.plugins import DOMAIN, RESTORE_TOKENS, tensorrt_functions
 from fastvar_trt.plugins.tensorrt_plugin import register_plugins
 from fastvar_trt.runtime.backends.cuda import CudaDevice
 from fastvar_trt.runtime.backends.tensorrt import CURRENT_TARGET, ENTERPRISE_FLAVOUR, RTX_FLAVOUR
@@ -70,13 +73,9 @@ class RtxBuilder(Builder):
         check_same_tensors(f"{graph.file}: the engine", graph.outputs, outputs, ExportError)
         path = scratch / f"{Path(graph.file).stem}.engine"
         path.write_bytes(engine.data)
-        kernels = {
-            "total": engine.num_kernels,
-            "attention": engine.num_attention,
-            "gemm_bias_gelu": engine.num_gemm_gelu,
-            "plugins": int(self.plugins),
-        }
-        return Built(path, tuple(spec.name for spec in weights), inputs, outputs, kernels)
+        kernels = {**count_kernels(engine.layers), "plugins": int(self.plugins)}
+        names = tuple(spec.name for spec in weights)
+        return Built(path, names, inputs, outputs, kernels, engine.layers, engine.activation_bytes)
 
 
 class EnterpriseBuilder(RtxBuilder):
@@ -128,7 +127,21 @@ def tensorrt_graph(path: Path, *, plugins: bool = False) -> tuple[bytes, tuple[T
         ExportError: it cannot be read.
     """
     model, weights = with_weights_as_inputs(path)
+    bodies = tensorrt_functions.function_protos(
+        model.opset_imports[""], restores_smaller=_caches_are_smaller(model.graph)
+    )
+    ReplaceFunctions(bodies)(model)
     if plugins:
         UsePlugins()(model)
     AllowAttentionDecomposition()(model)
     return ir.serde.serialize_model(model).SerializeToString(), weights
+
+
+def _caches_are_smaller(graph: ir.Graph) -> bool:
+    """Whether no map is restored from a larger one."""
+    return all(
+        node.attributes[f"cached_{side}"].as_int() <= node.attributes[side].as_int()
+        for node in graph
+        if (node.domain, node.op_type) == (DOMAIN, RESTORE_TOKENS)
+        for side in ("h", "w")
+    )

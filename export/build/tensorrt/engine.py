@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastvar_trt.export.build.tensorrt.flavour import Flavour
+from fastvar_trt.export.build.tensorrt.layers import read_activation_bytes, read_layers
+from fastvar_trt.runtime.engines import EngineLayer
 from fastvar_trt.runtime.errors import ExportError
-
-# The final layers in the verbose log, as TensorRT's layer information with detailed profiling prints them.
-_LAYER = re.compile(r"^Name: (?P<name>\S+), LayerType: (?P<kind>\w+),", re.MULTILINE)
-_ATTENTION = re.compile(r"_gemm_mha|_mha_|fmha|flash", re.IGNORECASE)
-_GEMM_BIAS_GELU = re.compile(r"_FcAdd\w*Tanh")  # the tanh of GELU inside the fusion of a matrix product and its bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +29,14 @@ class BuiltEngine:
     Attributes:
         data: the plan.
         tensors: inputs and outputs as the network declares them.
-        num_kernels: layers of the optimised network; 0 where the log did not list them.
-        num_attention: of those, fused attention.
-        num_gemm_gelu: of those, matrix products fused with bias and GELU.
+        layers: of the optimised network; empty where the log did not list them.
+        activation_bytes: that it needs while it runs; 0 where the log did not say.
     """
 
     data: bytes
     tensors: tuple[EngineTensor, ...]
-    num_kernels: int
-    num_attention: int
-    num_gemm_gelu: int
+    layers: tuple[EngineLayer, ...]
+    activation_bytes: int
 
 
 def build_engine(
@@ -77,6 +71,8 @@ def build_engine(
     tensors = _tensors(trt, network)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # Products in fp32 are those that half precision has been kept out of; TF32 would round them to ten bits.
+    config.clear_flag(trt.BuilderFlag.TF32)
     flavour.set_targets(config, targets)
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
@@ -85,14 +81,8 @@ def build_engine(
         raise monitor.error
     if plan is None:
         raise ExportError(f"{name}: {flavour.name} {flavour.version} built no engine: {logger.errors()}")
-    layers = [match["name"] for match in _LAYER.finditer(logger.text())]
-    return BuiltEngine(
-        data=bytes(plan),
-        tensors=tensors,
-        num_kernels=len(layers),
-        num_attention=sum(bool(_ATTENTION.search(layer)) for layer in layers),
-        num_gemm_gelu=sum(bool(_GEMM_BIAS_GELU.search(layer)) for layer in layers),
-    )
+    log = logger.text()
+    return BuiltEngine(bytes(plan), tensors, read_layers(log), read_activation_bytes(log))
 
 
 def _tensors(trt: Any, network: Any) -> tuple[EngineTensor, ...]:

@@ -52,9 +52,11 @@ class Flavour:
         return sum(1 << int(flag) for flag in wanted if flag is not None)
 
     def set_targets(self, config: Any, targets: Sequence[str]) -> None:
-        """Which GPUs an engine is built for."""
+        """Which GPUs an engine is built for, and that it can be captured there."""
         if self.name == ENTERPRISE_FLAVOUR:
             return  # the GPU of this machine
+        # An engine that allocates while it runs cannot be captured as a CUDA graph.
+        config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             config.set_compute_capability(getattr(self.module.ComputeCapability, target.upper()), index)
