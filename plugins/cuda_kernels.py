@@ -42,13 +42,16 @@ def compile_kernels(architecture: str, *, ptx: bool = False) -> bytes:
         the cubin or the PTX.
 
     Raises:
-        BackendError: NVRTC is not installed or refuses the source; with its log.
+        UnavailableError: NVRTC is not installed.
+        BackendError: it refuses the source; with its log.
     """
     try:
         from cuda.bindings import nvrtc
-    except ImportError as error:
+
+        nvrtc.nvrtcVersion()  # the bindings look for the library when it is first used
+    except (ImportError, RuntimeError) as error:
         raise UnavailableError(
-            f"NVRTC cannot be imported ({error}); pip install 'cuda-bindings' 'nvidia-cuda-nvrtc'"
+            f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings' 'nvidia-cuda-nvrtc'"
         ) from error
 
     def call(result: tuple[Any, ...]) -> Any:
@@ -82,7 +85,8 @@ class CacheKernels:
         stream: that the kernels are queued on; the CUDA context must be current.
 
     Raises:
-        BackendError: NVRTC is not installed, or the driver refuses the kernels.
+        UnavailableError: NVRTC is not installed, or there is no driver.
+        BackendError: the driver refuses the kernels.
     """
 
     def __init__(self, architecture: str, stream: int) -> None:
@@ -91,7 +95,11 @@ class CacheKernels:
         self._driver: Any = driver
         self._stream = stream
         self._functions: dict[str, Any] = {}
-        self._module = self._call(driver.cuModuleLoadData(compile_kernels(architecture)))
+        image = compile_kernels(architecture)
+        try:
+            self._module = self._call(driver.cuModuleLoadData(image))
+        except RuntimeError as error:  # the bindings look for the library when it is first used
+            raise UnavailableError(f"no NVIDIA driver ({error})") from error
 
     def close(self) -> None:
         """Unload the kernels."""

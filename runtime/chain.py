@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -19,7 +20,11 @@ from numpy.typing import NDArray
 from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, CapturedChain, View
 from fastvar_trt.runtime.errors import BackendError, BundleError, CancelledError
 from fastvar_trt.runtime.manifest import DECODER, OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
+from fastvar_trt.runtime.precision import Tolerance
 from fastvar_trt.runtime.request import BatchInputs
+
+_LOGGER = logging.getLogger("fastvar_trt.runtime")
+_MAX_LEVELS = 1.0  # of 256, by which pictures of the same tokens may differ in the mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +97,9 @@ def _place(spec: TensorSpec, first_row: int | None = None) -> _Place:
 class Chain:
     """The graphs of one batch size, in the order in which they run, bound to their buffers on an open backend."""
 
-    def __init__(self, backend: Backend, graphs: Sequence[GraphSpec]) -> None:
+    def __init__(self, backend: Backend, graphs: Sequence[GraphSpec], tolerance: Tolerance) -> None:
         self._backend = backend
+        self._tolerance = tolerance  # of a captured run against one that is not
         self._graphs = tuple(graphs)
         self._layout = _Layout(graphs)
         for graph in graphs:
@@ -101,6 +107,7 @@ class Chain:
         self._buffers: dict[str, Buffer] = {}
         self._bound: dict[frozenset[Role], list[BoundGraph]] = {}
         self._captured: dict[frozenset[Role], CapturedChain] = {}
+        self._uncaptured: dict[frozenset[Role], str] = {}  # why a chain is not captured
         self._decoders: dict[str, BoundGraph] = {}  # of previews, by the buffer that they read
         self._bind(frozenset())
 
@@ -108,6 +115,11 @@ class Chain:
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every buffer: requests, modulations, keys and values, caches, results, noise."""
         return {key: buffer.shape for key, buffer in self._buffers.items()}
+
+    @property
+    def capture_problems(self) -> tuple[str, ...]:
+        """Why runs are not launched as one, where the backend was asked to; empty where they are."""
+        return tuple(dict.fromkeys(self._uncaptured.values()))
 
     @property
     def num_buffer_bytes(self) -> int:
@@ -167,8 +179,13 @@ class Chain:
         finally:
             for mark in marks:
                 backend.release(mark)
-        if backend.can_capture and captured is None and not preview_scales:
-            self._capture(wanted, outputs)
+        backend.keep_compiled()
+        if backend.can_capture and captured is None and wanted not in self._uncaptured and not preview_scales:
+            try:
+                self._capture(wanted, outputs)
+            except BackendError as error:  # the images are computed: they are not lost for it
+                self._uncaptured[wanted] = str(error)
+                _LOGGER.warning("%s; the chain runs uncaptured", error)
         return outputs
 
     def _upload(self, inputs: BatchInputs) -> None:
@@ -203,7 +220,7 @@ class Chain:
         The results are wiped before: a capture that recorded nothing would otherwise find them there.
 
         Raises:
-            BackendError: the captured chain computed something else.
+            BackendError: it cannot be captured, or computed something else then.
         """
         captured = self._backend.capture(self._bound[wanted])
         try:
@@ -219,11 +236,10 @@ class Chain:
                 self._backend.upload(self._buffers[key], np.zeros_like(self._backend.download(self._buffers[key])))
         captured.launch()
         got = self._outputs(wanted, list(itertools.pairwise(captured.marks)))
-        same = all(np.array_equal(x, y) for x, y in zip(got.tokens, expected.tokens, strict=True))
-        if not same or not np.array_equal(got.pixels, expected.pixels):
+        if problem := _difference(got, expected, self._tolerance):
             raise BackendError(
                 f"backend {self._backend.name}: the chain captured as a CUDA graph does not compute what it computes "
-                "uncaptured; load with capture=False (--no-capture), and report it"
+                f"uncaptured ({problem}); load with capture=False (--no-capture), and report it"
             )
 
     def _outputs(self, wanted: frozenset[Role], spans: Sequence[tuple[Any, Any]]) -> ChainOutputs:
@@ -276,6 +292,22 @@ class Chain:
                 f"{view.buffer.dtype} {view.shape}; export the bundle again"
             )
         return view
+
+
+def _difference(got: ChainOutputs, expected: ChainOutputs, tolerance: Tolerance) -> str:
+    """How two runs of one chain on the same inputs differ beyond rounding; empty where they do not.
+
+    A token that differs changes everything after it: the first step with such tokens is judged, and the picture only
+    where there are none.
+    """
+    for step, (x, y) in enumerate(zip(got.tokens, expected.tokens, strict=True)):
+        changed = float(np.mean(x != y))
+        if changed > tolerance.may_change(x.size, are_bits=x.ndim > 2):
+            return f"{changed:.1%} of the tokens of step {step} differ"
+        if changed:
+            return ""
+    off = np.abs(got.pixels.astype(np.int16) - expected.pixels).mean()
+    return f"pixels differ by {off:.1f} levels in the mean" if off > _MAX_LEVELS else ""
 
 
 def _stop_if(should_stop: Callable[[], bool]) -> None:

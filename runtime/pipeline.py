@@ -17,6 +17,7 @@ from fastvar_trt.runtime.backends import Backend, create_backend
 from fastvar_trt.runtime.chain import Chain, ChainOutputs, plan_batches
 from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.manifest import Manifest, Role, Variant, check_files, read_manifest
+from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.request import (
     Request,
     batch_inputs,
@@ -130,9 +131,11 @@ class Pipeline:
         pipeline = cls(path, manifest, backend)
         try:
             backend.open(path, manifest, check_hashes=check == "full")
-            for variant in manifest.variants:
-                for batch in manifest.batches:
-                    pipeline._chains[variant.name, batch] = Chain(backend, variant.chain(batch))
+            tolerance = PRECISIONS[manifest.precision].tolerance
+            # The largest first: what engines share then never has to grow.
+            for batch in sorted(manifest.batches, reverse=True):
+                for variant in manifest.variants:
+                    pipeline._chains[variant.name, batch] = Chain(backend, variant.chain(batch), tolerance)
         except BaseException:
             backend.close()
             raise
@@ -156,6 +159,11 @@ class Pipeline:
         """Memory of requests, modulations, keys and values, caches and results, of all batch sizes."""
         text = 0 if self._text_encoder is None else self._text_encoder.num_buffer_bytes
         return text + sum(chain.num_buffer_bytes for chain in self._chains.values())
+
+    @property
+    def capture_problems(self) -> tuple[str, ...]:
+        """Why chains that the backend was asked to capture as CUDA graphs are run without; empty where none is."""
+        return tuple(dict.fromkeys(problem for chain in self._chains.values() for problem in chain.capture_problems))
 
     def close(self) -> None:
         """Release the graphs; may be called twice. ONNX Runtime keeps the memory of activations for the next load."""

@@ -7,6 +7,8 @@ the backend and the scale loop above it run here as they do on a GPU.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +31,7 @@ class FakeCuda:
 
     def __init__(self, target: str = "sm86", total_bytes: int = 1 << 30) -> None:
         self.name, self.target, self.stream = "a GPU that is not there", target, 1
+        self.driver = 13000
         self.total_bytes = total_bytes
         self.memory: dict[int, NDArray[Any]] = {}
         self.num_allocations, self.num_launches = 0, 0
@@ -127,29 +130,69 @@ class FakeTensorRT:
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
+        self.num_compiled = 0  # contexts whose kernels no cache had
+        self.can_capture = True
 
     def Runtime(self, logger: Any) -> FakeTensorRT:
         return self
 
     def deserialize_cuda_engine(self, data: bytes) -> _Engine | None:
-        return _Engine(self._cuda, data) if data.startswith(b"\x08") else None  # how an ONNX model begins
+        return _Engine(self, self._cuda, data) if data.startswith(b"\x08") else None  # how an ONNX model begins
+
+
+class _Kernels:
+    """`IRuntimeCache`: which engines were compiled."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+
+    def serialize(self) -> bytes:
+        return json.dumps(sorted(self.known)).encode()
+
+    def deserialize(self, data: bytes) -> bool:
+        try:
+            self.known = set(json.loads(data))
+        except ValueError:  # of another GPU, driver or version
+            return False
+        return True
+
+
+class _RuntimeConfig:
+    strategy = ""
+    kernels: _Kernels | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> _Kernels:
+        return _Kernels()
+
+    def set_runtime_cache(self, kernels: _Kernels) -> None:
+        self.kernels = kernels
 
 
 class _Engine:
     device_memory_size_v2 = 4096
 
-    def __init__(self, cuda: FakeCuda, data: bytes) -> None:
-        self._cuda = cuda
+    def __init__(self, trt: FakeTensorRT, cuda: FakeCuda, data: bytes) -> None:
+        self._trt, self._cuda = trt, cuda
+        self._hash = hashlib.sha256(data).hexdigest()
         self._model = onnx.load_from_string(data)
 
-    def create_execution_context(self, strategy: str) -> _Context:
-        assert strategy == "user-managed"
-        return _Context(self._cuda, self._model)
+    def create_runtime_config(self) -> _RuntimeConfig:
+        return _RuntimeConfig()
+
+    def create_execution_context(self, config: _RuntimeConfig) -> _Context:
+        assert config.strategy == "user-managed"
+        known = set() if config.kernels is None else config.kernels.known
+        self._trt.num_compiled += self._hash not in known
+        known.add(self._hash)
+        return _Context(self._cuda, self._model, self._trt.can_capture)
 
 
 class _Context:
-    def __init__(self, cuda: FakeCuda, model: onnx.ModelProto) -> None:
-        self._cuda, self._model = cuda, model
+    def __init__(self, cuda: FakeCuda, model: onnx.ModelProto, can_capture: bool) -> None:
+        self._cuda, self._model, self._can_capture = cuda, model, can_capture
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(
@@ -158,6 +201,9 @@ class _Context:
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] = (0, 0)
         self.profiler: Any = None
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._can_capture
 
     def set_device_memory(self, pointer: int, size: int) -> None:
         self._memory = (pointer, size)
@@ -191,11 +237,19 @@ class FakeOnnxRuntime:
     """The part of `onnxruntime` that the CUDA backend uses: sessions on the CPU that say they are on the GPU."""
 
     __version__ = onnxruntime.__version__
+    __file__ = onnxruntime.__file__
     SessionOptions = onnxruntime.SessionOptions
     RunOptions = onnxruntime.RunOptions
+    OrtMemoryInfo = onnxruntime.OrtMemoryInfo
+    OrtAllocatorType = onnxruntime.OrtAllocatorType
+    OrtMemType = onnxruntime.OrtMemType
+    OrtArenaCfg = onnxruntime.OrtArenaCfg
 
     def __init__(self, cuda: FakeCuda, providers: tuple[str, ...] = ("CUDAExecutionProvider",)) -> None:
         self._cuda, self._providers = cuda, providers
+
+    def create_and_register_allocator_v2(self, provider: str, *arguments: Any) -> None:
+        assert provider == "CUDAExecutionProvider"
 
     def get_available_providers(self) -> list[str]:
         return [*self._providers, "CPUExecutionProvider"]
@@ -257,4 +311,4 @@ def fake_build_engine(
         for is_input, values in ((True, model.graph.input), (False, model.graph.output))
         for value in values
     )
-    return BuiltEngine(model.SerializeToString(), tensors, 0, 0, 0)
+    return BuiltEngine(model.SerializeToString(), tensors, (), 4096)

@@ -149,6 +149,9 @@ class Backend(abc.ABC):
         """
         raise BackendError(f"backend {self.name}: takes no times of single operators")
 
+    def keep_compiled(self) -> None:  # noqa: B027  # most backends compile nothing
+        """Keep what was compiled so far for other processes; called after every run that was not captured."""
+
     @property
     def can_capture(self) -> bool:
         """Whether `capture` makes the chain faster here."""

@@ -23,8 +23,14 @@ class CudaDevice:
     Args:
         ordinal: which GPU.
 
+    Attributes:
+        name: as the driver says.
+        target: `sm86`, ...
+        driver: the CUDA version of the driver.
+        stream: its address.
+
     Raises:
-        BackendError: cuda-python is not installed, the driver is missing or too old, or there is no such GPU.
+        UnavailableError: cuda-python is not installed, the driver is missing or too old, or there is no such GPU.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -41,7 +47,8 @@ class CudaDevice:
                 f"{self._call(runtime.cudaRuntimeGetVersion())} or later; install a newer driver, or run with "
                 "backend='onnxruntime'"
             )
-        self._call((status, count))
+        if status != runtime.cudaError_t.cudaSuccess:
+            raise UnavailableError(f"no GPU that CUDA can use ({status.name}); run with backend='onnxruntime'")
         if not 0 <= ordinal < count:
             raise UnavailableError(f"device cuda:{ordinal}: this machine has {count} GPUs, numbered from 0")
         self._ordinal = ordinal
@@ -50,6 +57,7 @@ class CudaDevice:
         name = properties.name
         self.name: str = name.decode() if isinstance(name, bytes) else str(name)
         self.target = f"sm{properties.major}{properties.minor}"
+        self.driver = int(self._call(runtime.cudaDriverGetVersion()))
         self.stream = int(self._call(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
         self._capturing = False
 

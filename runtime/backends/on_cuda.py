@@ -160,14 +160,18 @@ class CudaBackend(Backend):
             raise BundleError(
                 f"bundle {bundle}: {WEIGHTS_FILE} has no {missing[0]}, which an engine reads; build again"
             )
-        weights = sum(places[name].num_bytes for name in used)
-        buffers = sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs)
+        parts = {
+            "weights": sum(places[name].num_bytes for name in used),
+            "buffers": sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs),
+            # As graphs run one after another, the largest of all; 0 where the builder could not say.
+            "activations": max(record.activation_bytes for record in self._engines.records.values()),
+        }
         free = self._device.free_bytes()
-        if weights + buffers > free:
+        if sum(parts.values()) > free:
+            of = ", ".join(f"{num_bytes / 2**20:.0f} of {name}" for name, num_bytes in parts.items())
             raise CudaOutOfMemoryError(
-                f"bundle {bundle}: needs {(weights + buffers) / 2**20:.0f} MiB on the GPU ({weights / 2**20:.0f} of "
-                f"weights, {buffers / 2**20:.0f} of buffers, activations not counted), {free / 2**20:.0f} MiB are free "
-                f"on {self._device.name}; export with smaller --batch or --precision fp16, or free the GPU"
+                f"bundle {bundle}: needs {sum(parts.values()) / 2**20:.0f} MiB on the GPU ({of}), {free / 2**20:.0f} "
+                f"MiB are free on {self._device.name}; export with smaller --batch or --precision fp16, or free the GPU"
             )
         self._upload_weights(used, places)
 

@@ -1,10 +1,14 @@
 """ONNX Runtime's CUDA provider: sessions on one stream of one GPU, over one device copy of the weights.
 
-Written against ONNX Runtime's API and tested on a GPU that is not there; it has not been run on a real one.
+Tested with the real package over CUDA libraries that compute nothing; it has not been run on a real GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,9 @@ from fastvar_trt.runtime.precision import DTYPES
 
 FLAVOUR = "onnxruntime_cuda"
 CUDA_TARGET = "cuda"
-BUILT_WITH = {"fastvar graphs": "1"}  # those that `fastvar build --target cuda` writes
+BUILT_WITH = {"fastvar graphs": "2"}  # those that `fastvar build --target cuda` writes
 _PROVIDER = "CUDAExecutionProvider"
+_arenas: set[int] = set()  # GPUs for which one was registered with ONNX Runtime's environment
 
 
 class _BoundSession(BoundGraph):
@@ -37,25 +42,36 @@ class _BoundSession(BoundGraph):
 class OnnxRuntimeCudaBackend(CudaBackend):
     """What `fastvar build --target cuda` made, on ONNX Runtime's CUDA provider.
 
-    A graph of which ONNX Runtime would place a node on the CPU is refused at load.
+    A graph of which ONNX Runtime would place a node on the CPU is refused at load. Activations of all sessions share
+    one arena.
 
     Args:
         device: `cuda` or `cuda:N`.
-        capture: whether chains are captured as CUDA graphs; off by default, as not every kernel of the provider can be.
+        capture: run every session as one CUDA graph, of ONNX Runtime's own making: it cannot capture several sessions
+            in a graph of the caller's (the process ends). Off by default.
         cuda: the GPU; default: the real one, opened by `open`.
-        onnxruntime: the package; default: imported by `open`.
+        onnxruntime: the package; default: imported by `open`, with the libraries that pip has installed beside it.
     """
 
     def __init__(
         self, *, device: str = "cuda", capture: bool = False, cuda: Any = None, onnxruntime: Any = None
     ) -> None:
-        super().__init__(FLAVOUR, device=device, capture=capture, cuda=cuda)
+        super().__init__(FLAVOUR, device=device, capture=False, cuda=cuda)
+        self._graphs_of_sessions = capture
         self._ort: Any = onnxruntime
         self._sessions: dict[str, Any] = {}
+        self._num_bound: Counter[str] = Counter()
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "onnxruntime": self._ort.__version__, "capture": self._graphs_of_sessions}
 
     def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
         if self._ort is None:
             self._ort = import_onnxruntime()
+            if hasattr(self._ort, "preload_dlls"):
+                with contextlib.redirect_stdout(io.StringIO()):  # what it does not find is named below
+                    self._ort.preload_dlls()
+            _check_libraries(self._ort)
         available = self._ort.get_available_providers()
         if _PROVIDER not in available:
             raise UnavailableError(
@@ -63,6 +79,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
                 "onnxruntime, then pip install 'fastvar-trt[gpu]'"
             )
         self._open(bundle, manifest, BUILT_WITH, check_hashes=check_hashes, target=CUDA_TARGET)
+        self._share_arena()
 
     def close(self) -> None:
         self._sessions.clear()  # before the memory that they use
@@ -76,10 +93,14 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         options.log_severity_level = 3
         # Without it a node that has no CUDA kernel would run on the CPU, and nobody would be told.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # Not from the arena: what CUDA graphs of other sessions write would be among it.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         settings = {
             "device_id": str(self._ordinal),
             "user_compute_stream": str(self._device.stream),
-            "arena_extend_strategy": "kSameAsRequested",  # there is one arena per session
+            "use_tf32": "0",  # products in fp32 are those that half precision has been kept out of
+            "enable_cuda_graph": str(int(self._graphs_of_sessions)),
         }
         path = self._engines.folder / record.file
         try:
@@ -112,5 +133,46 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         options = self._ort.RunOptions()
         # The chain waits once, at its end, not after every graph.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self._graphs_of_sessions:  # one for every set of addresses
+            self._num_bound[graph.file] += 1
+            options.add_run_config_entry("gpu_graph_id", str(self._num_bound[graph.file]))
         keep = [view.buffer for view in (*inputs.values(), *outputs.values())]
         return _BoundSession(graph.file, session, binding, options, keep)
+
+    def _share_arena(self) -> None:
+        """One arena for the activations of all sessions of the process on this GPU; they run one after another."""
+        if self._ordinal in _arenas:
+            return
+        ort = self._ort
+        memory = ort.OrtMemoryInfo(
+            "Cuda", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, self._ordinal, ort.OrtMemType.DEFAULT
+        )
+        # max_mem 0: no limit; strategy 1: grow by what is asked for, not by powers of two.
+        arena = ort.OrtArenaCfg(0, 1, -1, -1)
+        try:
+            ort.create_and_register_allocator_v2(_PROVIDER, memory, {"device_id": str(self._ordinal)}, arena)
+        except Exception as error:
+            if "already" not in str(error):  # registered by the program that embeds us: it is then shared as well
+                raise BackendError(f"onnxruntime: the shared allocator was refused: {error}") from error
+        _arenas.add(self._ordinal)
+
+
+def _check_libraries(onnxruntime: Any) -> None:
+    """That the CUDA provider finds its libraries: ONNX Runtime itself would say that nodes are placed on the CPU.
+
+    Raises:
+        UnavailableError: one is missing; its name.
+    """
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    provider = folder / "libonnxruntime_providers_cuda.so"
+    if not provider.is_file():  # another system, or a package without the provider, which has its own message
+        return
+    try:
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(provider))
+        ctypes.CDLL("libcudnn.so.9")  # which it looks for when a convolution is to be run
+    except OSError as error:
+        raise UnavailableError(
+            f"onnxruntime {onnxruntime.__version__}: its CUDA provider cannot be loaded ({error}); pip install "
+            "'fastvar-trt[gpu]' brings CUDA's libraries, the driver is NVIDIA's"
+        ) from error

@@ -5,19 +5,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvar_trt.runtime.backends.base import Backend, BackendEntry, BoundGraph, Buffer, View
+from fastvar_trt.runtime.backends.base import (
+    Backend,
+    BackendEntry,
+    BackendOption,
+    BoundGraph,
+    Buffer,
+    CapturedChain,
+    View,
+)
 from fastvar_trt.runtime.backends.on_cuda import CudaBackend
 from fastvar_trt.runtime.backends.onnxruntime import CAPTURE, ENGINES
 from fastvar_trt.runtime.engines import EngineRecord
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest
 
-RTX_FLAVOUR, ENTERPRISE_FLAVOUR = "tensorrt_rtx", "tensorrt"
+TENSORRT_FLAVOURS = RTX_FLAVOUR, ENTERPRISE_FLAVOUR = "tensorrt_rtx", "tensorrt"
 CURRENT_TARGET = "current"  # enterprise TensorRT builds for the GPU that it finds, and for no other
+_LOGGER = logging.getLogger("fastvar_trt.runtime")
 _INSTALL = {
     RTX_FLAVOUR: "pip install 'fastvar-trt[rtx]'",
     ENTERPRISE_FLAVOUR: "pip install 'fastvar-trt[tensorrt]'",
@@ -31,6 +43,8 @@ class _Engine:
 
 
 class _BoundEngine(BoundGraph):
+    """An execution context with all addresses set."""
+
     def __init__(self, name: str, context: Any, stream: int, keep: Sequence[Buffer]) -> None:
         self._name, self._context, self._stream = name, context, stream
         self._keep = keep
@@ -39,6 +53,16 @@ class _BoundEngine(BoundGraph):
         with nvtx_range(self._name):
             if not self._context.execute_async_v3(self._stream):
                 raise BackendError(f"{self._name}: TensorRT could not run the engine; see its messages above")
+
+    def check_capturable(self) -> None:
+        """That it allocates and compiles nothing while it runs.
+
+        Raises:
+            BackendError: it does.
+        """
+        # Enterprise TensorRT has no such question, and captures what it runs.
+        if hasattr(self._context, "is_stream_capturable") and not self._context.is_stream_capturable(self._stream):
+            raise BackendError(f"{self._name}: TensorRT says that the engine cannot be captured; build it again")
 
 
 def import_tensorrt(flavour: str) -> Any:
@@ -59,13 +83,15 @@ class TensorRTBackend(CudaBackend):
     """Engines that `fastvar build` made, on one NVIDIA GPU.
 
     Contexts run one after another, so they share the memory of activations. After a warm-up the chain is captured as
-    one CUDA graph per batch size.
+    one CUDA graph per batch size. TensorRT for RTX compiles its kernels when a context is made; they are kept on disk,
+    so that only the first process pays.
 
     Args:
         flavour: `tensorrt_rtx` or `tensorrt`.
         device: `cuda` or `cuda:N`.
         capture: whether chains are captured as CUDA graphs.
         cuda: the GPU; default: the real one, opened by `open`.
+        kernel_cache: folder of the compiled kernels; `off`: none; default: `fastvar-trt` in the user's cache folder.
         profile: take the times of every engine's layers for `operator_times`; each run then waits for its end.
         tensorrt: the TensorRT package; default: imported by `open`.
     """
@@ -76,6 +102,7 @@ class TensorRTBackend(CudaBackend):
         *,
         device: str = "cuda",
         capture: bool = True,
+        kernel_cache: str | None = None,
         profile: bool = False,
         cuda: Any = None,
         tensorrt: Any = None,
@@ -89,6 +116,10 @@ class TensorRTBackend(CudaBackend):
         self._loaded: dict[str, _Engine] = {}
         self._activations = (0, 0)  # address and size of the memory that all contexts share
         self._contexts: list[Any] = []
+        self._cache_folder = _cache_folder() if kernel_cache is None else Path(kernel_cache)
+        self._keeps_kernels = kernel_cache != "off"
+        self._kernels: Any = None  # IRuntimeCache, of all engines
+        self._num_kept = 0  # contexts whose kernels are on disk
 
     def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
         if self._trt is None:
@@ -105,6 +136,7 @@ class TensorRTBackend(CudaBackend):
 
     def close(self) -> None:
         self._contexts.clear()  # before the memory that they use
+        self._kernels, self._num_kept = None, 0
         self._loaded.clear()
         self._runtime = None
         self._activations = (0, 0)
@@ -127,8 +159,7 @@ class TensorRTBackend(CudaBackend):
 
     def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:
         loaded = self._loaded[graph.file]
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = loaded.engine.create_execution_context(strategy)
+        context = loaded.engine.create_execution_context(self._runtime_config(loaded.engine))
         if context is None:
             raise BackendError(f"{loaded.record.file}: TensorRT made no execution context; is the GPU's memory full?")
         context.set_device_memory(*self._shared_activations())
@@ -148,6 +179,44 @@ class TensorRTBackend(CudaBackend):
         self._contexts.append(context)
         return _BoundEngine(graph.name, context, self._device.stream, [view.buffer for view in views.values()])
 
+    def capture(self, bound: Sequence[BoundGraph]) -> CapturedChain:
+        for graph in bound:
+            assert isinstance(graph, _BoundEngine)
+            graph.check_capturable()
+        return super().capture(bound)
+
+    def keep_compiled(self) -> None:
+        """Write the kernels that were compiled to disk, where there are new ones."""
+        if self._kernels is None or self._num_kept == len(self._contexts):
+            return
+        self._num_kept = len(self._contexts)
+        path = self._kernel_file()
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(bytes(self._kernels.serialize()))
+            partial.replace(path)
+        except OSError as error:  # the next process compiles again
+            _LOGGER.warning("%s: compiled kernels cannot be kept: %s", path, error)
+
+    def _runtime_config(self, engine: Any) -> Any:
+        """How a context is made: on memory that we give it, with the kernels that are known already."""
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._keeps_kernels and hasattr(config, "create_runtime_cache"):  # enterprise engines hold their kernels
+            if self._kernels is None:
+                self._kernels = config.create_runtime_cache()
+                with contextlib.suppress(OSError):  # there are none
+                    # It checks itself whether they are for this GPU, driver and version, and takes none otherwise.
+                    self._kernels.deserialize(self._kernel_file().read_bytes())
+            config.set_runtime_cache(self._kernels)
+        return config
+
+    def _kernel_file(self) -> Path:
+        """One file per GPU, driver and version of TensorRT."""
+        parts = (self._flavour, self._trt.__version__, self._device.name, self._device.driver)
+        return self._cache_folder / ("-".join(re.sub(r"\W+", "_", str(part)) for part in parts) + ".kernels")
+
     def operator_times(self) -> dict[str, dict[str, float]]:
         """By TensorRT's names of layers, which may be several fused; needs `profile`."""
         return super().operator_times() if self._layer_times is None else self._layer_times
@@ -160,6 +229,10 @@ class TensorRTBackend(CudaBackend):
             for context in self._contexts:
                 context.set_device_memory(*self._activations)
         return self._activations
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvar-trt"
 
 
 def _layer_profiler(trt: Any, times: dict[str, float]) -> Any:
@@ -187,13 +260,18 @@ def nvtx_range(name: str) -> Iterator[None]:
         yield
 
 
+KERNEL_CACHE = BackendOption(
+    "kernel_cache", str, "TensorRT for RTX: folder that keeps compiled kernels, or `off`; default: in ~/.cache."
+)
+
+
 def _entry(flavour: str) -> BackendEntry:
     def create(device: str | None, profile: bool, **options: Any) -> Backend:
         if options.pop("engines", "auto") == "off":
             raise BackendError(f"backend {flavour}: runs engines only; leave engines='off' out")
         return TensorRTBackend(flavour, device=device or "cuda", profile=profile, **options)
 
-    return BackendEntry(flavour, create, (ENGINES, CAPTURE))
+    return BackendEntry(flavour, create, (ENGINES, CAPTURE, KERNEL_CACHE))
 
 
 RTX, ENTERPRISE = _entry(RTX_FLAVOUR), _entry(ENTERPRISE_FLAVOUR)
