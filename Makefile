@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/.oldest
+GPU := $(VENV)/.gpu
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 PACKAGES := export runtime plugins serving tools
 
@@ -16,7 +17,7 @@ demo: $(DEMO)
 	$(BIN)/fastvar generate out/demo_pruned --class 0 -o out/astronaut.png
 	$(BIN)/fastvar compare out/demo_dense out/demo_pruned --class 0 --class 1 --class 2 --class 3 --seeds 3 -o out/demo.png
 
-test: $(INSTALLED) $(OLDEST)
+test: $(INSTALLED) $(OLDEST) $(GPU)
 	$(BIN)/pytest
 
 check: $(INSTALLED)
@@ -52,6 +53,16 @@ $(OLDEST): $(INSTALLED)
 	$(VENV)/oldest/bin/pip --quiet --disable-pip-version-check install --no-deps -e . \
 	    "onnxruntime==$$(sed -n 's/^cpu = \["onnxruntime>=\(.*\)"\]/\1/p' pyproject.toml)" || \
 	    { echo "It is not built for this Python: what is tested on it is skipped."; rm -rf $(VENV)/oldest; }
+	touch $@
+
+# onnxruntime-gpu, which overwrites onnxruntime where both are installed, and what the stand-ins for CUDA are compiled
+# with: the tests load it over these, on any machine.
+$(GPU): $(INSTALLED)
+	rm -rf $(VENV)/gpu
+	$(PIP) install --no-deps --target $(VENV)/gpu nvidia-cuda-runtime nvidia-cuda-crt \
+	    "$$(sed -n 's/^ *"onnxruntime-gpu\[cuda,cudnn\]\(.*\); .*",$$/onnxruntime-gpu\1/p' pyproject.toml)" && \
+	    $(BIN)/python tests/cuda_stubs.py $(VENV)/gpu $(VENV)/gpu/stubs || \
+	    { echo "onnxruntime-gpu or a compiler is not here: what is tested on it is skipped."; rm -rf $(VENV)/gpu; }
 	touch $@
 
 clean:

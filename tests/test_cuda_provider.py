@@ -1,0 +1,133 @@
+"""ONNX Runtime's CUDA provider, the real one, over CUDA libraries that compute nothing: what it takes and launches."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from conftest import INFINITY_PLAN, ROOT, TINY_PLAN, tiny_infinity
+from fastvar_trt.export.build.registry import build_targets
+from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.models.var.source import VARSource
+from fastvar_trt.export.passes.batch_left_operands import BatchLeftOperands
+from fastvar_trt.runtime.manifest import read_manifest
+
+SITE = ROOT / ".venv" / "gpu"  # `make test` installs onnxruntime-gpu there, and compiles the libraries
+PRECISIONS = ("fp32", "fp16", "bf16")
+Counts = dict[str, dict[str, Any]]  # graph -> what it launched and copied, or why it was refused
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    tiny_source: VARSource,
+    export_once: Callable[..., tuple[Path, ExportReport]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[Path]:
+    """Small bundles of every family in every precision, built for `cuda`."""
+    if not (SITE / "stubs").is_dir():
+        pytest.skip(f"{SITE} is not there; `make test` makes it where a compiler is")
+    folder = tmp_path_factory.mktemp("cuda")
+    made = []
+    for family, source, plan in (("var", tiny_source, TINY_PLAN), ("infinity", tiny_infinity(), INFINITY_PLAN)):
+        for precision in PRECISIONS:
+            shared, _ = export_once(f"{family}_{precision}", source, ExportOptions(plan=plan, precision=precision))
+            made.append(Path(shutil.copytree(shared, folder / f"{family}_{precision}")))
+            build_targets(made[-1], "cuda")
+    return made
+
+
+def run(mode: str, bundles: list[Path]) -> dict[str, Counts]:
+    """What `on_cuda_stubs.py` counts, by the bundles' names."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join(map(str, (SITE, tests)))
+    done = subprocess.run(
+        [sys.executable, tests / "on_cuda_stubs.py", SITE / "stubs", mode, *bundles],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "CUDAExecutionProvider" in found["providers"]
+    return {path.name: found[str(path)] for path in bundles}
+
+
+@pytest.fixture(scope="module")
+def launched(bundles: list[Path]) -> dict[str, Counts]:
+    return run("launch", bundles)
+
+
+def test_every_node_has_a_cuda_kernel(bundles: list[Path], launched: dict[str, Counts]) -> None:
+    for path in bundles:
+        graphs = launched[path.name]["graphs"]
+        assert set(graphs) == {graph.file for graph in read_manifest(path).graphs}
+        refused = {file: reason for file, reason in graphs.items() if isinstance(reason, str)}
+        assert not refused, path.name
+        assert all(num_launches(counts) > 5 for counts in graphs.values())
+
+
+def num_launches(counts: dict[str, int]) -> int:
+    return sum(count for name, count in counts.items() if name.startswith("kernel "))
+
+
+def test_nothing_is_copied_between_host_and_device(launched: dict[str, Counts]) -> None:
+    """Such a copy cannot be part of a CUDA graph, and waits for the host otherwise."""
+    for bundle, found in launched.items():
+        for file, counts in found["graphs"].items():
+            copies = {name: count for name, count in counts.items() if "host" in name}
+            assert not copies, f"{bundle}/{file}"
+
+
+def test_launches_do_not_grow(launched: dict[str, Counts]) -> None:
+    """Kernels of two layers, counted with onnxruntime-gpu 1.31.1; a tenth more is room for another release."""
+    limits = {"var_fp16": (123, 148, 173), "infinity_bf16": (176, 199, 241), "infinity_fp32": (146, 169, 205)}
+    for bundle, expected in limits.items():
+        graphs = launched[bundle]["graphs"]
+        first, dense, pruned = (num_launches(graphs[f"step_{k:02d}.onnx"]) for k in (0, 2, 3))
+        for got, limit in zip((first, dense, pruned), expected, strict=True):
+            assert got <= 1.1 * limit, (bundle, first, dense, pruned)
+
+
+def test_sessions_share_one_arena(launched: dict[str, Counts]) -> None:
+    """The decoder needs the most, and has run: the steps then find all that they need."""
+    for bundle, found in launched.items():
+        assert found["allocations_after_the_decoder"] == 0, bundle
+
+
+def test_a_session_is_one_launch_where_it_is_captured(bundles: list[Path]) -> None:
+    for bundle, found in run("capture", bundles).items():
+        for file, counts in found["graphs"].items():
+            assert counts == {"graph launch": 1}, f"{bundle}/{file}"
+        recorded = found["recorded"]
+        assert recorded["capture"] == len(found["graphs"])
+        assert not any("host" in name for name in recorded), bundle
+
+
+def test_batches_are_spelt_out_on_the_left_only_where_they_lack() -> None:
+    def value(name: str, *shape: int) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+    a, x, b = value("a", 5, 4), value("x", 2, 3, 4, 6), value("b", 6, 7)
+    left = ir.node("MatMul", [a, x], name="left")
+    left.outputs[0].name, left.outputs[0].shape = "y", ir.Shape([2, 3, 5, 6])
+    left.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    right = ir.node("MatMul", [left.outputs[0], b], name="right")
+    right.outputs[0].name, right.outputs[0].shape = "z", ir.Shape([2, 3, 5, 7])
+    right.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([a, x, b], right.outputs, nodes=[left, right], opset_imports={"": 23}, name="g")
+    model = ir.Model(graph, ir_version=10)
+    assert BatchLeftOperands()(model).modified
+    onnx.checker.check_model(ir.serde.serialize_model(model), full_check=True)
+    assert [node.op_type for node in graph] == ["Constant", "Expand", "MatMul", "MatMul"]
+    assert not BatchLeftOperands()(model).modified
