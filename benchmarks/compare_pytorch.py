@@ -149,7 +149,7 @@ def prepare(folder: Path, depth: int, width: int, schedule: str, prune: str) -> 
     from fastvar_trt.export.exporter import ExportOptions, export_model
     from fastvar_trt.export.models.var.source import VARSource
     from fastvar_trt.runtime import read_manifest
-    from random_checkpoints import PATCH_NUMS_256, PATCH_NUMS_512, random_checkpoint
+    from fastvar_trt.tools.random_checkpoints import PATCH_NUMS_256, PATCH_NUMS_512, random_checkpoint
 
     patch_nums = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512}[schedule]
     bundles = {name: folder / f"d{depth}_w{width}_{schedule}" / Path(name).stem for name in ("none", prune)}

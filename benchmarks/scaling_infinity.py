@@ -33,7 +33,7 @@ def export(folder: Path, size: str, depth: int, width: int, heads: int) -> tuple
     from fastvar_trt.export.exporter import ExportOptions, export_again, export_model
     from fastvar_trt.export.models.infinity.schedules import schedule
     from fastvar_trt.export.models.infinity.source import InfinitySource
-    from random_checkpoints import random_infinity_checkpoint
+    from fastvar_trt.tools.random_checkpoints import random_infinity_checkpoint
 
     states = random_infinity_checkpoint(
         depth=depth,

@@ -34,7 +34,7 @@ from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.export.models.source import Source
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime.plan import PruningPlan
-from random_checkpoints import random_checkpoint, random_infinity_checkpoint
+from fastvar_trt.tools.random_checkpoints import random_checkpoint, random_infinity_checkpoint
 
 # Every export asks for torch's table of ONNX functions, and it takes half a second to make; it never changes.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ from fastvar_trt.runtime import ExportError, Pipeline, PlanError, PruningPlan, r
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, file_sha256
 from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.verify import verify_bundle
-from random_checkpoints import random_checkpoint
+from fastvar_trt.tools.random_checkpoints import random_checkpoint
 
 Export = Callable[..., tuple[Path, ExportReport]]
 FP32 = PRECISIONS["fp32"]

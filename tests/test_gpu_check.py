@@ -1,41 +1,227 @@
-"""The one command for machines with a GPU, on a machine without: it says what it skipped, and fails what fails."""
+"""The one command for machines with a GPU: on a machine without, and on stand-ins for GPU, TensorRT and PyTorch's."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
 
+import gpu_sections
+from conftest import INFINITY_PLAN, TINY_PLAN, tiny_infinity
+from fake_gpu import VERSION, FakeCuda, FakeOnnxRuntime, FakeTensorRT, fake_build_engine
+from fastvar_trt.export.build.tensorrt import builder
+from fastvar_trt.export.build.tensorrt.flavour import Flavour
+from fastvar_trt.export.models.var.source import VARSource
+from fastvar_trt.plugins import oracle
+from fastvar_trt.runtime.backends import cuda, on_cuda, onnxruntime_cuda, tensorrt
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
-from fastvar_trt.tools import gpu_check
+from fastvar_trt.tools.gpu_check import checks, cli, speed
+from fastvar_trt.tools.gpu_check.models import MODELS, CheckedModel
+from fastvar_trt.tools.gpu_check.sections import run_section
+from fastvar_trt.tools.gpu_check.speed import summary
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, ["--no-isolate", *arguments])
+
+
+def sections_of(folder: Path) -> dict[str, dict[str, Any]]:
+    data = json.loads((folder / "gpu_check.json").read_text())
+    return {section["name"]: section for section in data["sections"]}
 
 
 def unavailable(*_: Any) -> Any:
     raise UnavailableError("no NVIDIA driver")
 
 
-def test_without_a_gpu_everything_is_skipped(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gpu_check, "CudaDevice", unavailable)
-    done = CliRunner().invoke(gpu_check.main, ["--out", str(tmp_path / "check")])
+def test_without_a_gpu_everything_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "CudaDevice", unavailable)
+    done = run("--out", str(tmp_path / "check"))
     assert done.exit_code == 0, done.output
-    data = json.loads((tmp_path / "check" / "gpu_check.json").read_text())
-    assert [s["name"] for s in data["sections"]][:2] == ["GPU", "CUDA kernels against the oracle"]
-    assert len(data["sections"]) == 8 and all(s["skipped"] and not s["failed"] for s in data["sections"])
+    sections = sections_of(tmp_path / "check")
+    assert list(sections) == ["GPU", "CUDA kernels against the oracle", "Models"]
+    assert all(s["skipped"] and not s["failed"] for s in sections.values())
     assert "Skipped: no NVIDIA driver" in (tmp_path / "check" / "gpu_check.md").read_text()
 
 
-def test_what_fails_is_not_skipped(tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_fails_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Any:
-        raise BackendError("the chain captured as a CUDA graph does not compute what it computes uncaptured")
+        raise BackendError("CUDA: an illegal memory access was encountered")
 
-    monkeypatch.setattr(gpu_check, "CudaDevice", unavailable)
-    monkeypatch.setattr(gpu_check, "check_kernels", broken)
-    done = CliRunner().invoke(gpu_check.main, ["--out", str(tmp_path)])
+    monkeypatch.setattr(checks, "CudaDevice", unavailable)
+    monkeypatch.setattr(cli, "check_kernels", broken)
+    done = run("--out", str(tmp_path))
     assert done.exit_code == 1 and "failed: CUDA kernels against the oracle" in done.output
 
 
 def test_differing_results_fail_a_section() -> None:
-    section = gpu_check.run_section("x", lambda: [{"ok": True}, {"ok": False}])
+    section = run_section("x", lambda: [{"ok": True}, {"ok": False}], 60, isolate=False)
     assert section.failed and not section.skipped
+
+
+def test_sections_run_in_processes_of_their_own() -> None:
+    fine = run_section("fine", gpu_sections.succeed, 120)
+    assert fine.results[0]["pid"] != os.getpid() and not fine.failed
+    crashed = run_section("crash", gpu_sections.crash, 120)
+    assert crashed.failed == "its process ended with exit code -6 and left no result"
+    assert run_section("hang", gpu_sections.hang, 8).failed == "took longer than 8 s, and was ended"
+    assert "no time is left" in run_section("late", gpu_sections.succeed, -1).skipped
+
+
+def test_models_and_sizes_are_checked(tmp_path: Path) -> None:
+    refused = run("--model", "demo,dall-e", "--out", str(tmp_path))
+    assert refused.exit_code == 2 and "got 'dall-e', expected one or more of demo, var-d16" in refused.output
+    assert next(iter(MODELS)) == "demo" and {"infinity-2b", "var-d36"} < set(MODELS)
+
+
+class FakeKernels:
+    """`CacheKernels` by the oracle, on the memory of a GPU that is not there."""
+
+    def __init__(self, architecture: str, stream: int) -> None:
+        self.architecture = architecture
+
+    def close(self) -> None:
+        pass
+
+    def pivotal_tokens(
+        self, dtype: str, x: int, out: int, *_: int, batch: int, length: int, channels: int, keep: int
+    ) -> None:
+        _at(out, (batch, keep), "int64")[:] = oracle.pivotal_tokens(_at(x, (batch, length, channels), dtype), keep)
+
+    def gather_tokens(
+        self, dtype: str, x: int, indices: int, out: int, *, batch: int, length: int, keep: int, channels: int
+    ) -> None:
+        rows = oracle.gather_tokens(_at(x, (batch, length, channels), dtype), _at(indices, (batch, keep), "int64"))
+        _at(out, rows.shape, dtype)[:] = rows
+
+    def restore_tokens(
+        self,
+        dtype: str,
+        y: int,
+        indices: int,
+        cached: int,
+        out: int,
+        *,
+        batch: int,
+        keep: int,
+        channels: int,
+        **sides: int,
+    ) -> None:
+        full = oracle.restore_tokens(
+            _at(y, (batch, keep, channels), dtype),
+            _at(indices, (batch, keep), "int64"),
+            _at(cached, (batch, sides["cached_h"] * sides["cached_w"], channels), dtype),
+            **sides,
+        )
+        _at(out, full.shape, dtype)[:] = full
+
+
+def _at(pointer: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype=dtype).reshape(shape)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """A machine with a GPU, TensorRT for RTX, ONNX Runtime and PyTorch for it, none of which is there."""
+    device = FakeCuda(total_bytes=8 << 30)
+    for module in (checks, speed, cuda, on_cuda):
+        monkeypatch.setattr(module, "CudaDevice", lambda ordinal=0: device)
+    monkeypatch.setattr(FakeCuda, "close", lambda self: None)  # one device, opened again and again
+    monkeypatch.setattr(checks, "CacheKernels", FakeKernels)
+    monkeypatch.setattr(checks, "_TIMINGS", 1)
+    monkeypatch.setattr(checks, "_REPEATS", 1)
+    monkeypatch.setattr(builder, "build_engine", fake_build_engine)
+    version = type("module", (), {"__version__": VERSION})
+
+    def load_flavour(cls: type[Flavour], name: str) -> Flavour:
+        if name == "tensorrt":
+            raise UnavailableError("tensorrt is not installed")
+        return cls(name, version)
+
+    def import_tensorrt(name: str) -> FakeTensorRT:
+        return FakeTensorRT(device) if name == "tensorrt_rtx" else unavailable()
+
+    monkeypatch.setattr(Flavour, "load", classmethod(load_flavour))
+    monkeypatch.setattr(tensorrt, "import_tensorrt", import_tensorrt)
+    monkeypatch.setattr(onnxruntime_cuda, "import_onnxruntime", lambda: FakeOnnxRuntime(device))
+    monkeypatch.setattr(speed, "_torch_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    yield device
+    assert not device.memory, "device memory is given back"
+
+
+def test_it_runs_through_on_stand_ins(
+    gpu: FakeCuda, tiny_source: VARSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two small models in place of the demo and a big one, in fp32, since the stand-ins compute on the CPU."""
+    models = {
+        "demo": CheckedModel("demo", ("128",), lambda _: tiny_source, lambda _: TINY_PLAN, "fp32", compares=True),
+        "big": CheckedModel("big", ("s",), lambda _: tiny_infinity(), lambda _: INFINITY_PLAN, "fp32"),
+    }
+    monkeypatch.setattr(cli, "MODELS", models)
+    out = tmp_path / "out"
+    done = run("--model", "big,demo", "--runs", "2", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    sections = sections_of(out)
+    kernels = sections["CUDA kernels against the oracle"]["results"]
+    assert len(kernels) == 10 and all(row["ok"] and row["indices equal"] == 1 for row in kernels)
+    for backend in ("onnxruntime, built for cuda", "tensorrt_rtx"):
+        for label in ("pruned", "dense"):
+            (row,) = sections[f"{backend}, demo_128_{label}, against PyTorch and the CPU"]["results"]
+            assert row["ok"] and row["tokens as on the CPU, first scales"] == 1.0 and row["verify"] == "holds"
+            assert row["logits off, of the largest"] < 1e-4 and row["captured"] == "yes" and row["device MiB"] > 0
+    skipped = sections["tensorrt, built for current, demo_128_dense, against PyTorch and the CPU"]
+    assert skipped["skipped"] == "tensorrt is not installed"
+    assert [name for name in sections if name.startswith("Speed")] == ["Speed of demo 128", "Speed of big s"]
+    for name in ("demo 128", "big s"):
+        rows = {row["variant"]: row for row in sections[f"Speed of {name}"]["results"]}
+        ours = [
+            f"{b}{c}, {p}"
+            for p in ("pruned", "dense")
+            for b in ("tensorrt_rtx", "onnxruntime")
+            for c in (", captured", "")
+        ]
+        for variant in (*ours, *(f"PyTorch {how}, {p}" for how in ("eager", "compiled") for p in ("pruned", "dense"))):
+            assert rows[variant]["rounds"] == 3 and rows[variant]["ms"] > 0, variant
+            assert float(rows[variant]["of PyTorch eager"]) > 0
+        assert rows["tensorrt_rtx, captured, dense"]["by graph ms"].keys() >= {"condition", "decoder"}
+        assert rows["tensorrt, captured, dense"]["skipped"] == "tensorrt is not installed"
+    assert Image.open(out / "gpu_check.png").size[0] > 400
+    report = (out / "gpu_check.md").read_text()
+    assert "## Speed of big s" in report and "of PyTorch eager" in report
+    assert gpu.num_launches > 0
+
+
+def test_ratios_are_to_pytorch_dense_of_the_same_round() -> None:
+    def rounds(*times: list[float]) -> list[dict[str, Any]]:
+        return [
+            {"ms": ms, "load_s": 2.0 + i, "first_s": 3.0, "by_graph_ms": {}, "device_bytes": 1 << 20}
+            for i, ms in enumerate(times)
+        ]
+
+    rows = summary(
+        {
+            "PyTorch eager, pruned": rounds([70.0], [7.0]),
+            "PyTorch eager, dense": rounds([100.0, 102.0, 98.0], [10.0]),
+            "ours, pruned": rounds([50.0], [4.0]),
+        },
+        {"tensorrt": "not installed"},
+    )
+    ratios = {row["variant"]: row["of PyTorch eager"] for row in rows}
+    assert ratios == {
+        "PyTorch eager, pruned": "1.43",
+        "PyTorch eager, dense": "1.00",
+        "ours, pruned": "2.25",
+        "tensorrt": "-",
+    }
+    assert rows[2]["load, first time s"] == 2.0 and rows[2]["load, later s"] == 3.0

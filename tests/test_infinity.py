@@ -36,7 +36,7 @@ from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli import main as fastvar_main
 from fastvar_trt.tools.cli.export import main as export_main
-from random_checkpoints import random_infinity_checkpoint
+from fastvar_trt.tools.random_checkpoints import random_infinity_checkpoint
 
 Export = Callable[..., tuple[Path, ExportReport]]
 FP32 = PRECISIONS["fp32"]

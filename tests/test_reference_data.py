@@ -15,7 +15,7 @@ from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import Pipeline, PruningPlan
 from fastvar_trt.runtime.precision import PRECISIONS
-from random_checkpoints import random_checkpoint
+from fastvar_trt.tools.random_checkpoints import random_checkpoint
 
 DATA = Path(__file__).parent / "data"
 FASTVAR_PLAN = PruningPlan("fastvar", ((3, 0.4), (4, 0.5)), cache_scale=2, first_layer=1)

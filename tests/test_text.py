@@ -32,8 +32,8 @@ from fastvar_trt.runtime.manifest import MANIFEST_FILE
 from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.serving.http.app import create_app
+from fastvar_trt.tools.random_checkpoints import random_infinity_checkpoint
 from fuzzing import answers_to_valid_bodies
-from random_checkpoints import random_infinity_checkpoint
 from server_process import Page, serving
 
 Export = Callable[..., tuple[Path, ExportReport]]

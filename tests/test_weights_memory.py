@@ -23,7 +23,7 @@ from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import read_manifest
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE
-from random_checkpoints import random_checkpoint
+from fastvar_trt.tools.random_checkpoints import random_checkpoint
 
 SCRIPT = Path(__file__).parent / "weights_memory.py"
 # `make test` puts the oldest ONNX Runtime that pyproject.toml allows there, over the packages of this environment.

@@ -421,7 +421,7 @@ class NextScaleModel(nn.Module, abc.ABC):
             if spec.keep is not None:
                 tensors |= {f"cached_{name}": t for name, t in zip(spec.sublayers, caches[layer], strict=True)}
             if block_names is None:
-                outputs = spec.run(tensors, select)
+                outputs = self.run_block(spec, tensors, select)
             else:
                 outputs = _custom_node(spec, tensors, block_names[spec])
             x = outputs[0]
@@ -436,6 +436,10 @@ class NextScaleModel(nn.Module, abc.ABC):
         # A token looks sound whatever it was drawn from. One sum tells: it is not finite where a logit is not.
         finite = logits.flatten(1).sum(dim=1).abs() <= torch.finfo(torch.float32).max
         return StepOutputs(drawn.to(self.token_spec(scale)[1]), f_hat, logits, finite, new_kv, new_caches)
+
+    def run_block(self, spec: BlockSpec, tensors: Mapping[str, Tensor], select: Selector) -> tuple[Tensor, ...]:
+        """`BlockSpec.run`; in eager mode a place to compile."""
+        return spec.run(tensors, select)
 
     def decode(self, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 [B, C_vae, h_K, w_K] -> image fp32 [B, 3, H, W] in [0, 1], pixels uint8 [B, H, W, 3]."""

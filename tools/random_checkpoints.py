@@ -1,4 +1,4 @@
-"""Checkpoints in the official format with random weights, for tests, benchmarks and the demo without training.
+"""Checkpoints in the official format with random weights, of any size, for tests, benchmarks and checks of GPUs.
 
 The official initialisation is not used: it makes every block nearly the identity (gamma 1e-5, head x 0.02),
 so that an error inside a block would not show in the output.
