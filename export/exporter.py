@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fastvar_trt.export.folders import new_folder
+from fastvar_trt.export.known_answer import GreedyChain, text_reference
 from fastvar_trt.export.models.base import NextScaleModel
-from fastvar_trt.export.models.reference import ChainState, default_request
+from fastvar_trt.export.models.reference import default_request
 from fastvar_trt.export.models.registry import FAMILIES
 from fastvar_trt.export.models.source import Source
 from fastvar_trt.export.progress import Progress, no_progress
@@ -39,7 +40,6 @@ from fastvar_trt.runtime.manifest import (
     Role,
     Variant,
     check_files,
-    logits_name,
     read_manifest,
 )
 from fastvar_trt.runtime.noise import uniform_noise
@@ -50,7 +50,6 @@ from fastvar_trt.runtime.weights import TensorPlace, plan_layout, read_layout
 
 PHASES = ("trace", "check", "compare", "done")
 DEFAULT_TOP_K = 900  # bound of top-k in the graphs: that of VAR's sampling
-_REFERENCE_POSITIONS = 64  # of the logits that the reference keeps per step
 _FREE_SPACE_MARGIN = 64 << 20  # graphs, reference and manifest
 
 
@@ -203,7 +202,7 @@ def _write_graphs(
     if options.compare:
         np.savez(folder / REFERENCE_FILE, allow_pickle=False, **writer.reference)
     manifest = _manifest(model, options, batches, auxiliary, graphs, folder)
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+    _write_manifest(manifest, folder)
     return ExportReport(manifest, writer.errors)
 
 
@@ -254,44 +253,24 @@ class _GraphWriter:
         function = text_function(self._model)
         if function is None:
             return []
-        self._write(function, inputs := self._model.example_text())
+        self._write(function, self._model.example_text())
         if self._compare:
-            encoded = self._model.encode_text(inputs)
-            self.reference |= {name: tensor.numpy() for name, tensor in (*inputs.items(), *encoded.items())}
+            self.reference |= text_reference(self._model)
         self._report(function, "done")
         return [function.spec]
 
     @torch.inference_mode()
     def write_chain(self, plan: ResolvedPlan, batch: int, *, keep_reference: bool) -> list[GraphSpec]:
         """The graphs of one batch size, in the order in which they run."""
-        model = self._model
-        functions = chain_functions(model, plan, batch)
-        if not self._compare:
-            for function in functions:
-                self._write(function, {})
-                self._report(function, "done")
-            return [function.spec for function in functions]
-        condition = model.example_condition(batch)
-        greedy = default_request(model, batch, greedy=True)
-        drawn: dict[str, Tensor] = dict(condition)
-        state: ChainState | None = None
+        chain = GreedyChain(self._model, plan, batch) if self._compare else None
+        functions = chain_functions(self._model, plan, batch)
         for function in functions:
-            spec = function.spec
-            self._write(function, _graph_inputs(model, function, condition, state))
-            if spec.kind == names.CONDITION_GRAPH:
-                state = ChainState.begin(model, condition)
-            elif spec.kind == names.STEP and spec.scale is not None:
-                assert state is not None
-                uniform = torch.zeros(batch, *model.token_spec(spec.scale)[0])
-                outputs = state.step(model, plan, spec.scale, uniform, greedy)
-                drawn[spec.name] = outputs.tokens
-                drawn[logits_name(spec.scale)] = outputs.logits[:, :_REFERENCE_POSITIONS]
-            elif spec.kind == names.DECODER:
-                assert state is not None and state.f_hat is not None
-                drawn[names.F_HAT], drawn[names.IMAGE] = state.f_hat, model.decode(state.f_hat)[0]
+            self._write(function, {} if chain is None else _graph_inputs(self._model, function, chain))
+            if chain is not None:
+                chain.advance(function.spec)
             self._report(function, "done")
-        if keep_reference:
-            self.reference |= {name: tensor.numpy() for name, tensor in drawn.items()}
+        if chain is not None and keep_reference:
+            self.reference |= chain.drawn
         return [function.spec for function in functions]
 
     def _write(self, function: GraphFunction, inputs: Mapping[str, Tensor]) -> None:
@@ -315,13 +294,40 @@ class _GraphWriter:
         self._progress(function.spec.file, phase, PHASES.index(phase) / (len(PHASES) - 1))
 
 
-def _graph_inputs(
-    model: NextScaleModel, function: GraphFunction, condition: Mapping[str, Tensor], state: ChainState | None
-) -> dict[str, Tensor]:
+@torch.inference_mode()
+def add_reference(bundle: Path, device: torch.device) -> None:
+    """Let PyTorch draw what `verify_bundle` compares with, for a bundle that was exported without.
+
+    Args:
+        bundle: its folder.
+        device: where PyTorch computes; a text encoder always on the CPU.
+
+    Raises:
+        BundleError: a bundle that is incomplete or damaged.
+    """
+    model, manifest = load_bundle_model(bundle)
+    reference = {} if manifest.text_encoder is None else text_reference(model)
+    model.to(device)
+    chain = GreedyChain(model, manifest.resolved_plan, manifest.batches[0], device)
+    for graph in manifest.default.chain(manifest.batches[0]):
+        chain.advance(graph)
+    np.savez(bundle / REFERENCE_FILE, allow_pickle=False, **reference, **chain.drawn)
+    files = {**manifest.files, REFERENCE_FILE: FileSpec.of(bundle / REFERENCE_FILE)}
+    _write_manifest(dataclasses.replace(manifest, files=files), bundle)
+
+
+def _write_manifest(manifest: Manifest, folder: Path) -> None:
+    partial = folder / f".{MANIFEST_FILE}.partial"
+    partial.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST_FILE)
+
+
+def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyChain) -> dict[str, Tensor]:
     """The inputs of one graph out of the state that PyTorch has reached."""
+    state = chain.state
     spec = function.spec
     if state is None:
-        return dict(condition)
+        return dict(chain.condition)
     if spec.kind == names.DECODER:
         # Not what the chain has drawn: of an untrained model that is nearly constant, and the decoder's normalisation
         # then magnifies rounding until nothing can be compared.

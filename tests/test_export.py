@@ -23,7 +23,14 @@ from safetensors.torch import save_file
 
 from conftest import TINY_PLAN, tiny_states
 from fastvar_trt.export import exporter, validation
-from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model, load_bundle_model
+from fastvar_trt.export.exporter import (
+    ExportOptions,
+    ExportReport,
+    add_reference,
+    export_again,
+    export_model,
+    load_bundle_model,
+)
 from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.reference import default_request
 from fastvar_trt.export.models.resize import area_matrix, bicubic_matrix
@@ -31,8 +38,9 @@ from fastvar_trt.export.models.var.model import VAR
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.export.tracing import COMPUTE, GraphFunction
 from fastvar_trt.export.validation import run_in_onnxruntime
-from fastvar_trt.runtime import ExportError, Pipeline, PlanError, PruningPlan, read_manifest
-from fastvar_trt.runtime.manifest import WEIGHTS_FILE, file_sha256
+from fastvar_trt.runtime import BundleError, ExportError, Pipeline, PlanError, PruningPlan, read_manifest
+from fastvar_trt.runtime.manifest import REFERENCE_FILE, WEIGHTS_FILE, file_sha256
+from fastvar_trt.runtime.plan import DENSE
 from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.random_checkpoints import random_checkpoint
@@ -439,3 +447,27 @@ def test_how_many_tokens_may_fall_otherwise() -> None:
     assert bf16.may_change(10_000, are_bits=True) == 0.1
     assert bf16.may_change(8, are_bits=True) == 0.25  # two of the first step's eight bits
     assert fp16.may_change(10_000, are_bits=True) == 0.02
+
+
+def test_an_export_without_pytorch_says_so(
+    tiny_source: VARSource, export_once: Callable[..., tuple[Path, ExportReport]], tmp_path: Path
+) -> None:
+    """Its graphs are those of an export with it, and PyTorch can draw the known answers later."""
+    compared, _ = export_once("tiny", tiny_source, ExportOptions(plan=TINY_PLAN, batches=(1, 2)))
+    quick = tmp_path / "quick"
+    report = export_model(tiny_source, quick, ExportOptions(plan=TINY_PLAN, batches=(1, 2), compare=False))
+    assert not report.errors and REFERENCE_FILE not in report.manifest.files
+    assert {name: spec.sha256 for name, spec in report.manifest.files.items()} == {
+        name: spec.sha256 for name, spec in read_manifest(compared).files.items() if name != REFERENCE_FILE
+    }
+    again = tmp_path / "again"
+    assert REFERENCE_FILE not in export_again(quick, again, DENSE).manifest.files
+    with Pipeline.load(quick) as pipe, pytest.raises(BundleError, match="was exported with --no-compare"):
+        verify_bundle(pipe)
+    add_reference(quick, torch.device("cpu"))
+    with Pipeline.load(quick) as pipe:
+        assert not verify_bundle(pipe).failures
+    with np.load(quick / REFERENCE_FILE) as ours, np.load(compared / REFERENCE_FILE) as theirs:
+        assert set(ours) == set(theirs)
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)

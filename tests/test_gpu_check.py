@@ -149,12 +149,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         return cls(name, version)
 
     def import_tensorrt(name: str) -> FakeTensorRT:
-        return FakeTensorRT(device) if name == "tensorrt_rtx" else unavailable()
+        if name == "tensorrt":
+            raise UnavailableError("tensorrt is not installed")
+        return FakeTensorRT(device)
 
     monkeypatch.setattr(Flavour, "load", classmethod(load_flavour))
     monkeypatch.setattr(tensorrt, "import_tensorrt", import_tensorrt)
     monkeypatch.setattr(onnxruntime_cuda, "import_onnxruntime", lambda: FakeOnnxRuntime(device))
-    monkeypatch.setattr(speed, "_torch_device", lambda: torch.device("cpu"))
+    for module in (speed, checks):
+        monkeypatch.setattr(module, "torch_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     yield device
     assert not device.memory, "device memory is given back"
@@ -169,8 +172,10 @@ def test_it_runs_through_on_stand_ins(
         "big": CheckedModel("big", ("s",), lambda _: tiny_infinity(), lambda _: INFINITY_PLAN, "fp32"),
     }
     monkeypatch.setattr(cli, "MODELS", models)
+    monkeypatch.setattr(cli, "_ROUNDS", 2)
+    monkeypatch.setattr(speed, "_WARM_UPS", 0)
     out = tmp_path / "out"
-    done = run("--model", "big,demo", "--runs", "2", "--out", str(out))
+    done = run("--model", "big,demo", "--runs", "1", "--out", str(out))
     assert done.exit_code == 0, done.output
     sections = sections_of(out)
     kernels = sections["CUDA kernels against the oracle"]["results"]
@@ -182,6 +187,10 @@ def test_it_runs_through_on_stand_ins(
             assert row["logits off, of the largest"] < 1e-4 and row["captured"] == "yes" and row["device MiB"] > 0
     skipped = sections["tensorrt, built for current, demo_128_dense, against PyTorch and the CPU"]
     assert skipped["skipped"] == "tensorrt is not installed"
+    for backend in ("onnxruntime", "tensorrt_rtx"):
+        rows = sections[f"{backend}, big_s_pruned, against PyTorch"]["results"]
+        assert [row["step"] for row in rows] == [0, 1, 2, 3]
+        assert all(row["ok"] and row["of the largest"] < 1e-4 and row["tokens equal"] == 1.0 for row in rows)
     assert [name for name in sections if name.startswith("Speed")] == ["Speed of demo 128", "Speed of big s"]
     for name in ("demo 128", "big s"):
         rows = {row["variant"]: row for row in sections[f"Speed of {name}"]["results"]}
@@ -192,10 +201,10 @@ def test_it_runs_through_on_stand_ins(
             for c in (", captured", "")
         ]
         for variant in (*ours, *(f"PyTorch {how}, {p}" for how in ("eager", "compiled") for p in ("pruned", "dense"))):
-            assert rows[variant]["rounds"] == 3 and rows[variant]["ms"] > 0, variant
+            assert rows[variant]["rounds"] == 2 and rows[variant]["ms"] > 0, variant
             assert float(rows[variant]["of PyTorch eager"]) > 0
         assert rows["tensorrt_rtx, captured, dense"]["by graph ms"].keys() >= {"condition", "decoder"}
-        assert rows["tensorrt, captured, dense"]["skipped"] == "tensorrt is not installed"
+        assert rows["tensorrt, captured, dense"]["skipped"] == "nothing could be built for tensorrt on this machine"
     assert Image.open(out / "gpu_check.png").size[0] > 400
     report = (out / "gpu_check.md").read_text()
     assert "## Speed of big s" in report and "of PyTorch eager" in report

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from fastvar_trt.export.build.base import Builder, Built
@@ -37,11 +38,21 @@ class CudaBuilder(Builder):
     ) -> Built:
         """See `Builder.build`."""
         model, weights = with_weights_as_inputs(bundle / graph.file)
-        optimizer.optimize_ir(model)  # inlines the operators, and folds what follows from shapes
+        _fold_shapes(model)
         BatchLeftOperands()(model)
         path = scratch / graph.file
         ir.save(model, path)
         return Built(path, tuple(spec.name for spec in weights), (*graph.inputs, *weights), graph.outputs)
+
+
+def _fold_shapes(model: ir.Model) -> None:
+    """Inline the operators, and make constants of all that follows from shapes, which are static."""
+    passes.InlinePass()(model)
+    for _ in range(2):  # shapes that follow from values that were folded
+        passes.ShapeInferencePass(data_prop=True)(model)
+        optimizer.fold_constants(model, onnx_shape_inference=False)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
 
 
 def with_weights_as_inputs(path: Path) -> tuple[ir.Model, tuple[TensorSpec, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvar_trt.export.build.registry import build_targets
 from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS
+from fastvar_trt.export.exporter import add_reference
 from fastvar_trt.plugins import oracle
 from fastvar_trt.plugins.cuda_kernels import CacheKernels
 from fastvar_trt.runtime import Pipeline
@@ -21,6 +22,7 @@ from fastvar_trt.runtime.errors import UnavailableError
 from fastvar_trt.runtime.request import example_requests
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.gpu_check.sections import Results
+from fastvar_trt.tools.gpu_check.speed import check_built, torch_device
 
 _TIMINGS = 20
 _REPEATS = 20  # between two events, so that they queue up behind each other
@@ -190,4 +192,28 @@ def check_backend(bundle: Path, backend: str, target: str) -> Results:
             # Kernels round differently: a near-tie may fall the other way, and later scales follow.
             "ok": not verified.failures and min(agreement[:4]) > 0.9 and min(again) == 1.0 and not problems,
         }
+    ]
+
+
+def draw_known_answers(bundle: Path) -> Results:
+    """Let PyTorch on the GPU draw what a bundle's graphs are compared with."""
+    add_reference(bundle, torch_device())
+    return [{"bundle": bundle.name}]
+
+
+def check_logits(bundle: Path, backend: str) -> Results:
+    """The logits of every step against PyTorch's on this GPU, each step given PyTorch's tokens."""
+    check_built(bundle, backend)
+    with Pipeline.load(bundle, backend=backend, device="cuda", check="size") as pipe:
+        verified = verify_bundle(pipe)
+    return [
+        {
+            "backend": backend,
+            "step": step.scale,
+            "logits off": step.logits_error,
+            "of the largest": step.relative_error,
+            "tokens equal": step.token_agreement,
+            "ok": not verified.failures,
+        }
+        for step in verified.steps
     ]

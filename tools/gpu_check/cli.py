@@ -15,7 +15,14 @@ import click
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.tools.cli.command import ErrorCommand, examples
 from fastvar_trt.tools.files import check_writable
-from fastvar_trt.tools.gpu_check.checks import BACKENDS, check_backend, check_gpu, check_kernels
+from fastvar_trt.tools.gpu_check.checks import (
+    BACKENDS,
+    check_backend,
+    check_gpu,
+    check_kernels,
+    check_logits,
+    draw_known_answers,
+)
 from fastvar_trt.tools.gpu_check.models import MODELS
 from fastvar_trt.tools.gpu_check.report import FILES, plot, write_report
 from fastvar_trt.tools.gpu_check.sections import Results, Section, run_section
@@ -114,8 +121,22 @@ def _check_models(check: _Check, wanted: list[str], sizes: str | None, runs: int
                 found = check.section(
                     f"Export of {name} {size}", functools.partial(export, name, size, folder), _LONG_S
                 )
-            if found.results:
-                _time_model(check, f"{name} {size}", [Path(row["bundle"]) for row in found.results], runs)
+            bundles = [Path(row["bundle"]) for row in found.results]
+            if name != _DEMO:
+                _compare_model(check, bundles)
+            if bundles:
+                _time_model(check, f"{name} {size}", bundles, runs)
+
+
+def _compare_model(check: _Check, bundles: list[Path]) -> None:
+    """Every backend against PyTorch on this GPU."""
+    for bundle in bundles:
+        drawn = check.section(
+            f"PyTorch's pictures, {bundle.name}", functools.partial(draw_known_answers, bundle), _LONG_S
+        )
+        for backend in BACKENDS if drawn.results else ():
+            name = f"{backend}, {bundle.name}, against PyTorch"
+            check.section(name, functools.partial(check_logits, bundle, backend), _LONG_S)
 
 
 def export(name: str, size: str, folder: Path) -> Results:

@@ -15,6 +15,8 @@ from typing import Any
 
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.cuda import CudaDevice
+from fastvar_trt.runtime.backends.onnxruntime_cuda import FLAVOUR as CUDA_FOLDER
+from fastvar_trt.runtime.engines import read_engines
 from fastvar_trt.runtime.errors import UnavailableError
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.request import example_requests
@@ -111,12 +113,23 @@ def _opened(variant: Variant) -> Iterator[Callable[[], dict[str, float]]]:
     if not variant.backend:
         yield _pytorch(variant.bundle, compiled=variant.capture)
         return
+    check_built(variant.bundle, variant.backend)
     options: dict[str, Any] = {"capture": variant.capture}
     if variant.backend.startswith("tensorrt"):
         options["kernel_cache"] = str(variant.kernel_cache)
     with Pipeline.load(variant.bundle, backend=variant.backend, device="cuda", check="size", **options) as pipe:
         requests = example_requests(pipe.manifest, 1)
         yield lambda: pipe.draw(requests).timings
+
+
+def check_built(bundle: Path, backend: str) -> None:
+    """That there is something for a backend to run.
+
+    Raises:
+        UnavailableError: nothing was built, because this machine cannot.
+    """
+    if not read_engines(bundle, CUDA_FOLDER if backend == "onnxruntime" else backend).records:
+        raise UnavailableError(f"nothing could be built for {backend} on this machine")
 
 
 def _pytorch(bundle: Path, *, compiled: bool) -> Callable[[], dict[str, float]]:
@@ -129,7 +142,7 @@ def _pytorch(bundle: Path, *, compiled: bool) -> Callable[[], dict[str, float]]:
     from fastvar_trt.export.exporter import load_bundle_model
     from fastvar_trt.export.models.reference import default_request, generate
 
-    device = _torch_device()
+    device = torch_device()
     model, manifest = load_bundle_model(bundle)
     model = model.to(device)
     plan = manifest.resolved_plan
@@ -157,7 +170,12 @@ def _pytorch(bundle: Path, *, compiled: bool) -> Callable[[], dict[str, float]]:
     return draw
 
 
-def _torch_device() -> Any:
+def torch_device() -> Any:
+    """The GPU as PyTorch sees it.
+
+    Raises:
+        UnavailableError: it sees none.
+    """
     import torch
 
     if not torch.cuda.is_available():

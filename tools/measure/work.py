@@ -54,7 +54,8 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
 
     A step: the residual stream twice in fp32, and the larger of the feed-forward layer's hidden state and q, k, v with
     the repacked keys and values; its logits. The decoder: three fp32 copies of its largest map, since normalisation is
-    in fp32. What a backend really takes depends on its kernels.
+    in fp32 (a doubled map still has the channels of the level before). What a backend really takes depends on its
+    kernels; of engines, `EngineRecord.activation_bytes` says it.
     """
     model, plan = manifest.model, manifest.resolved_plan
     size = DTYPES[PRECISIONS[manifest.precision].computed].num_bytes
@@ -72,5 +73,6 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
         largest = max(largest, stream + inside + batch * length * model.vocab_size * 4)
     pixels = batch * manifest.default.image_height * manifest.default.image_width
     channels = manifest.configs.get("vae", {}).get("level_channels", ())
-    maps = (pixels // 4**level * width * 4 * 3 for level, width in enumerate(channels))
+    before = (*channels[1:], *channels[-1:])
+    maps = (pixels // 4**level * width * 4 * 3 for level, width in enumerate(before))
     return max(largest, *maps, 0)
