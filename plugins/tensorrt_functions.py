@@ -36,15 +36,21 @@ def PivotalTokens(x: FLOAT[...], keep: int) -> INT64[...]:
     # Over two axes: a mean over one makes TensorRT write all that follows with the tokens innermost.
     mean = op.Squeeze(op.ReduceMean(op.Unsqueeze(x32, axis1), op.Constant(value_ints=[1, 2]), keepdims=1), axis1)
     score = op.ReduceSumSquare(op.Sub(x32, mean), axis2, keepdims=0)
-    # Counts and positions are float32, exact below 2^24.
+    # Counts and positions are float32, exact below 2^24. A zero made of each token's score is added to its position:
+    # TensorRT would keep the comparisons of constants as tables of L x L, and read them in every layer.
+    nothing = op.Constant(value_float=0.0)
     number = op.Cast(op.Constant(value_int=keep), to=1)
     positions = op.Cast(op.Range(zero, op.Gather(op.Shape(x), one), one), to=1)
-    is_before = op.Less(op.Unsqueeze(positions, axis0), op.Unsqueeze(positions, axis1))  # [i, j]: j < i
+    there = op.Add(positions, op.Min(score, nothing))  # [B, L]
     theirs = op.Unsqueeze(score, axis1)
     own = op.Unsqueeze(score, axis2)
+    is_before = op.Less(op.Unsqueeze(there, axis1), op.Unsqueeze(there, axis2))  # [B, i, j]: j < i
     is_better = op.Or(op.Greater(theirs, own), op.And(op.Equal(theirs, own), is_before))
-    is_kept = op.Less(op.ReduceSum(op.Cast(is_better, to=1), axis2, keepdims=0), number)  # [B, L]
-    kept_before = op.Cast(op.And(is_before, op.Unsqueeze(is_kept, axis1)), to=1)
+    rank = op.ReduceSum(op.Cast(is_better, to=1), axis2, keepdims=0)  # [B, L]
+    is_kept = op.Less(rank, number)
+    again = op.Add(positions, op.Min(rank, nothing))
+    comes_before = op.Less(op.Unsqueeze(again, axis1), op.Unsqueeze(again, axis2))
+    kept_before = op.Cast(op.And(comes_before, op.Unsqueeze(is_kept, axis1)), to=1)
     place = op.Where(is_kept, op.ReduceSum(kept_before, axis2, keepdims=0), number)
     places = op.Cast(op.Range(zero, op.Constant(value_int=keep), one), to=1)
     is_here = op.Cast(op.Equal(op.Unsqueeze(place, axis1), op.Unsqueeze(places, axis1)), to=1)  # [B, K, L]
