@@ -57,13 +57,12 @@ $(OLDEST): $(INSTALLED)
 
 # onnxruntime-gpu, which overwrites onnxruntime where both are installed, and what the stand-ins for CUDA are compiled
 # with: the tests load it over these, on any machine.
-$(GPU): $(INSTALLED)
+$(GPU): $(INSTALLED) tests/cuda_stubs.py tests/stubs/cuda.cpp
 	rm -rf $(VENV)/gpu
 	$(PIP) install --no-deps --target $(VENV)/gpu nvidia-cuda-runtime nvidia-cuda-crt \
 	    "$$(sed -n 's/^ *"onnxruntime-gpu\[cuda,cudnn\]\(.*\); .*",$$/onnxruntime-gpu\1/p' pyproject.toml)" && \
-	    $(BIN)/python tests/cuda_stubs.py $(VENV)/gpu $(VENV)/gpu/stubs || \
+	    $(BIN)/python tests/cuda_stubs.py $(VENV)/gpu $(VENV)/gpu/stubs && touch $@ || \
 	    { echo "onnxruntime-gpu or a compiler is not here: what is tested on it is skipped."; rm -rf $(VENV)/gpu; }
-	touch $@
 
 clean:
 	rm -rf $(VENV) build out

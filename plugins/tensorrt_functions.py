@@ -27,7 +27,6 @@ def PivotalTokens(x: FLOAT[...], keep: int) -> INT64[...]:
     Selected and put in order by counting: [B, L, L] comparisons that exist inside a kernel only. TensorRT's TopK ends
     at 3840, and takes one launch to select and one to sort.
     """
-    axis0 = op.Constant(value_ints=[0])
     axis1 = op.Constant(value_ints=[1])
     axis2 = op.Constant(value_ints=[2])
     zero = op.Constant(value_int=0)

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,19 @@ from fastvar_trt.runtime.request import BatchInputs
 
 _LOGGER = logging.getLogger("fastvar_trt.runtime")
 _MAX_LEVELS = 1.0  # of 256, by which pictures of the same tokens may differ in the mean
+
+
+def _no_token(dtype: np.dtype[Any]) -> int:
+    """No token and no bit has this value."""
+    return int(np.iinfo(dtype).max)
+
+
+# What results are overwritten with before a captured run: values that it cannot compute, but for black pictures.
+_WIPED: Mapping[Role, Callable[[np.dtype[Any]], float]] = {
+    Role.TOKENS: _no_token,
+    Role.F_HAT: lambda dtype: float("nan"),
+    Role.PIXELS: lambda dtype: 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +196,7 @@ class Chain:
         if backend.can_capture and captured is None and wanted not in self._uncaptured and not preview_scales:
             try:
                 self._capture(wanted, outputs)
-            except BackendError as error:  # the images are computed: they are not lost for it
+            except Exception as error:  # the images are computed: they are not lost for it
                 self._uncaptured[wanted] = str(error)
                 _LOGGER.warning("%s; the chain runs uncaptured", error)
         return outputs
@@ -231,12 +244,13 @@ class Chain:
         self._captured[wanted] = captured
 
     def _compare_captured(self, captured: CapturedChain, wanted: frozenset[Role], expected: ChainOutputs) -> None:
-        for role in (Role.PIXELS, Role.F_HAT, Role.TOKENS):
+        for role, wiped in _WIPED.items():
             for key in self._layout.by_role[role]:
-                self._backend.upload(self._buffers[key], np.zeros_like(self._backend.download(self._buffers[key])))
+                there = self._backend.download(self._buffers[key])
+                self._backend.upload(self._buffers[key], np.full_like(there, wiped(there.dtype)))
         captured.launch()
         got = self._outputs(wanted, list(itertools.pairwise(captured.marks)))
-        if problem := _difference(got, expected, self._tolerance):
+        if problem := _unwritten(got) or _difference(got, expected, self._tolerance):
             raise BackendError(
                 f"backend {self._backend.name}: the chain captured as a CUDA graph does not compute what it computes "
                 f"uncaptured ({problem}); load with capture=False (--no-capture), and report it"
@@ -294,20 +308,45 @@ class Chain:
         return view
 
 
-def _difference(got: ChainOutputs, expected: ChainOutputs, tolerance: Tolerance) -> str:
-    """How two runs of one chain on the same inputs differ beyond rounding; empty where they do not.
+def _unwritten(got: ChainOutputs) -> str:
+    """What a run has left as it was wiped; empty where nothing."""
+    for step, tokens in enumerate(got.tokens):
+        if (tokens == _no_token(tokens.dtype)).any():
+            return f"step {step} wrote no tokens"
+    if np.isnan(got.f_hat).all():
+        return "f_hat was not written"
+    return "" if got.pixels.any() else "no pixels were written"
 
-    A token that differs changes everything after it: the first step with such tokens is judged, and the picture only
-    where there are none.
-    """
-    for step, (x, y) in enumerate(zip(got.tokens, expected.tokens, strict=True)):
-        changed = float(np.mean(x != y))
-        if changed > tolerance.may_change(x.size, are_bits=x.ndim > 2):
-            return f"{changed:.1%} of the tokens of step {step} differ"
-        if changed:
-            return ""
+
+def _difference(got: ChainOutputs, expected: ChainOutputs, tolerance: Tolerance) -> str:
+    """How two runs of one chain on the same inputs differ beyond rounding; empty where they do not."""
+    problem, all_equal = compare_tokens(got.tokens, expected.tokens, tolerance)
+    if problem or not all_equal:
+        return problem
     off = np.abs(got.pixels.astype(np.int16) - expected.pixels).mean()
     return f"pixels differ by {off:.1f} levels in the mean" if off > _MAX_LEVELS else ""
+
+
+def compare_tokens(
+    got: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]], tolerance: Tolerance
+) -> tuple[str, bool]:
+    """Two draws of the same noise, step by step.
+
+    A token that differs changes everything after it, so the first step with such tokens is judged.
+
+    Args:
+        got, expected: per step int32 [B, L] or uint8 [B, L, bits].
+        tolerance: what rounding may change.
+
+    Returns:
+        what is wrong, or nothing, and whether all tokens are the same.
+    """
+    for step, (x, y) in enumerate(zip(got, expected, strict=True)):
+        changed = float(np.mean(x != y))
+        if changed:
+            too_many = changed > tolerance.may_change(x.size, are_bits=x.ndim > 2)
+            return f"{changed:.1%} of the tokens of step {step} differ" * too_many, False
+    return "", True
 
 
 def _stop_if(should_stop: Callable[[], bool]) -> None:

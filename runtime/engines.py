@@ -33,7 +33,7 @@ class EngineLayer:
         kind: `linear`, `attention`, `convolution`, `selection`, `gathering`, `restoring`, `sort`, `copy` or `other`.
         dtype: of its arithmetic.
         num_bytes: of what it reads and writes, each tensor once.
-        flop: of matrix products and convolutions, two per multiply-add.
+        flop: of matrix products and convolutions, two per multiply-add; of selections, the comparisons.
     """
 
     name: str

@@ -170,8 +170,10 @@ def test_layers_are_timed_where_it_is_asked_for(built: Path) -> None:
         plain.backend.operator_times()
 
 
-def test_a_capture_that_computes_something_else_is_not_trusted(built: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_capture_that_computes_something_else_is_not_trusted(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The image that was computed uncaptured is returned, and so are those after it."""
+    warnings: list[str] = []
+    monkeypatch.setattr(chain._LOGGER, "warning", lambda text, *values: warnings.append(text % values))
     cuda = FakeCuda()
     cuda.spoil_captures = True
     pipe, _ = load(built, cuda)
@@ -186,30 +188,39 @@ def test_a_capture_that_computes_something_else_is_not_trusted(built: Path, capl
         assert cuda.num_launches == 1 and cuda.num_graphs == 0  # tried once, and dropped
         (problem,) = pipe.capture_problems
         assert re.search(
-            r"does not compute what it computes uncaptured \(.* of step \d differ\); load with capture", problem
+            r"does not compute what it computes uncaptured \(step \d wrote no tokens\); load with capture", problem
         )
+        assert warnings == [f"{problem}; the chain runs uncaptured"]
 
 
-def test_rounding_may_differ_where_a_chain_is_captured() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_rounding_may_differ_where_a_chain_is_captured(precision: str) -> None:
     """Kernels with atomic sums round otherwise in every run: the first step with other tokens is judged."""
-    tolerance = PRECISIONS["fp16"].tolerance
-    tokens = [np.zeros((1, n), np.int32) for n in (1, 64, 256)]
+    tolerance = PRECISIONS[precision].tolerance
+    tokens = [np.full((1, n), 5, np.int32) for n in (1, 64, 4096)]
     pixels = np.full((1, 8, 8, 3), 100, np.uint8)
 
-    def outputs(tokens: list[np.ndarray], pixels: np.ndarray) -> ChainOutputs:
-        return ChainOutputs(tokens, np.zeros(1), pixels, np.ones(1, bool), None, None, {})
+    def outputs(tokens: list[np.ndarray], pixels: np.ndarray, f_hat: float = 0.0) -> ChainOutputs:
+        return ChainOutputs(tokens, np.full(4, f_hat), pixels, np.ones(1, bool), None, None, {})
+
+    def problem(got: ChainOutputs) -> str:
+        return chain._unwritten(got) or chain._difference(got, expected, tolerance)
 
     expected = outputs(tokens, pixels)
-    few, many = (tokens[1].copy() for _ in range(2))
-    few[0, :3], many[0, :30] = 7, 7
-    other = np.full((1, 256), 9, np.int32)
-    assert not chain._difference(expected, expected, tolerance)
-    assert not chain._difference(outputs([tokens[0], few, other], pixels + 50), expected, tolerance)
-    assert "46.9% of the tokens of step 1" in chain._difference(
-        outputs([tokens[0], many, other], pixels), expected, tolerance
-    )
-    assert not chain._difference(outputs(tokens, pixels + 1), expected, tolerance)
-    assert "pixels differ by 3.0" in chain._difference(outputs(tokens, pixels + 3), expected, tolerance)
+    few, many, none = (tokens[2].copy() for _ in range(3))
+    few[0, :3], many[0, :3000] = 7, 7
+    none[:] = chain._no_token(none.dtype)
+    assert not problem(expected) and not problem(outputs(tokens, pixels + 1))
+    assert not problem(outputs([*tokens[:2], few], pixels + 50))
+    assert "73.2% of the tokens of step 2" in problem(outputs([*tokens[:2], many], pixels))
+    assert "pixels differ by 3.0" in problem(outputs(tokens, pixels + 3))
+    # What a captured run does not write keeps the value that it was wiped with.
+    assert problem(outputs([*tokens[:2], none], pixels)) == "step 2 wrote no tokens"
+    assert problem(outputs([none[:, :1], none[:, :64], none], pixels * 0, np.nan)) == "step 0 wrote no tokens"
+    assert problem(outputs([*tokens[:2], few], pixels * 0)) == "no pixels were written"
+    assert problem(outputs([*tokens[:2], few], pixels, np.nan)) == "f_hat was not written"
+    bits = np.full((1, 4, 8), chain._no_token(np.dtype(np.uint8)), np.uint8)
+    assert chain._unwritten(outputs([bits], pixels)) == "step 0 wrote no tokens"
 
 
 def test_a_chain_that_cannot_be_captured_is_named(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

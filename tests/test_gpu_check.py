@@ -80,6 +80,10 @@ def test_sections_run_in_processes_of_their_own() -> None:
 def test_models_and_sizes_are_checked(tmp_path: Path) -> None:
     refused = run("--model", "demo,dall-e", "--out", str(tmp_path))
     assert refused.exit_code == 2 and "got 'dall-e', expected one or more of demo, var-d16" in refused.output
+    refused = run("--model", "var-d16,infinity-2b", "--size", "1M,3K", "--out", str(tmp_path))
+    assert refused.exit_code == 2 and "--size: got '3K'" in refused.output
+    assert cli._models("infinity-2b, var-d16", "1M, 2K") == {"var-d16": ["256"], "infinity-2b": ["1M", "2K"]}
+    assert cli._models("var-d36", None) == {"var-d36": ["512"]}
     assert next(iter(MODELS)) == "demo" and {"infinity-2b", "var-d36"} < set(MODELS)
 
 
@@ -95,13 +99,14 @@ class FakeKernels:
     def pivotal_tokens(
         self, dtype: str, x: int, out: int, *_: int, batch: int, length: int, channels: int, keep: int
     ) -> None:
-        _at(out, (batch, keep), "int64")[:] = oracle.pivotal_tokens(_at(x, (batch, length, channels), dtype), keep)
+        values = _values(x, (batch, length, channels), dtype)
+        _at(out, (batch, keep), "int64")[:] = oracle.pivotal_tokens(values, keep)
 
     def gather_tokens(
         self, dtype: str, x: int, indices: int, out: int, *, batch: int, length: int, keep: int, channels: int
     ) -> None:
-        rows = oracle.gather_tokens(_at(x, (batch, length, channels), dtype), _at(indices, (batch, keep), "int64"))
-        _at(out, rows.shape, dtype)[:] = rows
+        rows = _at(indices, (batch, keep), "int64")
+        _store(out, oracle.gather_tokens(_values(x, (batch, length, channels), dtype), rows), dtype)
 
     def restore_tokens(
         self,
@@ -114,15 +119,32 @@ class FakeKernels:
         batch: int,
         keep: int,
         channels: int,
+        residual: int | None = None,
         **sides: int,
     ) -> None:
         full = oracle.restore_tokens(
-            _at(y, (batch, keep, channels), dtype),
+            _values(y, (batch, keep, channels), dtype),
             _at(indices, (batch, keep), "int64"),
-            _at(cached, (batch, sides["cached_h"] * sides["cached_w"], channels), dtype),
+            _values(cached, (batch, sides["cached_h"] * sides["cached_w"], channels), dtype),
             **sides,
         )
-        _at(out, full.shape, dtype)[:] = full
+        if residual is None:
+            _store(out, full, dtype)
+        else:
+            _store(out, _at(residual, full.shape, "float32") + full.astype(np.float32), "float32")
+
+
+def _values(pointer: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return (_at(pointer, shape, "uint16").astype(np.uint32) << 16).view(np.float32)
+    return _at(pointer, shape, dtype)
+
+
+def _store(pointer: int, values: np.ndarray, dtype: str) -> None:
+    if dtype == "bfloat16":
+        _at(pointer, values.shape, "uint16")[:] = values.astype(np.float32).view(np.uint32) >> 16
+    else:
+        _at(pointer, values.shape, dtype)[:] = values
 
 
 def _at(pointer: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -135,7 +157,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     """A machine with a GPU, TensorRT for RTX, ONNX Runtime and PyTorch for it, none of which is there."""
     device = FakeCuda(total_bytes=8 << 30)
     for module in (checks, speed, cuda, on_cuda):
-        monkeypatch.setattr(module, "CudaDevice", lambda ordinal=0: device)
+        monkeypatch.setattr(module, "CudaDevice", lambda ordinal=0, **_: device)
     monkeypatch.setattr(FakeCuda, "close", lambda self: None)  # one device, opened again and again
     monkeypatch.setattr(checks, "CacheKernels", FakeKernels)
     monkeypatch.setattr(checks, "_TIMINGS", 1)
@@ -180,14 +202,15 @@ def test_it_runs_through_on_stand_ins(gpu: FakeCuda, tmp_path: Path, monkeypatch
     assert done.exit_code == 0, done.output
     sections = sections_of(out)
     kernels = sections["CUDA kernels against the oracle"]["results"]
-    assert len(kernels) == 10 and all(row["ok"] and row["indices equal"] == 1 for row in kernels)
-    for backend in ("onnxruntime, built for cuda", "tensorrt_rtx"):
+    assert len(kernels) == 15 and all(row["ok"] and row["indices equal"] == 1 for row in kernels)
+    for backend in ("onnxruntime, cuda", "tensorrt_rtx"):
         for label in ("pruned", "dense"):
-            (row,) = sections[f"{backend}, demo_80_{label}, against PyTorch and the CPU"]["results"]
-            assert row["ok"] and row["tokens as on the CPU, first scales"] == 1.0 and row["verify"] == "holds"
-            assert row["logits off, of the largest"] < 1e-4 and row["captured"] == "yes" and row["device MiB"] > 0
-    skipped = sections["tensorrt, built for current, demo_80_dense, against PyTorch and the CPU"]
-    assert skipped["skipped"] == "tensorrt is not installed"
+            rows = sections[f"{backend}, demo_80_{label}, against PyTorch and the CPU"]["results"]
+            assert [row["captured"] for row in rows] == ["no", "yes"]
+            for row in rows:
+                assert row["ok"] and row["verify"] == "holds" and row["tokens, second run"] == "the same"
+                assert row["logits off, of the largest"] < 1e-4 and row["device MiB"] > 0
+    assert sections["tensorrt, current, demo_80_dense, built"]["skipped"] == "tensorrt is not installed"
     for backend in ("onnxruntime", "tensorrt_rtx"):
         rows = sections[f"{backend}, big_s_pruned, against PyTorch"]["results"]
         assert [row["step"] for row in rows] == [0, 1, 2]
@@ -210,6 +233,22 @@ def test_it_runs_through_on_stand_ins(gpu: FakeCuda, tmp_path: Path, monkeypatch
     report = (out / "gpu_check.md").read_text()
     assert "## Speed of big s" in report and "of PyTorch eager" in report
     assert gpu.num_launches > 0
+
+
+@pytest.mark.parametrize("spoilt", ["pivotal_tokens", "gather_tokens", "restore_tokens"])
+def test_a_wrong_kernel_is_found(gpu: FakeCuda, spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(FakeKernels, spoilt)
+
+    def wrong(
+        self: FakeKernels, dtype: str, x: int, *pointers: int, batch: int, keep: int, channels: int, **sizes: int
+    ) -> None:
+        right(self, dtype, x, *pointers, batch=batch, keep=keep, channels=channels, **sizes)
+        out = pointers[-1] if spoilt != "pivotal_tokens" else pointers[0]
+        _at(out, (64,), "uint16")[:] += 77
+
+    monkeypatch.setattr(FakeKernels, spoilt, wrong)
+    section = run_section("kernels", checks.check_kernels, 60, isolate=False)
+    assert section.failed == "results differ, see the table" and not any(row["ok"] for row in section.results)
 
 
 def test_ratios_are_to_pytorch_dense_of_the_same_round() -> None:

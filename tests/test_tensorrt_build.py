@@ -227,13 +227,39 @@ def test_a_layer_of_the_log() -> None:
     )
     signal = "Name: a^signal, LayerType: signal, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, "
     signal += "EventId: 1, Metadata: "
-    log = "\n".join(["Name: nothing", product, signal, scatter, attention, "Max Scratch Memory: 4096 bytes", ""])
+    compare = line(
+        "__myl_ReshEqlGtrLtAndOrCastSum_myl0_4",
+        "kgen",
+        [tensor("score", "2,100", "Float")],
+        [tensor("rank", "2,100", "Float")],
+        "[ONNX Layer: n | node (PivotalTokens)]",
+    )
+    odd = line("_gemm_mha_v2_myl0_5", "kgen", [tensor("q", "4,10,32", half)], [tensor("o", "4,10,32", half)])
+    empty = line("node_conv2d_6", "correlation", [tensor("x", "1,8,4,4", half)], [tensor("y", "1,8,4,4", half)])
+    log = "\n".join(
+        [
+            "Name: nothing",
+            product,
+            signal,
+            scatter,
+            attention,
+            compare,
+            odd,
+            empty,
+            "Max Scratch Memory: 4096 bytes",
+            "",
+        ]
+    )
     assert read_layers(log) == (
         EngineLayer("__myl_FcAdd_myl0_1", "linear", "float16", 2 * (512 + 6400 + 65536 + 25600), 2 * 50 * 128 * 512),
         EngineLayer("__myl_Scat_myl0_2", "restoring", "float32", 5 * 8 + 4 * 40, 0),  # written in place: rows only
         EngineLayer(
             "_gemm_mha_v2_myl0_3", "attention", "float16", 2 * (1280 + 2560 + 2560 + 1280), 4 * 4 * 10 * 20 * 32
         ),
+        EngineLayer("__myl_ReshEqlGtrLtAndOrCastSum_myl0_4", "selection", "float32", 4 * 400, 6 * 2 * 100 * 100),
+        # What a release may print otherwise is not counted; no engine is lost for it.
+        EngineLayer("_gemm_mha_v2_myl0_5", "attention", "float32", 2 * 2 * 1280, 0),
+        EngineLayer("node_conv2d_6", "convolution", "float32", 2 * 2 * 128, 0),
     )
     assert read_activation_bytes(log) == 4096 and read_activation_bytes("") == 0 and read_layers("") == ()
 

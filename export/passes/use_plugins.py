@@ -59,9 +59,9 @@ def _add_residual(graph: ir.Graph, restore: ir.Node) -> None:
         user = _only_user(last)
     if user is None or user.op_type != "Add" or last.dtype != ir.DataType.FLOAT:
         return
-    (residual,) = (value for value in user.inputs if value is not last)
+    residual = next((value for value in user.inputs if value is not last), None)
     total = user.outputs[0]
-    if residual is None or residual.shape != total.shape:
+    if residual is None or residual.shape != total.shape or total.is_graph_output():
         return
     fused = _node(RESTORE_TOKENS_ADD, [*restore.inputs, residual], f"{total.name}_restored", total.shape, total.dtype)
     for name, value in restore.attributes.items():

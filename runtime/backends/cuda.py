@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.runtime.precision import DTYPES
 
+_streams: dict[int, int] = {}  # of the process, by GPU
 _INSTALL = "pip install cuda-bindings (the extras gpu, rtx and tensorrt bring it)"
 
 
@@ -22,6 +23,7 @@ class CudaDevice:
 
     Args:
         ordinal: which GPU.
+        one_stream: take the process's stream for this GPU, which stays, instead of one of its own.
 
     Attributes:
         name: as the driver says.
@@ -33,7 +35,7 @@ class CudaDevice:
         UnavailableError: cuda-python is not installed, the driver is missing or too old, or there is no such GPU.
     """
 
-    def __init__(self, ordinal: int = 0) -> None:
+    def __init__(self, ordinal: int = 0, *, one_stream: bool = False) -> None:
         try:
             from cuda.bindings import runtime
         except ImportError as error:
@@ -58,7 +60,13 @@ class CudaDevice:
         self.name: str = name.decode() if isinstance(name, bytes) else str(name)
         self.target = f"sm{properties.major}{properties.minor}"
         self.driver = int(self._call(runtime.cudaDriverGetVersion()))
-        self.stream = int(self._call(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+        self._owns_stream = not one_stream
+        if one_stream and ordinal in _streams:
+            self.stream = _streams[ordinal]
+        else:
+            self.stream = int(self._call(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+        if one_stream:
+            _streams[ordinal] = self.stream
         self._capturing = False
 
     def activate(self) -> None:
@@ -69,7 +77,8 @@ class CudaDevice:
         """Destroy the stream; may be called twice."""
         if self.stream:
             self._cuda.cudaStreamSynchronize(self.stream)
-            self._cuda.cudaStreamDestroy(self.stream)
+            if self._owns_stream:
+                self._cuda.cudaStreamDestroy(self.stream)
             self.stream = 0
 
     def free_bytes(self) -> int:

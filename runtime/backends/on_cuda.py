@@ -42,9 +42,10 @@ class CudaBackend(Backend):
         device: `cuda` or `cuda:N`.
         capture: whether chains are captured as CUDA graphs after a warm-up.
         cuda: the GPU; default: the real one, opened by `open`.
+        one_stream: run on the process's stream for this GPU, with all other backends that do.
     """
 
-    def __init__(self, flavour: str, *, device: str, capture: bool, cuda: Any) -> None:
+    def __init__(self, flavour: str, *, device: str, capture: bool, cuda: Any, one_stream: bool = False) -> None:
         kind, _, ordinal = device.partition(":")
         if kind != "cuda" or not (ordinal or "0").isdigit():
             raise BackendError(f"backend {flavour}: device: got {device!r}, expected 'cuda' or 'cuda:N'")
@@ -53,6 +54,7 @@ class CudaBackend(Backend):
         self._ordinal = int(ordinal or 0)
         self._capture = capture
         self._device: Any = cuda
+        self._one_stream = one_stream
         self._bundle = Path()
         self._engines = EngineSet(Path())
         self._weights: dict[str, int] = {}  # tensor -> device address
@@ -141,7 +143,7 @@ class CudaBackend(Backend):
             build_target: what `fastvar build` calls it; default: the same.
         """
         if self._device is None:
-            self._device = CudaDevice(self._ordinal)
+            self._device = CudaDevice(self._ordinal, one_stream=self._one_stream)
         self._device.activate()
         self._bundle = bundle
         self._engines = usable_engines(
@@ -163,12 +165,13 @@ class CudaBackend(Backend):
         parts = {
             "weights": sum(places[name].num_bytes for name in used),
             "buffers": sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs),
-            # As graphs run one after another, the largest of all; 0 where the builder could not say.
+            # As graphs run one after another, the largest of all.
             "activations": max(record.activation_bytes for record in self._engines.records.values()),
         }
         free = self._device.free_bytes()
         if sum(parts.values()) > free:
             of = ", ".join(f"{num_bytes / 2**20:.0f} of {name}" for name, num_bytes in parts.items())
+            of += "" if parts["activations"] else ", which the builder could not know"
             raise CudaOutOfMemoryError(
                 f"bundle {bundle}: needs {sum(parts.values()) / 2**20:.0f} MiB on the GPU ({of}), {free / 2**20:.0f} "
                 f"MiB are free on {self._device.name}; export with smaller --batch or --precision fp16, or free the GPU"

@@ -42,13 +42,14 @@ class _BoundSession(BoundGraph):
 class OnnxRuntimeCudaBackend(CudaBackend):
     """What `fastvar build --target cuda` made, on ONNX Runtime's CUDA provider.
 
-    A graph of which ONNX Runtime would place a node on the CPU is refused at load. Activations of all sessions share
-    one arena.
+    A graph of which ONNX Runtime would place a node on the CPU is refused at load. Activations of all sessions of the
+    process share one arena, and so all run on one stream: what one has freed, another may take while it is still used.
 
     Args:
         device: `cuda` or `cuda:N`.
         capture: run every session as one CUDA graph, of ONNX Runtime's own making: it cannot capture several sessions
-            in a graph of the caller's (the process ends). Off by default.
+            in a graph of the caller's (the process ends). It keeps them by thread: the first run in each records anew.
+            Off by default.
         cuda: the GPU; default: the real one, opened by `open`.
         onnxruntime: the package; default: imported by `open`, with the libraries that pip has installed beside it.
     """
@@ -56,7 +57,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
     def __init__(
         self, *, device: str = "cuda", capture: bool = False, cuda: Any = None, onnxruntime: Any = None
     ) -> None:
-        super().__init__(FLAVOUR, device=device, capture=False, cuda=cuda)
+        super().__init__(FLAVOUR, device=device, capture=False, cuda=cuda, one_stream=True)
         self._graphs_of_sessions = capture
         self._ort: Any = onnxruntime
         self._sessions: dict[str, Any] = {}

@@ -116,9 +116,9 @@ class TensorRTBackend(CudaBackend):
         self._loaded: dict[str, _Engine] = {}
         self._activations = (0, 0)  # address and size of the memory that all contexts share
         self._contexts: list[Any] = []
-        self._cache_folder = _cache_folder() if kernel_cache is None else Path(kernel_cache)
-        self._keeps_kernels = kernel_cache != "off"
+        self._cache_folder = _cache_folder(kernel_cache)
         self._kernels: Any = None  # IRuntimeCache, of all engines
+        self._kernels_on_disk = b""
         self._num_kept = 0  # contexts whose kernels are on disk
 
     def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
@@ -136,7 +136,7 @@ class TensorRTBackend(CudaBackend):
 
     def close(self) -> None:
         self._contexts.clear()  # before the memory that they use
-        self._kernels, self._num_kept = None, 0
+        self._kernels, self._kernels_on_disk, self._num_kept = None, b"", 0
         self._loaded.clear()
         self._runtime = None
         self._activations = (0, 0)
@@ -193,27 +193,33 @@ class TensorRTBackend(CudaBackend):
         path = self._kernel_file()
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(bytes(self._kernels.serialize()))
-            partial.replace(path)
-        except OSError as error:  # the next process compiles again
+            data = bytes(self._kernels.serialize())
+            if data != self._kernels_on_disk:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(data)
+                partial.replace(path)
+                self._kernels_on_disk = data
+        except Exception as error:  # the next process compiles again: no image is lost for it
             _LOGGER.warning("%s: compiled kernels cannot be kept: %s", path, error)
 
     def _runtime_config(self, engine: Any) -> Any:
         """How a context is made: on memory that we give it, with the kernels that are known already."""
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._keeps_kernels and hasattr(config, "create_runtime_cache"):  # enterprise engines hold their kernels
+        # Enterprise engines hold their kernels.
+        if self._cache_folder is not None and hasattr(config, "create_runtime_cache"):
             if self._kernels is None:
                 self._kernels = config.create_runtime_cache()
                 with contextlib.suppress(OSError):  # there are none
-                    # It checks itself whether they are for this GPU, driver and version, and takes none otherwise.
-                    self._kernels.deserialize(self._kernel_file().read_bytes())
+                    data = self._kernel_file().read_bytes()
+                    # It checks itself whether they are for this GPU, driver and version.
+                    self._kernels_on_disk = data if self._kernels.deserialize(data) else b""
             config.set_runtime_cache(self._kernels)
         return config
 
     def _kernel_file(self) -> Path:
         """One file per GPU, driver and version of TensorRT."""
+        assert self._cache_folder is not None
         parts = (self._flavour, self._trt.__version__, self._device.name, self._device.driver)
         return self._cache_folder / ("-".join(re.sub(r"\W+", "_", str(part)) for part in parts) + ".kernels")
 
@@ -231,8 +237,14 @@ class TensorRTBackend(CudaBackend):
         return self._activations
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvar-trt"
+def _cache_folder(given: str | None) -> Path | None:
+    """Where compiled kernels are kept; None: nowhere."""
+    if given is not None:
+        return None if given == "off" else Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvar-trt"
+    except RuntimeError:  # a user without a home
+        return None
 
 
 def _layer_profiler(trt: Any, times: dict[str, float]) -> Any:

@@ -12,11 +12,12 @@ from typing import Any
 
 import click
 
-from fastvar_trt.runtime.errors import BackendError, UnavailableError
+from fastvar_trt.runtime.errors import BackendError
 from fastvar_trt.tools.cli.command import ErrorCommand, examples
 from fastvar_trt.tools.files import check_writable
 from fastvar_trt.tools.gpu_check.checks import (
     BACKENDS,
+    build,
     check_backend,
     check_gpu,
     check_kernels,
@@ -29,8 +30,8 @@ from fastvar_trt.tools.gpu_check.sections import Results, Section, run_section
 from fastvar_trt.tools.gpu_check.speed import summary, time_variant, variants_of
 
 _DEMO = next(iter(MODELS))
-# Seconds after which a section is ended, where more time is left: for a model, all of its rounds.
-_SHORT_S, _LONG_S = 120.0, 900.0
+# Seconds after which a section, or a variant's turn, is ended where more time is left.
+_SHORT_S, _LONG_S, _VARIANT_S = 120.0, 900.0, 180.0
 _ROUNDS = 3
 
 
@@ -71,7 +72,11 @@ class _Check:
 @click.option(
     "--model", "names", default=_DEMO, show_default=True, help=f"Models, separated by commas: {', '.join(MODELS)}."
 )
-@click.option("--size", "sizes", help="Of their pictures, separated by commas; default: each model's first.")
+@click.option(
+    "--size",
+    "sizes",
+    help="Of their pictures, separated by commas, for the models that have them; default: each model's first.",
+)
 @click.option("--minutes", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Time for all sections.")
 @click.option("--runs", type=click.IntRange(1), default=10, show_default=True, help="Images per variant and round.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/gpu_check"), show_default=True)
@@ -81,10 +86,7 @@ def main(names: str, sizes: str | None, minutes: float, runs: int, out: Path, is
 
     The demo model is always checked, with its trained weights; the others have random ones.
     """
-    wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
-    for name in wanted:
-        if name not in MODELS:
-            raise click.UsageError(f"--model: got {name!r}, expected one or more of {', '.join(MODELS)}")
+    wanted = _models(names, sizes)
     for name in FILES:
         check_writable(out / name)
     check = _Check(out, minutes, isolate=isolate)
@@ -93,103 +95,109 @@ def main(names: str, sizes: str | None, minutes: float, runs: int, out: Path, is
     if gpu.skipped or gpu.failed:
         check.add(Section("Models", skipped=gpu.skipped or "no GPU that works"))
     else:
-        _check_models(check, wanted, sizes, runs)
+        _check_models(check, wanted, runs)
     click.echo(write_report(check.sections, out))
     failed = [section.name for section in check.sections if section.failed]
     if failed:
         raise BackendError(f"failed: {', '.join(failed)}; see {out / FILES[1]}")
 
 
-def _check_models(check: _Check, wanted: list[str], sizes: str | None, runs: int) -> None:
+def _models(names: str, sizes: str | None) -> dict[str, list[str]]:
+    """Model -> sizes of its pictures, small models first; the sizes that are asked for, of those that it has."""
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in MODELS:
+            raise click.UsageError(f"--model: got {name!r}, expected one or more of {', '.join(MODELS)}")
+    asked = [] if sizes is None else [size.strip() for size in sizes.split(",")]
+    known = {size for name in wanted for size in MODELS[name].sizes}
+    for size in asked:
+        if size not in known:
+            raise click.UsageError(f"--size: got {size!r}, {', '.join(wanted)} have {', '.join(sorted(known))}")
+    models = {name: MODELS[name].sizes for name in MODELS if name in wanted}
+    return {name: [size for size in asked if size in own] or [own[0]] for name, own in models.items()}
+
+
+def _check_models(check: _Check, wanted: dict[str, list[str]], runs: int) -> None:
     folder = check.out / "bundles"  # kept, for another look; each is replaced by the next check
     demo = MODELS[_DEMO]
-    exported = check.section("Export of the demo", functools.partial(export, demo.name, demo.sizes[0], folder), _LONG_S)
-    bundles = [Path(row["bundle"]) for row in exported.results]
+    bundles = _export(check, demo.name, demo.sizes[0], folder)
     for backend, targets in BACKENDS.items():
         for target in targets:
-            for bundle in bundles:
-                name = (
-                    f"{backend}{f', built for {target}' if target else ''}, {bundle.name}, against PyTorch and the CPU"
-                )
-                check.section(name, functools.partial(check_backend, bundle, backend, target), _LONG_S)
-    for name in [name for name in MODELS if name in wanted]:
-        model = MODELS[name]
-        for size in model.sizes[:1] if sizes is None else sizes.split(","):
-            if name == _DEMO:
-                found = exported
-            else:
-                found = check.section(
-                    f"Export of {name} {size}", functools.partial(export, name, size, folder), _LONG_S
-                )
-            bundles = [Path(row["bundle"]) for row in found.results]
+            for bundle in bundles.values():
+                if _build(check, bundle, backend, target):
+                    name = f"{_named(backend, target)}, {bundle.name}, against PyTorch and the CPU"
+                    check.section(name, functools.partial(check_backend, bundle, backend), _LONG_S)
+    for name, sizes in wanted.items():
+        for size in sizes:
             if name != _DEMO:
-                _compare_model(check, bundles)
+                bundles = _export(check, name, size, folder)
+                _compare(check, bundles)
             if bundles:
-                _time_model(check, f"{name} {size}", bundles, runs)
+                _time(check, f"{name} {size}", bundles, runs)
 
 
-def _compare_model(check: _Check, bundles: list[Path]) -> None:
+def _export(check: _Check, name: str, size: str, folder: Path) -> dict[str, Path]:
+    """The bundles of a model, by their plans; none where that failed."""
+    section = check.section(f"Export of {name} {size}", functools.partial(export, name, size, folder), _LONG_S)
+    return MODELS[name].bundles(size, folder) if section.results else {}
+
+
+def export(name: str, size: str, folder: Path) -> Results:
+    """Write the bundles of a model."""
+    MODELS[name].export(size, folder)
+    return [{"plan": label, "bundle": str(path)} for label, path in MODELS[name].bundles(size, folder).items()]
+
+
+def _build(check: _Check, bundle: Path, backend: str, target: str) -> bool:
+    """Whether there is now something for a backend to load."""
+    name = f"{_named(backend, target)}, {bundle.name}, built"
+    return bool(check.section(name, functools.partial(build, bundle, backend, target), _LONG_S).results)
+
+
+def _named(backend: str, target: str) -> str:
+    return f"{backend}, {target}" if target else backend
+
+
+def _compare(check: _Check, bundles: dict[str, Path]) -> None:
     """Every backend against PyTorch on this GPU."""
-    for bundle in bundles:
+    for bundle in bundles.values():
+        built = [backend for backend, targets in BACKENDS.items() if _build(check, bundle, backend, targets[-1])]
         drawn = check.section(
             f"PyTorch's pictures, {bundle.name}", functools.partial(draw_known_answers, bundle), _LONG_S
         )
-        for backend in BACKENDS if drawn.results else ():
+        for backend in built if drawn.results else ():
             name = f"{backend}, {bundle.name}, against PyTorch"
             check.section(name, functools.partial(check_logits, bundle, backend), _LONG_S)
 
 
-def export(name: str, size: str, folder: Path) -> Results:
-    """The bundles of a model, built for what this machine has."""
-    from fastvar_trt.export.build.registry import build_targets
-    from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS
-    from fastvar_trt.runtime.backends.cuda import CudaDevice
-
-    folder.mkdir(parents=True, exist_ok=True)
-    device = CudaDevice()
-    gpu = device.target
-    device.close()
-    results = []
-    for label, bundle in MODELS[name].export(size, folder).items():
-        built = []
-        for target in ("cuda", *([gpu] if gpu in RTX_TARGETS else []), "current"):
-            begin = time.perf_counter()
-            try:
-                build_targets(bundle, target)
-            except UnavailableError:
-                continue  # not on this machine: the sections of its backend say why
-            built.append(f"{target} {time.perf_counter() - begin:.0f} s")
-        results.append({"plan": label, "bundle": str(bundle), "built for": ", ".join(built)})
-    return results
-
-
-def _time_model(check: _Check, title: str, bundles: list[Path], runs: int) -> None:
+def _time(check: _Check, title: str, bundles: dict[str, Path], runs: int) -> None:
     """Rounds in which every variant takes its turn, until there are enough or the time is over."""
     kernels = check.out / "kernels" / f"{time.time():.0f}"  # a fresh folder: the first load compiles
-    variants = [v for bundle in bundles for v in variants_of(bundle.name.rpartition("_")[2], bundle, kernels)]
     rounds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
     begin = time.perf_counter()
-    limit_s = min(_LONG_S, check.left_s)
     for _ in range(_ROUNDS):
-        for variant in variants:
+        for variant in variants_of(bundles, kernels):
             if variant.name in skipped or variant.name in failed:
                 continue
-            left_s = limit_s - (time.perf_counter() - begin)
-            timed = run_section(
-                variant.name, functools.partial(time_variant, variant, runs), left_s, isolate=check.isolate
-            )
+            limit_s = min(_VARIANT_S, check.left_s)
+            if limit_s <= 0:
+                if variant.name not in rounds:
+                    skipped[variant.name] = "no time was left"
+                continue
+            measured = functools.partial(time_variant, variant, runs)
+            timed = run_section(variant.name, measured, limit_s, isolate=check.isolate)
             if timed.failed:
                 failed[variant.name] = timed.failed
-            elif timed.skipped and variant.name not in rounds:
+            elif timed.skipped:
                 skipped[variant.name] = timed.skipped
-            rounds[variant.name] += timed.results
-    rounds = {name: rows for name, rows in rounds.items() if rows}
+            else:
+                rounds[variant.name] += timed.results
     section = Section(f"Speed of {title}", summary(rounds, skipped), seconds=round(time.perf_counter() - begin, 1))
     section.failed = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+    check.add(section)
     if rounds:
         check.speeds[title] = [row for row in section.results if not row["skipped"]]
         if importlib.util.find_spec("matplotlib") is not None:
             plot(check.speeds, check.out / FILES[2])
-    check.add(section)

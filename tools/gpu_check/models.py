@@ -16,7 +16,6 @@ from fastvar_trt.export.models.registry import load_plan
 from fastvar_trt.export.models.source import Source
 from fastvar_trt.export.models.var.demo import demo_source
 from fastvar_trt.export.models.var.source import VARSource
-from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.registry import Registry
 from fastvar_trt.tools.random_checkpoints import (
@@ -49,19 +48,17 @@ class CheckedModel:
     precision: str = "fp16"
     compares: bool = False
 
-    def export(self, size: str, folder: Path) -> dict[str, Path]:
-        """Its bundles: pruned, and dense.
+    def bundles(self, size: str, folder: Path) -> dict[str, Path]:
+        """Where `export` writes: by plan."""
+        return {label: folder / f"{self.name}_{size}_{label}" for label in (DENSE_LABEL, PRUNED)}
 
-        Raises:
-            ExportError: a size that it does not have.
-        """
-        if size not in self.sizes:
-            raise ExportError(f"--size: got {size!r}, {self.name} has {', '.join(self.sizes)}")
-        bundles = {label: folder / f"{self.name}_{size}_{label}" for label in (PRUNED, DENSE_LABEL)}
+    def export(self, size: str, folder: Path) -> None:
+        """Write its bundles, one per plan."""
+        folder.mkdir(parents=True, exist_ok=True)
+        bundles = self.bundles(size, folder)
         options = ExportOptions(self.plan(size), self.precision, compare=self.compares)
         export_model(self.source(size), bundles[PRUNED], options, force=True)
         export_again(bundles[PRUNED], bundles[DENSE_LABEL], DENSE, force=True)
-        return bundles
 
 
 def _var(name: str, depth: int, size: str = "256") -> CheckedModel:

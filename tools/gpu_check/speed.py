@@ -17,7 +17,7 @@ from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.cuda import CudaDevice
 from fastvar_trt.runtime.backends.onnxruntime_cuda import FLAVOUR as CUDA_FOLDER
 from fastvar_trt.runtime.engines import read_engines
-from fastvar_trt.runtime.errors import UnavailableError
+from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.request import example_requests
 from fastvar_trt.tools.gpu_check.models import DENSE_LABEL
@@ -57,23 +57,31 @@ class Variant:
     kernel_cache: Path
 
 
-def variants_of(label: str, bundle: Path, kernels: Path) -> list[Variant]:
-    """All ways to draw with a bundle's plan."""
+def variants_of(bundles: dict[str, Path], kernels: Path) -> list[Variant]:
+    """All ways to draw, in the order of their turns: what ratios are to first, what has to be compiled last.
+
+    Args:
+        bundles: by the names of their plans.
+        kernels: a folder for compiled kernels.
+    """
+    labels = sorted(bundles, key=lambda label: label != DENSE_LABEL)
+    theirs = {
+        how: [Variant(f"PyTorch {how}, {label}", bundles[label], "", how == "compiled", kernels) for label in labels]
+        for how in ("eager", "compiled")
+    }
     ours = [
         Variant(
             f"{backend}{', captured' if capture else ''}, {label}",
-            bundle,
+            bundles[label],
             backend,
             capture,
             kernels / f"{label}_{capture}",
         )
+        for label in labels
         for backend in ("tensorrt_rtx", "tensorrt", "onnxruntime")
         for capture in (True, False)
     ]
-    theirs = [
-        Variant(f"PyTorch {how}, {label}", bundle, "", how == "compiled", kernels) for how in ("eager", "compiled")
-    ]
-    return [*ours, *theirs]
+    return [*theirs["eager"], *ours, *theirs["compiled"]]
 
 
 def time_variant(variant: Variant, runs: int) -> Results:
@@ -120,6 +128,8 @@ def _opened(variant: Variant) -> Iterator[Callable[[], dict[str, float]]]:
     with Pipeline.load(variant.bundle, backend=variant.backend, device="cuda", check="size", **options) as pipe:
         requests = example_requests(pipe.manifest, 1)
         yield lambda: pipe.draw(requests).timings
+        if pipe.capture_problems:
+            raise BackendError("; ".join(pipe.capture_problems))
 
 
 def check_built(bundle: Path, backend: str) -> None:
@@ -143,7 +153,7 @@ def _pytorch(bundle: Path, *, compiled: bool) -> Callable[[], dict[str, float]]:
     from fastvar_trt.export.models.reference import default_request, generate
 
     device = torch_device()
-    model, manifest = load_bundle_model(bundle)
+    model, manifest = load_bundle_model(bundle, hashes=False)  # as the others are loaded
     model = model.to(device)
     plan = manifest.resolved_plan
     noise = {

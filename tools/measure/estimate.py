@@ -27,6 +27,7 @@ LAUNCH_US = 2.5  # the shortest kernel
 SORT_US = 50.0  # a sort of few rows: its passes wait for each other
 GAP_US = 1.0  # between two kernels of a CUDA graph
 BANDWIDTH_SHARE = 0.85
+# The others are comparisons of scores.
 ARITHMETIC_SHARE: Mapping[str, float] = {"linear": 0.75, "attention": 0.5, "convolution": 0.6}
 _OTHER_ARITHMETIC_SHARE = 0.5
 _COUNTED = ("linear", "attention")  # by `measure.work`, of a step

@@ -39,6 +39,9 @@ _PRODUCT = re.compile(r"^gemm$|_Fc(?=[A-Z_])|matmul", re.IGNORECASE)
 _COPY = re.compile(r"^__myl_(Resh|Tran|Move|Slic|Conc|Cast|Repl)+_myl")
 _GEMM_BIAS_GELU = re.compile(r"_FcAdd\w*Tanh")  # the tanh of GELU inside the fusion of a matrix product and its bias
 
+_COMPARISON = re.compile(r"(Eql|Lt|Gtr)\w*Sum_")  # of the bodies that select and put in order by counting
+_OPERATIONS_PER_COMPARISON = 6
+
 _Tensors = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape and dtype
 
 
@@ -69,8 +72,11 @@ def _layer(match: re.Match[str]) -> EngineLayer:
     touched = {**read, **outputs}
     for name in outputs.keys() & read.keys():  # written in place, of which a scatter touches some rows only
         touched.pop(name)
-    is_product = kind in ("linear", "attention", "convolution") or bool(_PRODUCT.search(match["type"]))
-    flop, dtype = _flop(kind, read, outputs) if is_product else (0, "float32")
+    flop, dtype = 0, "float32"
+    if kind in ("linear", "attention", "convolution") or _PRODUCT.search(match["type"]):
+        flop, dtype = _flop(kind, read, outputs)
+    elif kind in ("selection", "restoring") and _COMPARISON.search(match["name"]):
+        flop = _comparisons(read, outputs)
     return EngineLayer(match["name"], kind, dtype, sum(_num_bytes(*tensor) for tensor in touched.values()), flop)
 
 
@@ -109,17 +115,24 @@ def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
     return math.prod(shape) * (DTYPES[dtype].num_bytes if dtype in DTYPES else 1)
 
 
+def _comparisons(read: _Tensors, outputs: _Tensors) -> int:
+    """Operations of a layer that compares all of a row with all of another: [B, M] and [B, N]."""
+    written = max((shape for shape, _ in outputs.values()), key=math.prod, default=())
+    largest = max((math.prod(shape) for shape, _ in read.values()), default=0)
+    return _OPERATIONS_PER_COMPARISON * math.prod(written) * (largest // written[0] if written else 0)
+
+
 def _flop(kind: str, read: _Tensors, outputs: _Tensors) -> tuple[int, str]:
     """Arithmetic of a layer, and the dtype of its operands."""
     operands = list(read.values())
     written = max((math.prod(shape) for shape, _ in outputs.values()), default=0)
-    if kind == "attention":
+    if kind == "attention" and len(operands) > 1 and operands[1][0]:
         (q, dtype), (k, _) = operands[:2]  # [B * H, L, D], [B * H, D, S]
         return 4 * math.prod(q) * k[-1], dtype
     if kind == "convolution":
-        weights = [(shape, dtype) for shape, dtype in operands if len(shape) == 4 and shape[0] > 1]
-        shape, dtype = max(weights, key=lambda operand: math.prod(operand[0]))  # [C_out, C_in, kh, kw]
-        return 2 * written * math.prod(shape[1:]), dtype
+        weights = [(shape, dtype) for shape, dtype in operands[1:] if len(shape) == 4]
+        shape, dtype = max(weights, key=lambda operand: math.prod(operand[0]), default=((), "float32"))
+        return 2 * written * math.prod(shape[1:]) if shape else 0, dtype  # [C_out, C_in, kh, kw]
     best, dtype = 0, "float32"
     for a, dtype_a in operands:
         for b, _ in operands:
