@@ -111,7 +111,8 @@ class Pipeline:
             options: the backend's own, as `runtime.backends.BACKENDS` lists them: for onnxruntime on the CPU
                 `num_threads` (of one operator; default: one per core that this process may use) and `engines` (`auto`
                 uses what `fastvar build` made for this processor, `off` never does, `require` raises where there is
-                nothing); on a GPU `capture` (whether chains are captured as CUDA graphs; default: with TensorRT, yes).
+                nothing); on a GPU `capture` (whether chains are captured as CUDA graphs; default: with TensorRT, yes)
+                and for TensorRT `kernel_cache` (folder of compiled kernels, or `off`).
 
         Raises:
             BundleError: a bundle that is incomplete, damaged or of another format version.

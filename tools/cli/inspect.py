@@ -97,6 +97,7 @@ def _engine_table(folder: str, engines: EngineSet) -> str:
         [
             r.file,
             f"{r.content.num_bytes / 2**20:.2f}",
+            f"{r.activation_bytes / 2**20:.1f}" if r.activation_bytes else "-",
             ", ".join(r.built_with.values()),
             ", ".join(r.targets),
             len(r.weights),
@@ -106,8 +107,8 @@ def _engine_table(folder: str, engines: EngineSet) -> str:
     ]
     total = sum(spec.num_bytes for spec in (*(r.content for r in records), *engines.shared.values()))
     sizes = {**{name: spec.num_bytes for name, spec in engines.shared.items()}, "all": total}
-    rows += [[name, f"{size / 2**20:.2f}", "", "", "", *[""] * len(kinds)] for name, size in sizes.items()]
-    return format_table([folder, "MiB", "built with", "targets", "weights bound", *kinds], rows)
+    rows += [[name, f"{size / 2**20:.2f}", "", "", "", "", *[""] * len(kinds)] for name, size in sizes.items()]
+    return format_table([folder, "MiB", "activations MiB", "built with", "targets", "weights bound", *kinds], rows)
 
 
 def _memory_rows(manifest: Manifest) -> list[list[object]]:
