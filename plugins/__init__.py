@@ -13,7 +13,7 @@ Two more are layers of the decoder that targets compute in different ways:
 - `UpsampleConv(x, weight, bias)`: nearest-neighbour doubling, then a 3x3 convolution.
 
 This package holds names only, so importing it costs nothing; the definitions are in `oracle` (numpy), `torch_ops`
-(torch), `onnx_functions` and `tensorrt_functions` (onnxscript).
+(torch), `onnx_functions` and, for single targets, `cuda_functions` and `tensorrt_functions` (onnxscript).
 """
 
 DOMAIN = "fastvar"

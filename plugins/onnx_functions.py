@@ -1,6 +1,6 @@
 """The operators as ONNX local functions: bodies of standard operators, inlined by any ONNX runtime.
 
-These are the bodies for ONNX Runtime, on the CPU and on CUDA; `tensorrt_functions` has others. Everything that depends
+These are the bodies for ONNX Runtime; `cuda_functions` and `tensorrt_functions` have others. Everything that depends
 on the attributes alone (the interpolation matrices, the flat row numbers) is constant-folded when a session is built.
 """
 
@@ -137,16 +137,15 @@ def GroupNorm(x: FLOAT[...], weight: FLOAT[...], bias: FLOAT[...], num_groups: i
 @onnxscript.script(_fastvar, default_opset=op)
 def UpsampleConv(x: FLOAT[...], weight: FLOAT[...], bias: FLOAT[...]) -> FLOAT[...]:
     """[B, C, h, w], [C', C, 3, 3], [C'] -> [B, C', 2h, 2w]; see `torch_ops.upsample_conv`."""
-    # No Resize: ONNX Runtime has none for bfloat16 on CUDA.
-    two = op.Constant(value_ints=[2])
-    one = op.Constant(value_ints=[1])
-    planes = op.Shape(x, start=0, end=2)
-    height = op.Shape(x, start=2, end=3)
-    width = op.Shape(x, start=3, end=4)
-    cells = op.Reshape(x, op.Concat(planes, height, one, width, one, axis=0))
-    doubled = op.Expand(cells, op.Concat(planes, height, two, width, two, axis=0))
-    upsampled = op.Reshape(doubled, op.Concat(planes, op.Mul(height, two), op.Mul(width, two), axis=0))
-    convolved = op.Conv(upsampled, weight, bias, pads=[1, 1, 1, 1])
+    doubled = op.Resize(
+        x,
+        None,
+        op.Constant(value_floats=[1.0, 1.0, 2.0, 2.0]),
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+    convolved = op.Conv(doubled, weight, bias, pads=[1, 1, 1, 1])
     return convolved
 
 

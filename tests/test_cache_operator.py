@@ -14,13 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from fastvar_trt.plugins import DOMAIN, OPERATORS, VERSION, onnx_functions, oracle, tensorrt_functions, torch_ops
+from fastvar_trt.plugins import (
+    DOMAIN,
+    OPERATORS,
+    VERSION,
+    cuda_functions,
+    onnx_functions,
+    oracle,
+    tensorrt_functions,
+    torch_ops,
+)
 
 OPSET = 23
 ONNX_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
 
 
-BODIES = {"onnxruntime": onnx_functions, "tensorrt": tensorrt_functions}
+BODIES = {"onnxruntime": onnx_functions, "cuda": cuda_functions, "tensorrt": tensorrt_functions}
+SELECTING = ("onnxruntime", "tensorrt")  # those with a body of their own
 bodies = pytest.mark.parametrize("body", list(BODIES))
 
 
@@ -48,7 +58,7 @@ def run_body(
 
 
 @pytest.mark.parametrize(("length", "keep"), [(5000, 3841), (4096, 4096)])
-@bodies
+@pytest.mark.parametrize("body", SELECTING)
 def test_many_tokens(body: str, length: int, keep: int) -> None:
     """More than TensorRT's TopK takes (3840); equal scores go to the lower position."""
     x = np.random.default_rng(0).normal(size=(2, length, 6)).astype(np.float32)
@@ -80,7 +90,7 @@ def test_pivotal_tokens_agree(shape: tuple[int, int, int], seed: int, data: st.D
         return
     expected = oracle.pivotal_tokens(x, keep)
     np.testing.assert_array_equal(torch_ops.pivotal_tokens(torch.from_numpy(x), keep).numpy(), expected)
-    for body in BODIES:
+    for body in SELECTING:
         np.testing.assert_array_equal(run_body(body, "PivotalTokens", {"x": x}, expected, keep=keep), expected)
 
 
@@ -98,7 +108,7 @@ def test_ties_go_to_the_lower_position(keep: int) -> None:
     expected = np.array([sorted((far + near)[:keep])])
     np.testing.assert_array_equal(oracle.pivotal_tokens(x, keep), expected)
     np.testing.assert_array_equal(torch_ops.pivotal_tokens(torch.from_numpy(x), keep).numpy(), expected)
-    for body in BODIES:
+    for body in SELECTING:
         np.testing.assert_array_equal(run_body(body, "PivotalTokens", {"x": x}, expected, keep=keep), expected)
 
 
@@ -107,7 +117,7 @@ def test_score_does_not_overflow_in_half(rng: np.random.Generator) -> None:
     expected = oracle.pivotal_tokens(x, 7)
     assert not np.array_equal(expected, np.tile(np.arange(7), (2, 1)))  # what equal infinite scores would give
     np.testing.assert_array_equal(torch_ops.pivotal_tokens(torch.from_numpy(x), 7).numpy(), expected)
-    for body in BODIES:
+    for body in SELECTING:
         np.testing.assert_array_equal(run_body(body, "PivotalTokens", {"x": x}, expected, keep=7), expected)
 
 
@@ -173,7 +183,7 @@ def test_restore_tokens_agree(
     tolerance = {"atol": 2e-3, "rtol": 2e-3} if dtype == "float16" else {"atol": 2e-6, "rtol": 2e-6}
     np.testing.assert_allclose(got.numpy(), expected, **tolerance)
     inputs = {"computed": computed, "indices": indices, "cached": cached}
-    for body in list(BODIES) if ch <= h and cw <= w else ["onnxruntime"]:
+    for body in SELECTING if ch <= h and cw <= w else ["onnxruntime"]:
         out = run_body(body, "RestoreTokens", inputs, expected, **sizes)
         np.testing.assert_allclose(out, expected, **tolerance)
         np.testing.assert_array_equal(np.take_along_axis(out, indices[:, :, None], 1), computed)  # scattered exactly
@@ -218,7 +228,7 @@ def test_area_interpolation_is_torchs(rng: np.random.Generator, grid: tuple[int,
 
 def test_function_names_do_not_collide_with_builtin_operators() -> None:
     builtin = {schema.name for schema in onnx.defs.get_all_schemas()}
-    protos = [*onnx_functions.function_protos(OPSET), *tensorrt_functions.function_protos(OPSET)]
+    protos = [proto for module in BODIES.values() for proto in module.function_protos(OPSET)]
     assert {p.name for p in protos} == set(OPERATORS)
     assert not builtin & set(OPERATORS)
     assert all(name for p in protos for node in p.node for name in node.output)  # TensorRT needs every name

@@ -235,7 +235,7 @@ from fastvar_trt.runtime import BackendError, ImageRequest, Pipeline, Service
 with Pipeline.load(sys.argv[1]) as pipe, Service(pipe, max_wait_s=0) as service:
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(open("/proc/self/statm").read().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (16 << 20), unlimited[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), unlimited[1]))
     try:
         service.submit(ImageRequest(label=1, seed=3)).result(60)
         raise SystemExit("the limit was not reached")

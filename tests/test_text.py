@@ -19,6 +19,7 @@ from fastvar_trt.export import exporter
 from fastvar_trt.export.build.tensorrt.builder import RtxBuilder, tensorrt_graph
 from fastvar_trt.export.build.tensorrt.engine import build_engine
 from fastvar_trt.export.build.tensorrt.flavour import Flavour
+from fastvar_trt.export.build.tensorrt.layers import count_kernels
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.infinity.schedules import schedule
 from fastvar_trt.export.models.infinity.source import InfinitySource
@@ -243,7 +244,7 @@ def test_the_text_encoder_in_half_precision_and_as_an_engine(folder: Path, tmp_p
         ("sm86",),
         lambda phase, share: None,
     )
-    assert built.num_attention == 3, "one per layer"
+    assert count_kernels(built.layers)["attention"] == 3, "one per layer"
     assert {t.name for t in built.tensors if not t.is_input} == {"encoded"}
 
 

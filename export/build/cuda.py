@@ -15,7 +15,9 @@ from onnxscript import optimizer
 from fastvar_trt.export.build.base import Builder, Built
 from fastvar_trt.export.passes.batch_left_operands import BatchLeftOperands
 from fastvar_trt.export.passes.promote_weights import PromoteWeights
+from fastvar_trt.export.passes.replace_functions import ReplaceFunctions
 from fastvar_trt.export.progress import Progress
+from fastvar_trt.plugins import cuda_functions
 from fastvar_trt.runtime.backends.onnxruntime_cuda import BUILT_WITH, CUDA_TARGET, FLAVOUR
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec
@@ -38,6 +40,7 @@ class CudaBuilder(Builder):
     ) -> Built:
         """See `Builder.build`."""
         model, weights = with_weights_as_inputs(bundle / graph.file)
+        ReplaceFunctions(cuda_functions.function_protos(model.opset_imports[""]))(model)
         _fold_shapes(model)
         BatchLeftOperands()(model)
         path = scratch / graph.file
