@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
@@ -193,6 +195,24 @@ def test_layers_are_read_from_the_build(half_bundle: Path, engines: dict[str, En
     assert any("SiluGnor" in layer.name for layer in decoder)
 
 
+def test_the_arithmetic_of_the_decoder_is_that_of_its_graph(
+    half_bundle: Path, engines: dict[str, EngineRecord]
+) -> None:
+    graph = ir.load(half_bundle / "decoder.onnx").graph
+    counted = 0
+    for node in graph:
+        shapes = [value.shape.numpy() for value in node.inputs if value is not None and value.shape is not None]
+        written = math.prod(node.outputs[0].shape.numpy()) if node.outputs[0].shape is not None else 0
+        if node.op_type == "Conv":
+            counted += 2 * written * math.prod(shapes[1][1:])
+        elif node.op_type == "UpsampleConv":  # four kernels of 2x2, for a quarter of the pixels each
+            counted += 2 * written * shapes[1][1] * 4
+        elif node.op_type == "MatMul":
+            counted += 2 * written * shapes[0][-1]
+    flop = sum(layer.flop for layer in engines["decoder.onnx"].layers)
+    assert flop == pytest.approx(counted, rel=0.05) and counted > 1e9
+
+
 def test_a_layer_of_the_log() -> None:
     def tensor(name: str, shape: str, dtype: str) -> str:
         return (
@@ -235,6 +255,17 @@ def test_a_layer_of_the_log() -> None:
         "[ONNX Layer: n | node (PivotalTokens)]",
     )
     odd = line("_gemm_mha_v2_myl0_5", "kgen", [tensor("q", "4,10,32", half)], [tensor("o", "4,10,32", half)])
+    added = line(
+        "__myl_CorrAdd_7",
+        "correlation",
+        [
+            tensor("x", "1,8,64,64", half),
+            tensor("w", "8,8,3,3", half),
+            tensor("bias", "1,8,1,1", half),
+            tensor("residual", "1,8,64,64", half),
+        ],
+        [tensor("y", "1,8,64,64", half)],
+    )
     empty = line("node_conv2d_6", "correlation", [tensor("x", "1,8,4,4", half)], [tensor("y", "1,8,4,4", half)])
     log = "\n".join(
         [
@@ -246,6 +277,7 @@ def test_a_layer_of_the_log() -> None:
             compare,
             odd,
             empty,
+            added,
             "Max Scratch Memory: 4096 bytes",
             "",
         ]
@@ -260,6 +292,7 @@ def test_a_layer_of_the_log() -> None:
         # What a release may print otherwise is not counted; no engine is lost for it.
         EngineLayer("_gemm_mha_v2_myl0_5", "attention", "float32", 2 * 2 * 1280, 0),
         EngineLayer("node_conv2d_6", "convolution", "float32", 2 * 2 * 128, 0),
+        EngineLayer("__myl_CorrAdd_7", "convolution", "float16", 2 * (3 * 32768 + 576 + 8), 2 * 32768 * 8 * 9),
     )
     assert read_activation_bytes(log) == 4096 and read_activation_bytes("") == 0 and read_layers("") == ()
 

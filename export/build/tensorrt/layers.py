@@ -130,9 +130,7 @@ def _flop(kind: str, read: _Tensors, outputs: _Tensors) -> tuple[int, str]:
         (q, dtype), (k, _) = operands[:2]  # [B * H, L, D], [B * H, D, S]
         return 4 * math.prod(q) * k[-1], dtype
     if kind == "convolution":
-        weights = [(shape, dtype) for shape, dtype in operands[1:] if len(shape) == 4]
-        shape, dtype = max(weights, key=lambda operand: math.prod(operand[0]), default=((), "float32"))
-        return 2 * written * math.prod(shape[1:]) if shape else 0, dtype  # [C_out, C_in, kh, kw]
+        return _convolution_flop([*operands, *outputs.values()], written)
     best, dtype = 0, "float32"
     for a, dtype_a in operands:
         for b, _ in operands:
@@ -141,3 +139,13 @@ def _flop(kind: str, read: _Tensors, outputs: _Tensors) -> tuple[int, str]:
                 if flop == 2 * written * a[-1] and flop > best:
                     best, dtype = flop, dtype_a
     return best, dtype
+
+
+def _convolution_flop(tensors: Sequence[tuple[tuple[int, ...], str]], written: int) -> tuple[int, str]:
+    """Of a map [B, C, h, w] by weights [C', C, kh, kw] to the last tensor; what is added may be among them, too."""
+    (read, dtype), *_, (result, _) = [tensor for tensor in tensors if len(tensor[0]) == 4] or [((), ""), ((), "")]
+    weights = [shape for shape, _ in tensors if len(shape) == 4 and shape[:2] == (*result[1:2], *read[1:2])]
+    if not weights:
+        return 0, "float32"
+    kernel = min(weights, key=lambda shape: shape[2] * shape[3])
+    return 2 * written * math.prod(kernel[1:]), dtype
