@@ -1,0 +1,114 @@
+"""The world of scenes: its pictures, its captions, and the checker that reads it off pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fastvar_trt.tools.scenes.checker import Reading, read_picture
+from fastvar_trt.tools.scenes.renderer import render
+from fastvar_trt.tools.scenes.world import (
+    COLOURS,
+    GROUNDS,
+    SHAPES,
+    SKIES,
+    Scene,
+    Solid,
+    caption,
+    is_held_out,
+    random_scene,
+)
+
+
+def test_a_scene_is_the_same_picture_at_any_size() -> None:
+    rng = np.random.default_rng(3)
+    for num_solids in (1, 2, 3):
+        scene = random_scene(rng, num_solids)
+        small, large = (render(scene, (size, size), samples=2).astype(float) for size in (64, 256))
+        again = render(scene, (64, 64), samples=2)
+        np.testing.assert_array_equal(again, small)
+        shrunk = large.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
+        assert np.abs(shrunk - small).mean() < 2.5
+        wide = render(scene, (64, 128), samples=2)
+        assert wide.shape == (64, 128, 3)
+        assert np.abs(wide[:, 32:96].astype(float) - small).mean() < 1.0  # more of it is seen, to the left and right
+
+
+def test_training_never_shows_what_is_held_out() -> None:
+    rng = np.random.default_rng(0)
+    combinations = [
+        is_held_out(Solid(shape, colour, "matte", "left"), ground)
+        for shape, colour, ground in itertools.product(SHAPES, COLOURS, GROUNDS)
+    ]
+    assert 0.05 < np.mean(combinations) < 0.25
+    for _ in range(200):
+        scene = random_scene(rng)
+        assert not any(is_held_out(solid, scene.ground) for solid in scene.solids)
+        scene = random_scene(rng, 2, held_out=True)
+        assert any(is_held_out(solid, scene.ground) for solid in scene.solids)
+
+
+def test_scenes_show_everything_in_turn() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [random_scene(rng, held_out=None) for _ in range(600)]
+    assert {scene.ground for scene in scenes} == set(GROUNDS) and {scene.sky for scene in scenes} == set(SKIES)
+    assert {solid.shape for scene in scenes for solid in scene.solids} == set(SHAPES)
+    counts = Counter(len(scene.solids) for scene in scenes)
+    assert min(counts.values()) > 140 and set(counts) == {1, 2, 3}
+    assert any(solid.is_in_front for scene in scenes for solid in scene.solids)
+
+
+def test_captions_say_what_is_there_in_many_ways() -> None:
+    rng = np.random.default_rng(0)
+    said = []
+    for _ in range(400):
+        scene = random_scene(rng)
+        text = caption(scene, rng)
+        said.append(re.sub("|".join((*COLOURS, *SHAPES)), "X", text))
+        kinds = {(solid.colour, solid.shape) for solid in scene.solids}
+        for colour, shape in kinds:
+            assert f"{colour} {shape}" in text, text
+        if len(kinds) == 1 and len(scene.solids) > 1 and len({solid.material for solid in scene.solids}) == 1:
+            assert ("two" if len(scene.solids) == 2 else "three") in text
+    assert len(set(said)) > 250
+
+
+def problems(scene: Scene, reading: Reading) -> list[str]:
+    """What the checker read otherwise than the scene has it."""
+    found = [name for name in ("ground", "sky") if getattr(scene, name) != getattr(reading, name)]
+    if len(scene.solids) != len(reading.solids):
+        return [*found, "count"]
+    pairs = list(zip(sorted(scene.solids, key=lambda solid: solid.x), reading.solids, strict=True))
+    return found + [name for name in ("shape", "colour") for a, b in pairs if getattr(a, name) != getattr(b, name)]
+
+
+@pytest.mark.parametrize(("size", "count"), [(256, 120), (400, 30)])
+def test_the_checker_reads_what_was_drawn(size: int, count: int) -> None:
+    rng = np.random.default_rng(size)
+    scenes = [random_scene(rng, held_out=None) for _ in range(count)]
+    wrong = Counter(
+        problem for scene in scenes for problem in problems(scene, read_picture(render(scene, (size, size), samples=1)))
+    )
+    assert wrong.total() <= 0.02 * len(scenes), wrong
+    assert not {"ground", "sky", "colour"} & set(wrong)
+
+
+def test_the_checker_sees_what_is_missing() -> None:
+    scene = Scene(
+        "sand", "day", (Solid("cube", "red", "matte", "left", x=-1.8), Solid("cone", "blue", "matte", "right", x=1.8))
+    )
+    assert not problems(scene, read_picture(render(scene, (256, 256))))
+    for change, problem in (
+        ({"ground": "snow"}, ["ground"]),
+        ({"sky": "night"}, ["sky"]),
+        ({"solids": scene.solids[:1]}, ["count"]),
+        ({"solids": (dataclasses.replace(scene.solids[0], colour="green"), scene.solids[1])}, ["colour"]),
+        ({"solids": (dataclasses.replace(scene.solids[0], shape="sphere"), scene.solids[1])}, ["shape"]),
+    ):
+        other = dataclasses.replace(scene, **change)  # type: ignore[arg-type]
+        assert problems(scene, read_picture(render(other, (256, 256)))) == problem

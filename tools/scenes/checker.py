@@ -1,0 +1,229 @@
+"""What is in a picture, read off its pixels by classical image processing; it knows the colours of scenes, no more."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from fastvar_trt.tools.scenes.renderer import COLOURS, render, surface_colour
+from fastvar_trt.tools.scenes.world import GROUNDS, SKIES, Scene
+
+Array = NDArray[np.float64]
+
+_SIDE = 256  # pixels of the shorter side that is looked at
+_HORIZON = 0.36  # rows above it, as a share, are sky alone
+_MIN_AREA = 0.004  # of a solid, as a share of a square picture
+# Shares of the light, and of what is mirrored, that surfaces are known under.
+_SHADES = ((0.0, 0.0), (0.3, 0.0), (0.8, 0.0), (0.3, 0.08), (0.8, 0.08))
+_MIN_SHARE = 0.2  # of one colour in a patch, to be a solid of its own
+_MIN_DISTANCE = {"day": 0.075, "sunset": 0.075, "night": 0.1}  # of a solid's chroma to the ground's
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A solid in a picture.
+
+    Attributes:
+        shape, colour: as in `world`.
+        x: middle, 0 at the left to 1 at the right.
+        foot: lowest point, 0 at the top to 1 at the bottom.
+        area: share of the picture.
+    """
+
+    shape: str
+    colour: str
+    x: float
+    foot: float
+    area: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a picture shows: ground, sky, and solids from left to right."""
+
+    ground: str
+    sky: str
+    solids: tuple[Found, ...]
+
+
+def read_picture(pixels: NDArray[np.uint8]) -> Reading:
+    """Read a picture, uint8 [H, W, 3]."""
+    image = _resized(pixels)
+    sky = _sky_of(image)
+    ground = _ground_of(image, sky)
+    solids = tuple(sorted(_solids(image, ground, sky), key=lambda solid: solid.x))
+    return Reading(ground, sky, solids)
+
+
+def _resized(pixels: NDArray[np.uint8]) -> Array:
+    height, width = pixels.shape[:2]
+    scale = _SIDE / min(height, width)
+    if scale != 1:
+        size = (round(width * scale), round(height * scale))
+        pixels = np.asarray(
+            Image.fromarray(pixels).resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
+        )
+    return pixels.astype(np.float64) / 255
+
+
+@functools.cache
+def _empty(ground: str, sky: str) -> Array:
+    """The place without solids."""
+    return _resized(render(Scene(ground, sky, (), moon=(9.0, 9.0)), (_SIDE, _SIDE), samples=1))
+
+
+def _sky_of(image: Array) -> str:
+    top = np.median(image[: _SIDE // 8].reshape(-1, 3), axis=0)
+    known = {sky: np.median(_empty("snow", sky)[: _SIDE // 8].reshape(-1, 3), axis=0) for sky in SKIES}
+    return min(known, key=lambda sky: float(np.abs(top - known[sky]).sum()))
+
+
+def _ground_features(image: Array) -> Array:
+    rows = image[-_SIDE // 7 :]
+    light = rows.mean(axis=2)
+    return np.concatenate([np.median(rows.reshape(-1, 3), axis=0), [2.5 * light.std()]])
+
+
+def _ground_of(image: Array, sky: str) -> str:
+    found = _ground_features(image)
+    known = {ground: _ground_features(_empty(ground, sky)) for ground in GROUNDS}
+    return min(known, key=lambda ground: float(np.abs(found - known[ground]).sum()))
+
+
+def _chroma(image: Array) -> Array:
+    return image / (image.sum(axis=-1, keepdims=True) + 0.06)
+
+
+def _solids(image: Array, ground: str, sky: str) -> list[Found]:
+    height, width = image.shape[:2]
+    background = np.median(_chroma(_empty(ground, sky)), axis=1)  # by row
+    rows = np.linspace(0, _SIDE - 1, height).round().astype(int)
+    distance = np.linalg.norm(_chroma(image) - background[rows][:, None], axis=-1)
+    mask = distance > _MIN_DISTANCE[sky]
+    if sky == "night":  # the moon, and its glow
+        top = slice(0, height // 4)
+        mask[top] &= ~ndimage.binary_dilation(image[top].min(axis=-1) > 0.6, iterations=_SIDE // 14)
+    mask = ndimage.binary_closing(ndimage.binary_opening(mask, iterations=2), iterations=4)  # gleams are no gaps
+    colours = _colour_map(image, sky)
+    labels, count = ndimage.label(mask)
+    found = []
+    for label, box in zip(range(1, count + 1), ndimage.find_objects(labels), strict=True):
+        if box[0].stop < _HORIZON * height:  # in the sky
+            continue
+        for part, colour in _split(labels[box] == label, colours[box]):
+            if part.sum() < _MIN_AREA * _SIDE * _SIDE:
+                continue
+            rows_of, columns_of = (np.flatnonzero(part.any(axis=axis)) for axis in (1, 0))
+            top, bottom, left, right = rows_of[0], rows_of[-1] + 1, columns_of[0], columns_of[-1] + 1
+            light = image[box].mean(axis=-1)[top:bottom, left:right]
+            found.append(
+                Found(
+                    _shape_of(part[top:bottom, left:right], light),
+                    list(COLOURS)[colour],
+                    (box[1].start + (left + right) / 2) / width,
+                    (box[0].start + bottom) / height,
+                    float(part.sum()) / (height * width),
+                )
+            )
+    return found
+
+
+def _split(mask: NDArray[np.bool_], colours: NDArray[np.int64]) -> list[tuple[NDArray[np.bool_], int]]:
+    """The solids of one connected patch: solids of two colours may overlap, and one may mirror others."""
+    counts = np.bincount(colours[mask], minlength=len(COLOURS))
+    kept: list[int] = []
+    for colour in np.argsort(-counts):
+        if counts[colour] < _MIN_SHARE * counts.sum():
+            break
+        own = _span(mask & (colours == colour))
+        if all(_overlap(own, _span(mask & (colours == other))) < 0.6 for other in kept):
+            kept.append(int(colour))
+    if len(kept) < 2:
+        return [(ndimage.binary_fill_holes(mask), int(counts.argmax()))]
+    parts = []
+    for colour in kept:
+        labels, count = ndimage.label(ndimage.binary_opening(mask & (colours == colour), iterations=2))
+        if count:
+            largest = 1 + int(np.argmax(np.bincount(labels[labels > 0])[1:]))
+            parts.append((ndimage.binary_fill_holes(ndimage.binary_closing(labels == largest, iterations=3)), colour))
+    return parts
+
+
+def _span(mask: NDArray[np.bool_]) -> tuple[float, float]:
+    """Columns between which most of a mask lies."""
+    columns = np.repeat(np.arange(mask.shape[1]), mask.sum(axis=0))
+    return float(np.quantile(columns, 0.05)), float(np.quantile(columns, 0.95))
+
+
+def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Shared width over that of the narrower."""
+    shared = min(a[1], b[1]) - max(a[0], b[0])
+    return max(shared, 0.0) / max(min(a[1] - a[0], b[1] - b[0]), 1.0)
+
+
+@functools.cache
+def _known_colours(sky: str) -> Array:
+    """Chroma of every colour under a sky, in its light and out of it, matte and glossy: [colours, shades, 3]."""
+    shades = [[surface_colour(colour, sky, *shade) for shade in _SHADES] for colour in COLOURS]
+    return _chroma(np.array(shades, np.float64) / 255)
+
+
+def _colour_map(image: Array, sky: str) -> NDArray[np.int64]:
+    """Index of the nearest colour of every pixel."""
+    chroma = _chroma(image)
+    distance = np.stack([np.linalg.norm(chroma[:, :, None] - own, axis=-1).min(axis=-1) for own in _known_colours(sky)])
+    return distance.argmin(axis=0)
+
+
+def _shape_of(mask: NDArray[np.bool_], light: Array) -> str:
+    """From the silhouette, and how the light runs across it."""
+    widths = mask.sum(axis=1) / mask.sum(axis=1).max()
+    height = len(widths)
+
+    def width_at(share: float) -> float:
+        return float(np.median(widths[max(int(height * (share - 0.04)), 0) : int(height * (share + 0.04)) + 1]))
+
+    if width_at(0.08) < 0.4 and width_at(0.35) < 0.65:
+        return "cone"
+    if width_at(0.07) < 0.75 and width_at(0.93) < 0.8 and width_at(0.5) > 0.9:
+        return "sphere"
+    return "cube" if _is_flat(mask, light) else "cylinder"
+
+
+def _is_flat(mask: NDArray[np.bool_], light: Array) -> bool:
+    """Whether a solid has faces rather than running round: by the light across it, and by its lower edge."""
+    height = len(mask)
+    rows = slice(int(0.35 * height), int(0.8 * height))
+    columns = np.flatnonzero(mask[rows].mean(axis=0) > 0.9)
+    if len(columns) < 12:
+        return False
+    columns = columns[len(columns) // 12 : len(columns) - len(columns) // 12]
+    profile = np.median(light[rows][:, columns], axis=0)
+    edge = height - 1 - np.argmax(mask[::-1][:, columns], axis=0).astype(float)
+    x = np.linspace(-1, 1, len(columns))
+
+    def residual(values: Array, degree: int) -> float:
+        """Of a polynomial: the mean square."""
+        return float(((values - np.polyval(np.polyfit(x, values, degree), x)) ** 2).mean())
+
+    def broken(values: Array, degree: int) -> float:
+        """Of two, one beside the other, at the best place."""
+        count = len(values)
+        best = residual(values, degree)
+        for i in range(4, count - 4, 2):
+            parts = 0.0
+            for part in (slice(None, i), slice(i, None)):
+                fitted = np.polyval(np.polyfit(x[part], values[part], degree), x[part])
+                parts += float(((values[part] - fitted) ** 2).sum())
+            best = min(best, parts / count)
+        return best
+
+    noise = 1e-5
+    by_light = np.log((broken(profile, 0) + noise) / (residual(profile, 3) + noise))
+    by_edge = np.log((broken(edge, 1) + 0.05) / (residual(edge, 2) + 0.05))
+    return bool(by_light + by_edge < 0)
