@@ -60,6 +60,47 @@ def read_picture(pixels: NDArray[np.uint8]) -> Reading:
     return Reading(ground, sky, solids)
 
 
+CATEGORIES = ("ground", "sky", "count", "shape", "colour", "binding", "position")
+
+
+def compliance(scene: Scene, reading: Reading) -> dict[str, bool]:
+    """Whether a picture shows what a scene has, by category.
+
+    `shape` and `colour` ask whether the same ones are there, `binding` whether each shape has its own colour, and
+    `position` whether they also stand where they should: a single one in its part of the picture, several in their
+    order from left to right, and the nearer one lower. Of pictures with another count all of these are wrong.
+    """
+    expected = sorted(scene.solids, key=lambda solid: solid.x)
+    same_count = len(expected) == len(reading.solids)
+
+    def same(*names: str, in_order: bool = False) -> bool:
+        ours, theirs = (
+            [tuple(getattr(s, name) for name in names) for s in group] for group in (expected, reading.solids)
+        )
+        return same_count and (ours == theirs if in_order else sorted(ours) == sorted(theirs))
+
+    position = same("shape", "colour", in_order=True)
+    if len(expected) == 1 and same_count:
+        position = _slot_of(reading.solids[0]) == expected[0].slot
+    for i, solid in enumerate(expected):
+        if solid.is_in_front and position:
+            feet = [found.foot for found in reading.solids]
+            position = feet[i] == max(feet)
+    return {
+        "ground": scene.ground == reading.ground,
+        "sky": scene.sky == reading.sky,
+        "count": same_count,
+        "shape": same("shape"),
+        "colour": same("colour"),
+        "binding": same("shape", "colour"),
+        "position": position,
+    }
+
+
+def _slot_of(found: Found) -> str:
+    return "left" if found.x < 0.4 else "right" if found.x > 0.6 else "middle"
+
+
 def _resized(pixels: NDArray[np.uint8]) -> Array:
     height, width = pixels.shape[:2]
     scale = _SIDE / min(height, width)
