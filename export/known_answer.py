@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +34,7 @@ class GreedyChain:
         self.condition = model.example_condition(batch)
         self.state: ChainState | None = None
         self.drawn = arrays(self.condition)
-        request = default_request(model, batch, greedy=True)
-        self._greedy = dataclasses.replace(request, **self._there(vars(request)))
+        self._greedy = default_request(model, batch, greedy=True, device=self._device)
 
     def advance(self, spec: GraphSpec) -> None:
         """Run what a graph computes."""

@@ -14,7 +14,9 @@ from fastvar_trt.runtime.plan import ResolvedPlan
 from fastvar_trt.runtime.request import GRAPH_INPUTS, TABLE
 
 
-def default_request(model: NextScaleModel, batch: int, *, greedy: bool, cfg: float | None = None) -> Request:
+def default_request(
+    model: NextScaleModel, batch: int, *, greedy: bool, cfg: float | None = None, device: torch.device | None = None
+) -> Request:
     """The model's own sampling for a batch.
 
     Args:
@@ -22,11 +24,12 @@ def default_request(model: NextScaleModel, batch: int, *, greedy: bool, cfg: flo
         batch: images.
         greedy: take the likeliest token.
         cfg: guidance scale, in place of the model's.
+        device: of the tensors; default: the CPU.
     """
     defaults = model.sampling_spec()
     values = {name: getattr(defaults, name, TABLE[name].default) for name in GRAPH_INPUTS}
     values |= {"greedy": greedy} | ({} if cfg is None else {"cfg": cfg})
-    return Request(**{name: torch.full((batch,), value) for name, value in values.items()})
+    return Request(**{name: torch.full((batch,), value, device=device) for name, value in values.items()})
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _HALF_ON_CPU: Mapping[str, str] = {
     "float16": "ONNX Runtime computes it in fp32 on the CPU, with an fp32 copy of the weights for every graph",
 }
 
-_env_allocator_registered = False
+_arenas: set[tuple[str, int]] = set()  # devices of which ONNX Runtime's environment has one
 
 
 def num_cores() -> int:
@@ -175,7 +175,7 @@ class OnnxRuntimeBackend(Backend):
         if graph.file in self._sessions:
             return
         ort = self._ort
-        self._share_allocator()
+        share_arena("Cpu", 0, ort.create_and_register_allocator, ort)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._num_threads
         options.inter_op_num_threads = 1
@@ -244,21 +244,32 @@ class OnnxRuntimeBackend(Backend):
     def elapsed_ms(self, start: float, stop: float) -> float:
         return (stop - start) * 1e3
 
-    def _share_allocator(self) -> None:
-        # Sessions run one after another, so one arena holds the activations of all of them. It is registered
-        # with ONNX Runtime's process-wide environment, which takes one allocator per device.
-        global _env_allocator_registered
-        if _env_allocator_registered:
-            return
-        ort = self._ort
-        memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        try:
-            # max_mem 0: no limit; strategy 1: grow by what is asked for, not by powers of two.
-            ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, 1, -1, -1))
-        except Exception as error:
-            if "already" not in str(error):  # registered by the program that embeds us: it is then shared as well
-                raise BackendError(f"onnxruntime: the shared allocator was refused: {error}") from error
-        _env_allocator_registered = True
+
+def share_arena(device: str, ordinal: int, register: Callable[[Any, Any], None], onnxruntime: Any) -> None:
+    """One arena for the activations of all sessions of the process on a device, as they run one after another.
+
+    It is registered with ONNX Runtime's process-wide environment, which takes one per device, and once only.
+
+    Args:
+        device: `Cpu` or `Cuda`, as ONNX Runtime calls its memory.
+        ordinal: which one.
+        register: called with where the memory is (`OrtMemoryInfo`) and how the arena grows (`OrtArenaCfg`).
+        onnxruntime: the package.
+
+    Raises:
+        BackendError: ONNX Runtime refused it.
+    """
+    if (device, ordinal) in _arenas:
+        return
+    ort = onnxruntime
+    memory = ort.OrtMemoryInfo(device, ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, ordinal, ort.OrtMemType.DEFAULT)
+    try:
+        # max_mem 0: no limit; strategy 1: grow by what is asked for, not by powers of two.
+        register(memory, ort.OrtArenaCfg(0, 1, -1, -1))
+    except Exception as error:
+        if "already" not in str(error):  # registered by the program that embeds us: it is then shared as well
+            raise BackendError(f"onnxruntime: the shared allocator was refused: {error}") from error
+    _arenas.add((device, ordinal))
 
 
 def _return_freed_memory() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastvar_trt.runtime.backends.base import BoundGraph, Buffer, View
 from fastvar_trt.runtime.backends.on_cuda import CudaBackend
-from fastvar_trt.runtime.backends.onnxruntime import import_onnxruntime
+from fastvar_trt.runtime.backends.onnxruntime import import_onnxruntime, share_arena
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec
 from fastvar_trt.runtime.precision import DTYPES
@@ -24,7 +24,6 @@ FLAVOUR = "onnxruntime_cuda"
 CUDA_TARGET = "cuda"
 BUILT_WITH = {"fastvar graphs": "2"}  # those that `fastvar build --target cuda` writes
 _PROVIDER = "CUDAExecutionProvider"
-_arenas: set[int] = set()  # GPUs for which one was registered with ONNX Runtime's environment
 
 
 class _BoundSession(BoundGraph):
@@ -80,7 +79,15 @@ class OnnxRuntimeCudaBackend(CudaBackend):
                 "onnxruntime, then pip install 'fastvar-trt[gpu]'"
             )
         self._open(bundle, manifest, BUILT_WITH, check_hashes=check_hashes, target=CUDA_TARGET)
-        self._share_arena()
+        provider_options = {"device_id": str(self._ordinal)}
+        share_arena(
+            "Cuda",
+            self._ordinal,
+            lambda memory, arena: self._ort.create_and_register_allocator_v2(
+                _PROVIDER, memory, provider_options, arena
+            ),
+            self._ort,
+        )
 
     def close(self) -> None:
         self._sessions.clear()  # before the memory that they use
@@ -139,23 +146,6 @@ class OnnxRuntimeCudaBackend(CudaBackend):
             options.add_run_config_entry("gpu_graph_id", str(self._num_bound[graph.file]))
         keep = [view.buffer for view in (*inputs.values(), *outputs.values())]
         return _BoundSession(graph.file, session, binding, options, keep)
-
-    def _share_arena(self) -> None:
-        """One arena for the activations of all sessions of the process on this GPU; they run one after another."""
-        if self._ordinal in _arenas:
-            return
-        ort = self._ort
-        memory = ort.OrtMemoryInfo(
-            "Cuda", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, self._ordinal, ort.OrtMemType.DEFAULT
-        )
-        # max_mem 0: no limit; strategy 1: grow by what is asked for, not by powers of two.
-        arena = ort.OrtArenaCfg(0, 1, -1, -1)
-        try:
-            ort.create_and_register_allocator_v2(_PROVIDER, memory, {"device_id": str(self._ordinal)}, arena)
-        except Exception as error:
-            if "already" not in str(error):  # registered by the program that embeds us: it is then shared as well
-                raise BackendError(f"onnxruntime: the shared allocator was refused: {error}") from error
-        _arenas.add(self._ordinal)
 
 
 def _check_libraries(onnxruntime: Any) -> None:

@@ -160,8 +160,7 @@ def _pytorch(bundle: Path, *, compiled: bool) -> Callable[[], dict[str, float]]:
         scale: torch.from_numpy(uniform_noise(0, scale, model.token_spec(scale)[0]))[None].to(device)
         for scale in plan.steps
     }
-    request = default_request(model, 1, greedy=False)
-    request = dataclasses.replace(request, **{name: value.to(device) for name, value in vars(request).items()})
+    request = default_request(model, 1, greedy=False, device=device)
     inputs = {name: tensor.to(device) for name, tensor in model.example_condition(1).items()}
     if compiled:
         # Block by block: a scale's blocks are one graph each, where a whole step would take minutes to compile.
@@ -222,5 +221,5 @@ def summary(rounds: dict[str, list[dict[str, Any]]], skipped: dict[str, str]) ->
                 "skipped": "",
             }
         )
-    empty = dict.fromkeys((key for key in _COLUMNS if key not in ("variant", "skipped")), "-")
-    return [*results, *({"variant": name, **empty, "skipped": reason} for name, reason in skipped.items())]
+    skips = [dict.fromkeys(_COLUMNS, "-") | {"variant": name, "skipped": reason} for name, reason in skipped.items()]
+    return [*results, *skips]

@@ -54,8 +54,8 @@ class Reading:
 def read_picture(pixels: NDArray[np.uint8]) -> Reading:
     """Read a picture, uint8 [H, W, 3]."""
     image = _resized(pixels)
-    sky = _sky_of(image)
-    ground = _ground_of(image, sky)
+    sky = _nearest(_known_skies(), _sky_features(image))
+    ground = _nearest(_known_grounds(sky), _ground_features(image))
     solids = tuple(sorted(_solids(image, ground, sky), key=lambda solid: solid.x))
     return Reading(ground, sky, solids)
 
@@ -118,10 +118,8 @@ def _empty(ground: str, sky: str) -> Array:
     return _resized(render(Scene(ground, sky, (), moon=(9.0, 9.0)), (_SIDE, _SIDE), samples=1))
 
 
-def _sky_of(image: Array) -> str:
-    top = np.median(image[: _SIDE // 8].reshape(-1, 3), axis=0)
-    known = {sky: np.median(_empty("snow", sky)[: _SIDE // 8].reshape(-1, 3), axis=0) for sky in SKIES}
-    return min(known, key=lambda sky: float(np.abs(top - known[sky]).sum()))
+def _sky_features(image: Array) -> Array:
+    return np.median(image[: _SIDE // 8].reshape(-1, 3), axis=0)
 
 
 def _ground_features(image: Array) -> Array:
@@ -130,10 +128,24 @@ def _ground_features(image: Array) -> Array:
     return np.concatenate([np.median(rows.reshape(-1, 3), axis=0), [2.5 * light.std()]])
 
 
-def _ground_of(image: Array, sky: str) -> str:
-    found = _ground_features(image)
-    known = {ground: _ground_features(_empty(ground, sky)) for ground in GROUNDS}
-    return min(known, key=lambda ground: float(np.abs(found - known[ground]).sum()))
+@functools.cache
+def _known_skies() -> dict[str, Array]:
+    return {sky: _sky_features(_empty("snow", sky)) for sky in SKIES}
+
+
+@functools.cache
+def _known_grounds(sky: str) -> dict[str, Array]:
+    return {ground: _ground_features(_empty(ground, sky)) for ground in GROUNDS}
+
+
+def _nearest(known: dict[str, Array], found: Array) -> str:
+    return min(known, key=lambda name: float(np.abs(found - known[name]).sum()))
+
+
+@functools.cache
+def _background(ground: str, sky: str) -> Array:
+    """Chroma of every row of the place without solids, [rows, 3]."""
+    return np.median(_chroma(_empty(ground, sky)), axis=1)
 
 
 def _chroma(image: Array) -> Array:
@@ -142,7 +154,7 @@ def _chroma(image: Array) -> Array:
 
 def _solids(image: Array, ground: str, sky: str) -> list[Found]:
     height, width = image.shape[:2]
-    background = np.median(_chroma(_empty(ground, sky)), axis=1)  # by row
+    background = _background(ground, sky)
     rows = np.linspace(0, _SIDE - 1, height).round().astype(int)
     distance = np.linalg.norm(_chroma(image) - background[rows][:, None], axis=-1)
     mask = distance > _MIN_DISTANCE[sky]
