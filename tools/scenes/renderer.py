@@ -216,12 +216,22 @@ _TEXTURES: Mapping[str, Callable[[Array, Array, Array], Array]] = {
 
 def _unshaded(points: Array, solids: list[_Placed], light: Array) -> Array:
     """Share of the light [N] that reaches points [N, 3] past some solids."""
-    if not solids or not len(points):
-        return np.ones(len(points), np.float32)
+    reached = np.ones(len(points), np.float32)
+    # Only where a solid's surrounding ball reaches into the cone from the point to the light.
+    near = np.zeros(len(points), bool)
+    for solid in solids:
+        to_solid = solid.centre - points
+        along = to_solid @ light
+        aside = np.einsum("ni,ni->n", to_solid, to_solid) - along**2  # squared
+        widest = solid.reach + 1.1 * _LIGHT_SIZE * (np.abs(along) + solid.reach)
+        near |= (along > -solid.reach) & (aside < widest**2)
+    points = points[near]
+    if not len(points):
+        return reached
     side = np.cross(light, np.array([0.0, 1.0, 0.0]))
     side /= np.linalg.norm(side)
     up = np.cross(side, light)
-    reached = np.zeros(len(points), np.float32)
+    clear_rays = np.zeros(len(points), np.float32)
     for i in range(_LIGHT_SAMPLES):  # a sunflower on the light's disc
         r, angle = _LIGHT_SIZE * np.sqrt((i + 0.5) / _LIGHT_SAMPLES), 2.39996 * i
         towards = light + r * (np.cos(angle) * side + np.sin(angle) * up)
@@ -230,8 +240,9 @@ def _unshaded(points: Array, solids: list[_Placed], light: Array) -> Array:
         start = points + 1e-3 * towards
         for solid in solids:
             clear &= solid.hit(start, np.broadcast_to(towards, points.shape))[0] >= _FAR
-        reached += clear
-    return reached / _LIGHT_SAMPLES
+        clear_rays += clear
+    reached[near] = clear_rays / _LIGHT_SAMPLES
+    return reached
 
 
 def _surface(solid: _Placed, scene: Scene, d: Array, n: Array, lit: Array, air: _Air, light: Array) -> Array:
@@ -272,11 +283,21 @@ class _Placed:
     def of(cls, solid: Solid) -> _Placed:
         return cls(solid.shape, solid.colour, solid.material, solid.x, solid.z, solid.radius, solid.turn)
 
+    @property
+    def centre(self) -> Array:
+        """Of a ball around it, [3]."""
+        return np.array([self.x, self.radius, self.z], np.float32)
+
+    @property
+    def reach(self) -> float:
+        """Radius of that ball."""
+        return 1.75 * self.radius
+
     def window(self, d: Array) -> tuple[slice, slice] | None:
         """Rows and columns of rays that may meet it."""
-        centre = np.array([self.x, self.radius, self.z], np.float32) - _CAMERA
+        centre = self.centre - _CAMERA
         distance = float(np.linalg.norm(centre))
-        reach = math.sqrt(max(1 - (1.75 * self.radius / distance) ** 2, 0.0))
+        reach = math.sqrt(max(1 - (self.reach / distance) ** 2, 0.0))
         inside = d @ (centre / distance).astype(np.float32) > reach
         rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
         if not len(rows):
