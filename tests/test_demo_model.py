@@ -15,11 +15,12 @@ from fastvar_trt.export.models.var.demo import DEMO_FOLDER, demo_source
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.plan import DENSE
 from fastvar_trt.tools.cli.pictures import load_references
-from fastvar_trt.tools.measure.compare import compare, draw_side_by_side
+from fastvar_trt.tools.measure.compare import Pictures, compare, draw_side_by_side
 from fastvar_trt.tools.measure.quality import reference_metrics
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS
 
 CLASSES, SEEDS = list(range(len(PHOTOGRAPHS))) * 2, [0] * len(PHOTOGRAPHS) + [1] * len(PHOTOGRAPHS)
+PICTURES = Pictures(tuple(CLASSES), tuple(SEEDS))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_pruned_pictures_are_near_the_dense_ones(demo_bundle: Path, tmp_path: Pa
 
     export_again(demo_bundle, tmp_path / "dense", DENSE)
     with Pipeline.load(tmp_path / "dense") as dense, Pipeline.load(demo_bundle) as pruned:
-        a, b = draw_side_by_side([dense, pruned], CLASSES, SEEDS, {})
-    comparison = compare(a, b, CLASSES, SEEDS)
+        a, b = draw_side_by_side([dense, pruned], PICTURES, {})
+    comparison = compare(a, b, PICTURES)
     assert comparison.mean.ssim > 0.8
     assert all(value == 1.0 for scale, value in comparison.token_agreement.items() if scale < 8)

@@ -22,11 +22,13 @@ from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli import main
 from fastvar_trt.tools.measure import tune
-from fastvar_trt.tools.measure.compare import compare, draw_side_by_side
+from fastvar_trt.tools.measure.compare import Pictures, compare, draw_side_by_side
 from fastvar_trt.tools.measure.quality import image_metrics, mean_metrics, nearest_distances, reference_metrics
 from fastvar_trt.tools.measure.work import chain_multiply_adds, step_multiply_adds
 from fastvar_trt.tools.sheets import contact_sheet, error_map
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
+
+PICTURES = Pictures((1, 2, 3), (0, 1, 2))
 
 
 def flat(value: int, side: int = 64) -> NDArray[np.uint8]:
@@ -121,8 +123,8 @@ def test_a_bundle_is_exported_again_with_another_plan(tiny_bundle: Path, tmp_pat
     assert set(report.errors) == {"step_02.onnx", "step_03.onnx"}  # the others are the same graphs
     with Pipeline.load(tmp_path / "dense") as dense, Pipeline.load(tiny_bundle) as pruned:
         assert not verify_bundle(dense).failures
-        a, b = draw_side_by_side([dense, pruned], [1, 2, 3], [0, 1, 2], {})
-    comparison = compare(a, b, [1, 2, 3], [0, 1, 2])
+        a, b = draw_side_by_side([dense, pruned], PICTURES, {})
+    comparison = compare(a, b, PICTURES)
     assert [comparison.token_agreement[k] for k in range(3)] == [1.0, 1.0, 1.0]  # nothing is pruned before the last
     assert comparison.token_agreement[3] < 1
     assert math.isfinite(comparison.mean.psnr_db)
@@ -130,10 +132,9 @@ def test_a_bundle_is_exported_again_with_another_plan(tiny_bundle: Path, tmp_pat
 
 
 def test_the_sweep_agrees_with_the_runtime(tiny_bundle: Path, tmp_path: Path) -> None:
-    labels, seeds = [1, 2, 3], [0, 1, 2]
-    result = tune.sweep(tiny_bundle, [TINY_PLAN, PruningPlan("all", ((-1, 0.75),), -2, 0)], labels, seeds, cfg=1.5)
+    result = tune.sweep(tiny_bundle, [TINY_PLAN, PruningPlan("all", ((-1, 0.75),), -2, 0)], PICTURES, cfg=1.5)
     assert [c.plan.name for c in result.candidates] == ["all", "tiny"]  # by rising work
-    result = tune.measure_front(tiny_bundle, result, tmp_path, labels, seeds, cfg=1.5)
+    result = tune.measure_front(tiny_bundle, result, tmp_path, PICTURES, cfg=1.5)
     for candidate in result.candidates:
         if candidate.on_front:
             assert candidate.measured is not None
@@ -142,10 +143,9 @@ def test_the_sweep_agrees_with_the_runtime(tiny_bundle: Path, tmp_path: Path) ->
 
 
 def test_choose_takes_the_fastest_that_holds(tiny_bundle: Path, tmp_path: Path) -> None:
-    labels, seeds = [1, 2], [0, 0]
-    result = tune.sweep(tiny_bundle, [TINY_PLAN], labels, seeds, cfg=1.5)
+    result = tune.sweep(tiny_bundle, [TINY_PLAN], PICTURES, cfg=1.5)
     assert tune.choose(result, min_ssim=0.0, max_drop=1.0) is None  # nothing was measured
-    result = tune.measure_front(tiny_bundle, result, tmp_path, labels, seeds, cfg=1.5)
+    result = tune.measure_front(tiny_bundle, result, tmp_path, PICTURES, cfg=1.5)
     chosen = tune.choose(result, min_ssim=0.0, max_drop=0.0)
     assert chosen is not None and chosen.plan == TINY_PLAN
     assert tune.choose(result, min_ssim=1.0, max_drop=0.0) is None

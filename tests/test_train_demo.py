@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from fastvar_trt.export.models.checkpoint import load_state_dict
 from fastvar_trt.export.models.var.source import VARSource
+from fastvar_trt.tools import training as stages
 from fastvar_trt.tools.train_demo import training
 from fastvar_trt.tools.train_demo.cli import main
 from fastvar_trt.tools.train_demo.photographs import load_photographs, random_crop
@@ -52,7 +53,7 @@ def test_an_interrupted_training_ends_as_one_that_ran_through(tmp_path: Path, mo
         if share == 0.5:
             raise Interrupt
 
-    monkeypatch.setattr(training, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(stages, "_SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(training, "_REVIVE_EVERY", 3)  # after the interruption, with hits from before it
     config = TrainingConfig(patch_nums=(1, 2), vae_steps=4, var_steps=4, depth=1, width=64)
     photographs, cpu = load_photographs(), torch.device("cpu")

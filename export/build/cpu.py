@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from fastvar_trt.export.build.base import Builder, Built
+from fastvar_trt.export.passes.flash_attention import FlashAttention
 from fastvar_trt.export.passes.widen_bfloat16 import WidenBFloat16
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.runtime.backends.onnxruntime import CPU_TARGET, cpu_built_with, import_onnxruntime
@@ -87,7 +88,9 @@ class CpuBuilder(Builder):
             options.add_session_config_entry(key, value)
         model = ir.load(bundle / graph.file)
         source: Any = str(bundle / graph.file)
-        if WidenBFloat16()(model).modified:  # the provider has no bfloat16 kernels
+        # The provider has no bfloat16 kernels.
+        modified = [rewrite(model).modified for rewrite in (WidenBFloat16(), FlashAttention())]
+        if any(modified):
             source = ir.serde.serialize_model(model).SerializeToString()
         try:
             ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -9,7 +9,7 @@ import click
 
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples
-from fastvar_trt.tools.cli.pictures import load_references, picture_requests, request_options
+from fastvar_trt.tools.cli.pictures import picture_requests, references_of, request_options, subject_name
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure.compare import Comparison, check_comparable, draw_side_by_side, shared_sampling
 from fastvar_trt.tools.measure.compare import compare as measure
@@ -19,14 +19,15 @@ from fastvar_trt.tools.tables import format_table
 
 
 def _comparison_table(comparison: Comparison) -> str:
+    subjects = comparison.pictures.subjects
     rows: list[list[object]] = [
         [name, count, f"{m.psnr_db:.2f}", f"{m.ssim:.4f}", f"{m.vif:.4f}"]
         for name, count, m in [
             *(
-                (f"class {label}", comparison.labels.count(label), comparison.of_class(label))
-                for label in dict.fromkeys(comparison.labels)
+                (subject_name(subject), subjects.count(subject), comparison.of_subject(subject))
+                for subject in dict.fromkeys(subjects)
             ),
-            ("all", len(comparison.labels), comparison.mean),
+            ("all", len(subjects), comparison.mean),
         ]
     ]
     return format_table(["", "images", "PSNR dB", "SSIM", "VIF"], rows)
@@ -49,6 +50,7 @@ def compare(
     bundle_a: Path,
     bundle_b: Path,
     labels: tuple[int, ...],
+    prompts: tuple[str, ...],
     seeds: int,
     cfg: float | None,
     references: str | None,
@@ -56,7 +58,7 @@ def compare(
     out: Path | None,
     json_file: Path | None,
 ) -> None:
-    """Draw the same classes and seeds with two bundles and measure how the second differs from the first.
+    """Draw the same classes or prompts and seeds with two bundles and measure how the second differs from the first.
 
     PSNR, SSIM (structure) and VIF (visual information fidelity) of B's pictures against A's; token agreement per scale;
     times, measured in turn. Needs the extra `quality`.
@@ -67,12 +69,12 @@ def compare(
             check_writable(path)
     with Pipeline.load(bundle_a) as a, Pipeline.load(bundle_b) as b:
         check_comparable(a, b)
-        classes, all_seeds = picture_requests(labels, 1 if greedy else seeds, a.manifest.model)
-        known = references and load_references(references, classes, a.manifest.default.image_width)
-        with counting_bar("drawing", len(classes)) as progress:
+        pictures = picture_requests(labels, prompts, 1 if greedy else seeds, a.manifest)
+        known = references_of(references, pictures, a.manifest)
+        with counting_bar("drawing", len(pictures)) as progress:
             options = {**shared_sampling([a, b], cfg), "greedy": greedy}
-            ours, theirs = draw_side_by_side([a, b], classes, all_seeds, options, progress)
-    comparison = measure(ours, theirs, classes, all_seeds, known or None)
+            ours, theirs = draw_side_by_side([a, b], pictures, options, progress)
+    comparison = measure(ours, theirs, pictures, known)
     click.echo(_comparison_table(comparison))
     agreement = [[k, f"{value:.2%}"] for k, value in comparison.token_agreement.items()]
     click.echo("\n" + format_table(["scale", "tokens equal"], agreement))
@@ -91,7 +93,8 @@ def compare(
     if json_file is not None:
         write_text(json_file, line + "\n")
     if out is not None:
-        firsts = [classes.index(label) for label in dict.fromkeys(classes)]
+        subjects = pictures.subjects
+        firsts = [subjects.index(subject) for subject in dict.fromkeys(subjects)]
         save_image(
             contact_sheet(
                 [
@@ -101,8 +104,8 @@ def compare(
                 ],
                 [
                     (
-                        f"class {classes[i]}, seed {all_seeds[i]}: PSNR {comparison.per_image[i].psnr_db:.1f} dB, "
-                        f"SSIM {comparison.per_image[i].ssim:.3f}",
+                        f"{subject_name(subjects[i])}, seed {pictures.seeds[i]}: "
+                        f"PSNR {comparison.per_image[i].psnr_db:.1f} dB, SSIM {comparison.per_image[i].ssim:.3f}",
                         [x := ours.images[i], y := theirs.images[i], error_map(x, y)],
                     )
                     for i in firsts

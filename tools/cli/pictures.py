@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastvar_trt.runtime.errors import RequestError
-from fastvar_trt.runtime.manifest import Condition, ModelSpec
+from fastvar_trt.runtime.manifest import Condition, Manifest
+from fastvar_trt.tools.measure.compare import Pictures
 
 _FEW_CLASSES = 16  # all of them are drawn where nothing else is asked for
 _PHOTOGRAPHS = "photographs"
@@ -27,24 +28,51 @@ def request_options(command: Any) -> Any:
             "of the demo model.",
         ),
         click.option("--cfg", type=float, help="Guidance scale; default: the bundle's."),
-        click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Images per class."),
+        click.option(
+            "--seeds", type=click.IntRange(1), default=8, show_default=True, help="Images per class or prompt."
+        ),
+        click.option("--prompt", "prompts", multiple=True, help="Text, for a model of text; repeat for more."),
         click.option("--class", "labels", type=int, multiple=True, help="Class index; default: all, if they are few."),
     ):
         command = option(command)
     return command
 
 
-def picture_requests(labels: tuple[int, ...], num_seeds: int, model: ModelSpec) -> tuple[list[int], list[int]]:
-    """Class and seed of every image."""
-    if model.condition is not Condition.CLASS:
-        raise RequestError("pictures are compared by class, and this bundle draws from text")
+def picture_requests(labels: tuple[int, ...], prompts: tuple[str, ...], num_seeds: int, manifest: Manifest) -> Pictures:
+    """Every class or prompt with every seed."""
+    model = manifest.model
+    if model.condition is Condition.TEXT:
+        if labels or not prompts:
+            raise RequestError("the bundle draws from text: give --prompt, and no --class")
+        return _with_seeds(prompts, num_seeds)
+    if prompts:
+        raise RequestError("--prompt: the bundle draws classes; give --class")
     if not labels and model.num_classes > _FEW_CLASSES:
         raise click.UsageError(f"the model has {model.num_classes} classes; name some with --class")
     classes = labels or tuple(range(model.num_classes))
     for label in classes:
         if not 0 <= label < model.num_classes:
             raise RequestError(f"class {label}: the bundle has 0 to {model.num_classes - 1}")
-    return [label for label in classes for _ in range(num_seeds)], list(range(num_seeds)) * len(classes)
+    return _with_seeds(classes, num_seeds)
+
+
+def subject_name(subject: int | str) -> str:
+    """For people."""
+    return subject if isinstance(subject, str) else f"class {subject}"
+
+
+def _with_seeds(subjects: tuple[Any, ...], num_seeds: int) -> Pictures:
+    repeated = tuple(subject for subject in subjects for _ in range(num_seeds))
+    return Pictures(repeated, tuple(range(num_seeds)) * len(subjects))
+
+
+def references_of(source: str | None, pictures: Pictures, manifest: Manifest) -> dict[int, NDArray[Any]] | None:
+    """Photographs of every class that is drawn; None without a source."""
+    if not source:
+        return None
+    if not pictures.are_classes:
+        raise RequestError("--references: are of classes, and prompts are drawn")
+    return load_references(source, list(pictures.labels), manifest.default.image_width)
 
 
 def load_references(source: str, labels: list[int], side: int) -> dict[int, NDArray[Any]]:

@@ -12,7 +12,7 @@ import click
 from fastvar_trt.runtime.errors import BackendError, BundleError, PlanError
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples, integers, numbers
-from fastvar_trt.tools.cli.pictures import load_references, picture_requests, request_options
+from fastvar_trt.tools.cli.pictures import picture_requests, references_of, request_options
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure.quality import require_libraries
 from fastvar_trt.tools.tables import format_table
@@ -48,6 +48,7 @@ _FILES = ("tune.json", "front.png", "plan.json")
 def tune(
     bundle: Path,
     labels: tuple[int, ...],
+    prompts: tuple[str, ...],
     seeds: int,
     cfg: float | None,
     references: str | None,
@@ -76,26 +77,26 @@ def tune(
         )
     depth = manifest.model.depth
     layers = first_layers or tuple(sorted({0, depth // 8, depth // 4, depth // 2}))
-    classes, all_seeds = picture_requests(labels, seeds, manifest.model)
+    pictures = picture_requests(labels, prompts, seeds, manifest)
     guidance = manifest.sampling.cfg if cfg is None else cfg
     plans = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers)
-    known = load_references(references, classes, manifest.default.image_width) if references else None
+    known = references_of(references, pictures, manifest)
     for name in _FILES:
         check_writable(out / name)
         (out / name).unlink(missing_ok=True)  # of an earlier run: it would stand beside this one's
-    with counting_bar("sweep", (len(plans) + 1) * len(classes)) as progress:
-        result = tuning.sweep(bundle, plans, classes, all_seeds, guidance, known, progress)
+    with counting_bar("sweep", (len(plans) + 1) * len(pictures)) as progress:
+        result = tuning.sweep(bundle, plans, pictures, guidance, known, progress)
     num_front = sum(candidate.on_front for candidate in result.candidates)
     with (
         tempfile.TemporaryDirectory(dir=out) as scratch,
         counting_bar("front", num_front + 1) as progress,
     ):
-        result = tuning.measure_front(bundle, result, Path(scratch), classes, all_seeds, guidance, known, progress)
+        result = tuning.measure_front(bundle, result, Path(scratch), pictures, guidance, known, progress)
     chosen = tuning.choose(result, min_ssim=min_ssim, max_drop=max_drop)
     click.echo(_front_table(result.candidates, chosen))
     record = {
         "bundle": str(bundle),
-        "images": len(classes),
+        "images": len(pictures),
         "chosen": None if chosen is None else chosen.plan.name,
         "candidates": [candidate.to_json() for candidate in result.candidates],
     }

@@ -1,11 +1,11 @@
-"""The same classes and seeds through two bundles: how alike the pictures are, and how fast each is."""
+"""The same requests through several bundles: how alike the pictures are, and how fast each is."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,34 @@ from fastvar_trt.tools.measure.quality import (
     mean_metrics,
     reference_metrics,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """What is drawn: a class or a prompt, and a seed, per picture."""
+
+    subjects: tuple[int | str, ...]
+    seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def __getitem__(self, rows: slice) -> Pictures:
+        return Pictures(self.subjects[rows], self.seeds[rows])
+
+    @property
+    def are_classes(self) -> bool:
+        """Or prompts."""
+        return all(isinstance(subject, int) for subject in self.subjects)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The subjects, where they are classes."""
+        return tuple(map(int, self.subjects))
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `Pipeline.generate`."""
+        return {"labels" if self.are_classes else "prompts": list(self.subjects), "seeds": list(self.seeds)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +71,7 @@ class Comparison:
     """Bundle B against bundle A.
 
     Attributes:
-        labels: class of each image.
-        seeds: seed of each image.
+        pictures: class or prompt, and seed, of each image.
         per_image: metrics of B's image against A's.
         mean: their mean (of PSNR over the images that differ).
         token_agreement: scale -> share of equal tokens, of the scales that both run.
@@ -53,8 +80,7 @@ class Comparison:
         references: of A and of B against photographs of the classes; None without any.
     """
 
-    labels: tuple[int, ...]
-    seeds: tuple[int, ...]
+    pictures: Pictures
     per_image: tuple[ImageMetrics, ...]
     mean: ImageMetrics
     token_agreement: dict[int, float]
@@ -62,16 +88,19 @@ class Comparison:
     seconds: tuple[float, float]
     references: tuple[ReferenceMetrics, ReferenceMetrics] | None
 
-    def of_class(self, label: int) -> ImageMetrics:
-        """Mean metrics of one class."""
-        return mean_metrics([m for m, own in zip(self.per_image, self.labels, strict=True) if own == label])
+    def of_subject(self, subject: int | str) -> ImageMetrics:
+        """Mean metrics of one class or prompt."""
+        own = zip(self.per_image, self.pictures.subjects, strict=True)
+        return mean_metrics([metrics for metrics, other in own if other == subject])
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the single images, as a JSON object."""
         return {
-            "images": len(self.labels),
+            "images": len(self.pictures),
             "mean": self.mean.to_json(),
-            "classes": {str(label): self.of_class(label).to_json() for label in dict.fromkeys(self.labels)},
+            "classes" if self.pictures.are_classes else "prompts": {
+                str(subject): self.of_subject(subject).to_json() for subject in dict.fromkeys(self.pictures.subjects)
+            },
             "token_agreement": {str(scale): round(value, 5) for scale, value in self.token_agreement.items()},
             "speedup": round(self.speedup, 3),
             "seconds_per_call": [round(value, 4) for value in self.seconds],
@@ -114,21 +143,31 @@ def shared_sampling(pipelines: Sequence[Pipeline], cfg: float | None) -> dict[st
     return values
 
 
-def draw_side_by_side(
-    pipelines: Sequence[Pipeline],
-    labels: Sequence[int],
-    seeds: Sequence[int],
-    options: dict[str, Any],
-    progress: Callable[[int], None] = lambda count: None,
-) -> list[Drawn]:
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One batch by one bundle.
+
+    Attributes:
+        result: what it drew.
+        seconds: how long the call took.
+    """
+
+    result: GenerationResult
+    seconds: float
+
+
+def take_turns(
+    pipelines: Sequence[Pipeline], pictures: Pictures, options: Mapping[str, Any]
+) -> Iterator[tuple[slice, list[Turn]]]:
     """The same requests through several pipelines, which take turns after every batch.
 
     Args:
         pipelines: bundles of one model.
-        labels: class of each image.
-        seeds: seed of each image.
+        pictures: what is drawn.
         options: further arguments of `Pipeline.generate`.
-        progress: called with the number of images drawn since the last call.
+
+    Yields:
+        which pictures, and what every pipeline made of them.
 
     Raises:
         RequestError: no batch size that all of them hold.
@@ -138,36 +177,47 @@ def draw_side_by_side(
         sizes = "; ".join(f"{pipe.bundle}: {', '.join(map(str, pipe.manifest.batches))}" for pipe in pipelines)
         raise RequestError(f"batch sizes: the bundles have none in common ({sizes}); export with the same --batch")
     batch = max(common)
-    results: list[list[GenerationResult]] = [[] for _ in pipelines]
-    seconds: list[list[float]] = [[] for _ in pipelines]
     for pipe in pipelines:  # a first run is slower: buffers are touched for the first time
-        pipe.generate(labels[:batch], seeds=seeds[:batch], **options)
-    for start in range(0, len(labels), batch):
+        pipe.generate(**pictures[:batch].arguments(), **options)
+    for start in range(0, len(pictures), batch):
         rows = slice(start, start + batch)
-        turns = list(zip(pipelines, results, seconds, strict=True))
-        for pipe, drawn, times in turns if start // batch % 2 == 0 else reversed(turns):
+        turns: dict[int, Turn] = {}
+        order = range(len(pipelines))
+        for i in order if start // batch % 2 == 0 else reversed(order):
             begin = time.perf_counter()
-            drawn.append(pipe.generate(labels[rows], seeds=seeds[rows], **options))
-            times.append(time.perf_counter() - begin)
-        progress(len(labels[rows]))
+            result = pipelines[i].generate(**pictures[rows].arguments(), **options)
+            turns[i] = Turn(result, time.perf_counter() - begin)
+        yield rows, [turns[i] for i in order]
+
+
+def draw_side_by_side(
+    pipelines: Sequence[Pipeline],
+    pictures: Pictures,
+    options: Mapping[str, Any],
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[Drawn]:
+    """All turns of `take_turns`; `progress` is called with the number of images drawn since the last call."""
+    turns: list[list[Turn]] = []
+    for rows, batch in take_turns(pipelines, pictures, options):
+        turns.append(batch)
+        progress(len(pictures[rows]))
     return [
         Drawn(
-            images=np.concatenate([result.images for result in drawn]),
+            images=np.concatenate([turn.result.images for turn in own]),
             tokens={
-                scale: np.concatenate([result.tokens[i] for result in drawn])
+                scale: np.concatenate([turn.result.tokens[i] for turn in own])
                 for i, scale in enumerate(pipe.manifest.resolved_plan.steps)
             },
-            seconds=tuple(times),
+            seconds=tuple(turn.seconds for turn in own),
         )
-        for pipe, drawn, times in zip(pipelines, results, seconds, strict=True)
+        for pipe, own in zip(pipelines, zip(*turns, strict=True), strict=True)
     ]
 
 
 def compare(
     a: Drawn,
     b: Drawn,
-    labels: Sequence[int],
-    seeds: Sequence[int],
+    pictures: Pictures,
     references: dict[int, NDArray[Any]] | None = None,
 ) -> Comparison:
     """Measure what two bundles drew for the same requests.
@@ -175,14 +225,12 @@ def compare(
     Args:
         a: the reference, dense or fp32.
         b: what is judged.
-        labels: class of each image.
-        seeds: seed of each image.
+        pictures: what they drew.
         references: class -> photographs uint8 [M, H, W, 3].
     """
     per_image = tuple(image_metrics(x, y) for x, y in zip(a.images, b.images, strict=True))
     return Comparison(
-        labels=tuple(labels),
-        seeds=tuple(seeds),
+        pictures=pictures,
         per_image=per_image,
         mean=mean_metrics(per_image),
         token_agreement={
@@ -192,5 +240,8 @@ def compare(
         seconds=(statistics.median(a.seconds), statistics.median(b.seconds)),
         references=None
         if references is None
-        else (reference_metrics(a.images, labels, references), reference_metrics(b.images, labels, references)),
+        else (
+            reference_metrics(a.images, pictures.labels, references),
+            reference_metrics(b.images, pictures.labels, references),
+        ),
     )

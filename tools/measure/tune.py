@@ -9,24 +9,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastvar_trt.export.exporter import export_again, load_bundle_model
 from fastvar_trt.export.models.base import NextScaleModel
 from fastvar_trt.export.models.reference import ChainState, default_request
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import PlanError
-from fastvar_trt.runtime.manifest import read_manifest
+from fastvar_trt.runtime.manifest import Manifest, read_manifest
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.plan import DENSE, PruningPlan, ResolvedPlan
-from fastvar_trt.tools.measure.compare import Comparison, compare, draw_side_by_side, shared_sampling
+from fastvar_trt.runtime.text import PromptTokenizer
+from fastvar_trt.tools.measure.compare import Comparison, Pictures, compare, draw_side_by_side, shared_sampling
 from fastvar_trt.tools.measure.quality import (
     ImageMetrics,
     ReferenceMetrics,
@@ -105,8 +107,8 @@ def candidate_plans(
 class _Drawer:
     """A batch of images by eager PyTorch; what plans share is computed once."""
 
-    def __init__(self, model: NextScaleModel, labels: Sequence[int], seeds: Sequence[int], cfg: float) -> None:
-        self._model, self._labels, self._seeds, self._cfg = model, labels, seeds, cfg
+    def __init__(self, model: NextScaleModel, inputs: Mapping[str, Tensor], seeds: Sequence[int], cfg: float) -> None:
+        self._model, self._inputs, self._seeds, self._cfg = model, inputs, seeds, cfg
         self._prefixes: dict[tuple[int, int], ChainState] = {}
 
     @torch.inference_mode()
@@ -130,7 +132,7 @@ class _Drawer:
         return dataclasses.replace(state, past=list(state.past), caches=dict(state.caches))
 
     def _run_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
-        state = ChainState.begin(self._model, {names.LABELS: torch.tensor(self._labels)})
+        state = ChainState.begin(self._model, self._inputs)
         full = dataclasses.replace(plan, first_layer=0, last_layer=plan.depth - 1)
         for scale in range(end):
             self._step(state, full, scale)
@@ -143,11 +145,31 @@ class _Drawer:
         state.step(self._model, plan, scale, torch.from_numpy(noise), request)
 
 
+@torch.inference_mode()
+def condition_inputs(model: NextScaleModel, bundle: Path, manifest: Manifest, pictures: Pictures) -> dict[str, Tensor]:
+    """Inputs of the model's condition, of classes or prompts."""
+    if pictures.are_classes:
+        return {names.LABELS: torch.tensor(pictures.labels)}
+    tokenizer, length = PromptTokenizer(bundle, manifest), manifest.model.text_length
+    features, counts = [], []
+    for prompt in pictures.subjects:
+        ids = tokenizer.token_ids(str(prompt))
+        padded = torch.zeros(1, length, dtype=torch.int64)
+        padded[0, : len(ids)] = torch.tensor(ids)
+        encoded = model.encode_text({names.TOKEN_IDS: padded, names.TOKEN_COUNT: torch.tensor([len(ids)])})
+        features.append(encoded[names.ENCODED])
+        counts.append(len(ids))
+    return {
+        names.TEXT_FEATURES: torch.cat(features).repeat(2, 1, 1),
+        names.TEXT_LENGTHS: torch.tensor(counts).repeat(2),
+        names.NEGATIVE: torch.zeros(len(pictures), dtype=torch.bool),
+    }
+
+
 def sweep(
     bundle: Path,
     plans: Sequence[PruningPlan],
-    labels: Sequence[int],
-    seeds: Sequence[int],
+    pictures: Pictures,
     cfg: float,
     references: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int], None] = lambda count: None,
@@ -157,8 +179,7 @@ def sweep(
     Args:
         bundle: the weights, whatever its own plan.
         plans: candidates.
-        labels: class of each image.
-        seeds: seed of each image.
+        pictures: what is drawn.
         cfg: guidance scale.
         references: class -> photographs uint8 [M, H, W, 3].
         progress: called with the number of images drawn since the last call, the dense ones included.
@@ -174,19 +195,19 @@ def sweep(
     metrics: list[list[ImageMetrics]] = [[] for _ in plans]
     against_photographs: list[list[ReferenceMetrics]] = [[] for _ in range(len(plans) + 1)]
     sizes = []
-    for start in range(0, len(labels), _BATCH):  # outermost: the states that plans share are those of one batch
-        rows = slice(start, start + _BATCH)
-        drawer = _Drawer(model, labels[rows], seeds[rows], cfg)
+    for start in range(0, len(pictures), _BATCH):  # outermost: the states that plans share are those of one batch
+        part = pictures[start : start + _BATCH]
+        drawer = _Drawer(model, condition_inputs(model, bundle, manifest, part), part.seeds, cfg)
         dense = drawer.draw(everything)
         sizes.append(len(dense))
         progress(len(dense))
         if references is not None:
-            against_photographs[-1].append(reference_metrics(dense, labels[rows], references))
+            against_photographs[-1].append(reference_metrics(dense, part.labels, references))
         for i, plan in enumerate(resolved):
             images = drawer.draw(plan)
             metrics[i] += [image_metrics(x, y, vif=False) for x, y in zip(dense, images, strict=True)]
             if references is not None:
-                against_photographs[i].append(reference_metrics(images, labels[rows], references))
+                against_photographs[i].append(reference_metrics(images, part.labels, references))
             progress(len(images))
 
     def over_batches(parts: list[ReferenceMetrics]) -> ReferenceMetrics | None:
@@ -214,8 +235,7 @@ def measure_front(
     bundle: Path,
     result: Sweep,
     folder: Path,
-    labels: Sequence[int],
-    seeds: Sequence[int],
+    pictures: Pictures,
     cfg: float,
     references: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int], None] = lambda count: None,
@@ -226,8 +246,7 @@ def measure_front(
         bundle: as for `sweep`.
         result: its result.
         folder: where the bundles may lie; the caller removes it.
-        labels: class of each image.
-        seeds: seed of each image.
+        pictures: what is drawn.
         cfg: guidance scale.
         references: as for `sweep`.
         progress: called with the number of plans measured since the last call.
@@ -245,8 +264,8 @@ def measure_front(
             export_again(dense, pruned, candidate.plan)
             with Pipeline.load(pruned, check="size") as pipe:
                 options = shared_sampling([reference, pipe], cfg)
-                a, b = draw_side_by_side([reference, pipe], labels, seeds, options)
-            measured = compare(a, b, labels, seeds, references)
+                a, b = draw_side_by_side([reference, pipe], pictures, options)
+            measured = compare(a, b, pictures, references)
             candidates[i] = dataclasses.replace(candidate, measured=measured)
             shutil.rmtree(pruned)
             progress(1)

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from fastvar_trt.tools.scenes.renderer import COLOURS, render, surface_colour
-from fastvar_trt.tools.scenes.world import GROUNDS, SKIES, Scene
+from fastvar_trt.tools.scenes.world import GROUNDS, SKIES, Scene, Solid
 
 Array = NDArray[np.float64]
 
@@ -68,7 +68,8 @@ def compliance(scene: Scene, reading: Reading) -> dict[str, bool]:
 
     `shape` and `colour` ask whether the same ones are there, `binding` whether each shape has its own colour, and
     `position` whether they also stand where they should: a single one in its part of the picture, several in their
-    order from left to right, and the nearer one lower. Of pictures with another count all of these are wrong.
+    order from left to right; where one is in front of another, it is lower, and captions do not tell their order. Of
+    pictures with another count all of these are wrong.
     """
     expected = sorted(scene.solids, key=lambda solid: solid.x)
     same_count = len(expected) == len(reading.solids)
@@ -79,13 +80,13 @@ def compliance(scene: Scene, reading: Reading) -> dict[str, bool]:
         )
         return same_count and (ours == theirs if in_order else sorted(ours) == sorted(theirs))
 
-    position = same("shape", "colour", in_order=True)
-    if len(expected) == 1 and same_count:
-        position = _slot_of(reading.solids[0]) == expected[0].slot
-    for i, solid in enumerate(expected):
-        if solid.is_in_front and position:
-            feet = [found.foot for found in reading.solids]
-            position = feet[i] == max(feet)
+    front = next((solid for solid in expected if solid.is_in_front), None)
+    if front is not None:
+        position = same("shape", "colour") and _kind(max(reading.solids, key=lambda found: found.foot)) == _kind(front)
+    elif len(expected) == 1:
+        position = same_count and _slot_of(reading.solids[0]) == expected[0].slot
+    else:
+        position = same("shape", "colour", in_order=True)
     return {
         "ground": scene.ground == reading.ground,
         "sky": scene.sky == reading.sky,
@@ -95,6 +96,10 @@ def compliance(scene: Scene, reading: Reading) -> dict[str, bool]:
         "binding": same("shape", "colour"),
         "position": position,
     }
+
+
+def _kind(solid: Solid | Found) -> tuple[str, str]:
+    return solid.shape, solid.colour
 
 
 def _slot_of(found: Found) -> str:

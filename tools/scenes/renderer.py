@@ -75,6 +75,12 @@ def render(scene: Scene, size: tuple[int, int], *, samples: int = 2) -> NDArray[
     return _encoded(linear.reshape(height, samples, width, samples, 3).mean(axis=(1, 3)))
 
 
+def silhouette(scene: Scene, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Where solids are: bool [height, width]."""
+    directions = _rays(*size)
+    return np.any([_Placed.of(s).hit(_CAMERA, directions)[0] < _FAR for s in scene.solids], axis=0)
+
+
 def surface_colour(colour: str, sky: str, lit: float, mirrored: float = 0.0) -> NDArray[np.uint8]:
     """What a surface looks like under a sky that reaches it: uint8 [3].
 

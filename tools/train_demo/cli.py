@@ -20,11 +20,11 @@ from fastvar_trt.tools.cli.command import ErrorCommand, examples, integers, prog
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
 from fastvar_trt.tools.train_demo.training import (
     LEVEL_MULTIPLIERS,
-    Stage,
     TrainingConfig,
     train_transformer,
     train_vqvae,
 )
+from fastvar_trt.tools.training import Stage
 
 _DEFAULTS = TrainingConfig()
 

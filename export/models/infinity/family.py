@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fastvar_trt.export.models.infinity.source import InfinitySource
 
 DEFAULT_SIZE = "1M"
+SCENE_FOLDER = Path(str(importlib.resources.files("fastvar_trt.export"))) / "scene_model"
 
 
 def _plan(name: str, *fractions: tuple[int, float]) -> PruningPlan:
@@ -71,12 +73,24 @@ def _load(
     return InfinitySource.from_files(checkpoint, vae, pn, ratio, text_length, text_encoder)
 
 
+def _load_scenes(pn: str, h_div_w: float | None, aspect: float | None) -> InfinitySource:
+    folder = SCENE_FOLDER
+    return _load(folder / "infinity.safetensors", folder / "vae.safetensors", pn, h_div_w, aspect, None, folder / "t5")
+
+
 def _from_configs(configs: Mapping[str, Any], precision: Precision) -> Model:
     from fastvar_trt.export.models.infinity.model import Infinity
 
     return Infinity.from_configs(configs, precision)
 
 
+_SIZE_OPTIONS = (
+    click.Option(
+        ["--pn"], type=click.Choice(SIZES), default=DEFAULT_SIZE, show_default=True, help="Pixels of the image."
+    ),
+    click.Option(["--h-div-w"], type=float, help="Height over width. Default: 1."),
+    click.Option(["--aspect"], type=_Aspect(), help="Width to height as W:H, the same said otherwise."),
+)
 _FILES = SourceCommand(
     name="infinity",
     description="An official Infinity checkpoint, at one size and aspect ratio.",
@@ -94,11 +108,7 @@ _FILES = SourceCommand(
             help="The official file, or a folder of shards.",
         ),
         click.Option(["--vae"], type=click.Path(path_type=Path), required=True, help="The official file of its VAE."),
-        click.Option(
-            ["--pn"], type=click.Choice(SIZES), default=DEFAULT_SIZE, show_default=True, help="Pixels of the image."
-        ),
-        click.Option(["--h-div-w"], type=float, help="Height over width. Default: 1."),
-        click.Option(["--aspect"], type=_Aspect(), help="Width to height as W:H, the same said otherwise."),
+        *_SIZE_OPTIONS,
         click.Option(["--text-length"], type=click.IntRange(1), help="Longest prompt in tokens. Default: the model's."),
         click.Option(
             ["--text-encoder"],
@@ -110,4 +120,18 @@ _FILES = SourceCommand(
     default_plan=lambda pn, **_: PLAN_OF_SIZE[pn].name,
     has_top_k=False,
 )
-INFINITY = Family("infinity", (_FILES,), _from_configs, tuple(p for p in PLAN_OF_SIZE.values() if p is not DENSE))
+_SCENES = SourceCommand(
+    name="scenes",
+    description="The small trained model of text that comes with the package: simple scenes, at any size.",
+    examples=(
+        "fastvar-export scenes --out out/scenes",
+        "fastvar-export scenes --pn 2K --aspect 2:1 --prune none --out out/scenes_2k",
+    ),
+    options=_SIZE_OPTIONS,
+    load=_load_scenes,
+    default_plan=lambda pn, **_: PLAN_OF_SIZE[pn].name,
+    has_top_k=False,
+)
+INFINITY = Family(
+    "infinity", (_SCENES, _FILES), _from_configs, tuple(p for p in PLAN_OF_SIZE.values() if p is not DENSE)
+)

@@ -1,0 +1,152 @@
+"""`fastvar evaluate`: compliance of pictures with their prompts, for any checker."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.models.infinity.schedules import schedule
+from fastvar_trt.export.models.infinity.source import InfinitySource
+from fastvar_trt.export.models.t5 import T5Source
+from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.runtime.plan import PruningPlan
+from fastvar_trt.tools.cli import main
+from fastvar_trt.tools.measure.evaluate import Case, Share, load_checker, read_cases
+from fastvar_trt.tools.random_checkpoints import random_infinity_checkpoint
+from fastvar_trt.tools.scenes.cases import cases, check
+from fastvar_trt.tools.scenes.renderer import render
+from fastvar_trt.tools.scenes.world import Scene, Solid
+from fastvar_trt.tools.train_scenes.config import TextConfig
+from fastvar_trt.tools.train_scenes.text import T5Encoder, write_text_encoder
+from fastvar_trt.tools.train_scenes.text_stage import captions_tokenizer
+
+Export = Callable[..., tuple[Path, ExportReport]]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory, export_once: Export) -> tuple[Path, Path]:
+    """A dense and a pruned bundle of a small model of text that was never trained."""
+    text = TextConfig(width=64, text_length=40)
+    torch.manual_seed(0)
+    tokenizer = captions_tokenizer(text)
+    folder = tmp_path_factory.mktemp("text") / "t5"
+    write_text_encoder(folder, T5Encoder(text.sizes(tokenizer.get_vocab_size())), tokenizer)
+    maps, span = schedule("0.06M", 1.0)
+    states = random_infinity_checkpoint(depth=2, width=64, num_heads=2, text_width=64, text_length=40)
+    source = InfinitySource.from_state(*states, maps[:4], span)
+    source = dataclasses.replace(source, text=T5Source.from_folder(folder, 40, 64))
+    plan = PruningPlan("pruned", ((3, 0.5),), cache_scale=2)
+    return (
+        export_once("evaluate_dense", source, ExportOptions())[0],
+        export_once("evaluate_pruned", source, ExportOptions(plan=plan))[0],
+    )
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
+    return done.exit_code, done.output
+
+
+def test_cases_are_what_their_pictures_show() -> None:
+    found = cases(6, seed=1)
+    assert [case.tag for case in found] == ["one solid", "two solids", "three solids"] * 2
+    assert found == cases(6, seed=1) != cases(6, seed=2)
+    for case in found:
+        expected = json.loads(json.dumps(case.to_json()))  # as it comes from a file
+        del expected["prompt"], expected["tag"]
+        solids = tuple(Solid(**solid) for solid in expected["solids"])
+        scene = Scene(**{**expected, "solids": solids})
+        assert all(check(render(scene, (256, 256)), expected).values())
+        wrong = dataclasses.replace(scene, sky="night" if scene.sky != "night" else "day")
+        assert not check(render(wrong, (256, 256)), expected)["sky"]
+
+
+def test_wilson_interval() -> None:
+    """The values of Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for held, count, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert Share(held, count).interval == pytest.approx((low, high), abs=1e-4)
+
+
+def test_two_bundles_on_scenes(bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    code, output = run(*bundles, "--scenes", 3, "-o", tmp_path / "s.png", "--json", tmp_path / "e.json")
+    assert code == 0, output
+    data = json.loads((tmp_path / "e.json").read_text())
+    assert data == json.loads(output.splitlines()[-1]) and data["cases"] == 3
+    dense, pruned = data["bundles"]
+    assert set(dense["compliance"]) == {"ground", "sky", "count", "shape", "colour", "binding", "position", "all"}
+    assert dense["compliance"]["ground"]["all"]["count"] == 3 and dense["compliance"]["sky"]["one solid"]["count"] == 1
+    assert dense["against_first"] is None and dense["speedup_call"] == 1.0
+    assert 0 < pruned["against_first"]["ssim"] < 1
+    assert set(pruned["step_ms"]) == {"condition", *(f"step_{k:02d}" for k in range(4)), "decoder"}
+    assert Image.open(tmp_path / "s.png").width > 2 * 256
+    assert "three solids" in output and "speed-up of the steps" in output
+
+
+def test_a_checker_of_the_user(bundles: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_checker.py").write_text(
+        "def bright(picture, expected):\n"
+        "    return {'bright': picture.mean() > expected['level'], 'size': picture.shape[0] == expected['side']}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    prompts = tmp_path / "prompts.jsonl"
+    levels = {"easy": -1, "hard": 256}
+    lines = [Case(f"{tag} snow", tag, {"level": level, "side": 96}) for tag, level in levels.items()]
+    prompts.write_text("".join(json.dumps(case.to_json()) + "\n" for case in lines))
+    arguments = [bundles[0], "--prompts", prompts, "--checker", "my_checker:bright"]
+    code, output = run(*arguments, "--no-vif")
+    assert code == 0, output
+    compliance = json.loads(output.splitlines()[-1])["bundles"][0]["compliance"]
+    assert compliance["bright"]["easy"]["value"] == 1.0 and compliance["bright"]["hard"]["value"] == 0.0
+    assert compliance["all"]["all"]["value"] == 0.5
+
+    prompts.write_text('{"prompt": "snow"}\n')
+    code, output = run(*arguments)
+    assert code == 1 and "the checker failed on the prompt 'snow'" in output and "KeyError" in output
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"tag": "x"}', "{", '{"prompt": 3}'])
+def test_a_file_of_prompts_that_is_none(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a fox"}\n' + line + "\n")
+    with pytest.raises(RequestError, match=r"line 2: .*expected a JSON object"):
+        read_cases(path)
+
+
+def test_bad_arguments(bundles: tuple[Path, Path], tiny_bundle: Path, tmp_path: Path) -> None:
+    for name in ("json", "no_such_module:f", "json:no_such_function", "json:__doc__", ":f"):
+        with pytest.raises(RequestError, match=r"expected (module:)?"):
+            load_checker(name)
+    assert run(bundles[0])[0] == 2  # neither scenes nor prompts
+    code, output = run(tiny_bundle, "--scenes", 1)
+    assert code == 1 and "draws classes, expected one that draws from text" in output
+    code, output = run(bundles[0], "--prompts", tmp_path / "none")
+    assert code == 1 and "cannot be read" in output
+    (tmp_path / "empty").write_text("\n")
+    code, output = run(bundles[0], "--prompts", tmp_path / "empty")
+    assert code == 1 and "has no line" in output
+
+
+def test_compare_takes_prompts(bundles: tuple[Path, Path], tiny_bundle: Path) -> None:
+    done = CliRunner().invoke(main, ["compare", *map(str, bundles), "--prompt", "a red cube on sand", "--seeds", "2"])
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.output.splitlines()[-1])
+    assert data["images"] == 2 and set(data["prompts"]) == {"a red cube on sand"}
+    for bundle, option, message in (
+        (bundles[0], ["--class", "1"], "draws from text: give --prompt"),
+        (tiny_bundle, ["--prompt", "x"], "draws classes; give --class"),
+    ):
+        refused = CliRunner().invoke(main, ["compare", str(bundle), str(bundle), *option])
+        assert refused.exit_code == 1 and message in refused.output

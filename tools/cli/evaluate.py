@@ -1,0 +1,157 @@
+"""`fastvar evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+from pathlib import Path
+
+import click
+from PIL import Image
+
+from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.runtime.manifest import Condition
+from fastvar_trt.runtime.pipeline import Pipeline
+from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, counting_bar, examples, runtime_options
+from fastvar_trt.tools.files import check_writable, write_text
+from fastvar_trt.tools.measure.compare import check_comparable, shared_sampling
+from fastvar_trt.tools.measure.evaluate import Case, Evaluation, Share, load_checker, read_cases
+from fastvar_trt.tools.measure.evaluate import evaluate as measure
+from fastvar_trt.tools.measure.quality import mean_metrics, require_libraries
+from fastvar_trt.tools.sheets import contact_sheet, save_image
+from fastvar_trt.tools.tables import format_table
+
+_ON_SHEET = 8
+_SCENES = "fastvar_trt.tools.scenes.cases:check"
+
+
+@click.command(
+    cls=ErrorCommand,
+    epilog=examples(
+        "fastvar evaluate out/demo_dense out/demo_pruned --scenes 300 -o out/evaluation.png",
+        "fastvar evaluate out/dense out/pruned --prompts evaluation_metadata.jsonl --checker my_geneval:check",
+    ),
+)
+@click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--scenes", "num_scenes", type=click.IntRange(1), help="So many scenes of the demo model's world.")
+@click.option(
+    "--held-out/--trained", default=True, show_default=True, help="Scenes with what training never showed, or without."
+)
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path),
+    help="In place of scenes: a JSON object per line with prompt, tag, and what the checker takes (GenEval's format).",
+)
+@click.option("--checker", default=_SCENES, show_default=True, help="What looks at the pictures, as module:function.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Prompt i gets seed + i.")
+@click.option("--cfg", type=float, help="Guidance scale; default: the bundle's.")
+@click.option("--vif/--no-vif", default=True, show_default=True, help="VIF takes longest.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="PNG: the first pictures of every bundle.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the JSON line to this file.")
+@runtime_options
+def evaluate(
+    bundles: tuple[Path, ...],
+    num_scenes: int | None,
+    held_out: bool,
+    prompts_file: Path | None,
+    checker: str,
+    seed: int,
+    cfg: float | None,
+    vif: bool,
+    out: Path | None,
+    json_file: Path | None,
+    runtime: RuntimeOptions,
+) -> None:
+    """Whether pictures show what their prompts say, for two or more bundles of one model.
+
+    Compliance per category with its 95 % interval; PSNR, SSIM and VIF against the first bundle; time per scale,
+    measured in turn. Needs the extra `quality`.
+    """
+    require_libraries()
+    if (num_scenes is None) == (prompts_file is None):
+        raise click.UsageError("give --scenes or --prompts")
+    for path in (out, json_file):
+        if path is not None:
+            check_writable(path)
+    look = load_checker(checker)
+    cases = _scenes(num_scenes or 0, seed, held_out) if prompts_file is None else read_cases(prompts_file)
+    with contextlib.ExitStack() as stack:
+        pipelines = [stack.enter_context(runtime.load(bundle)) for bundle in bundles]
+        _check_bundles(pipelines)
+        options = shared_sampling(pipelines, cfg)
+        with counting_bar("drawing", len(cases)) as progress:
+            result = measure(
+                pipelines, cases, look, options, seed=seed, vif=vif, num_samples=_ON_SHEET, progress=progress
+            )
+    names = [bundle.name for bundle in bundles]
+    click.echo(_compliance_table(result, names))
+    if len(bundles) > 1:
+        click.echo("\n" + _likeness_table(result, names))
+    click.echo("\n" + _time_table(result, names))
+    line = json.dumps(result.to_json())
+    click.echo(line)
+    if json_file is not None:
+        write_text(json_file, line + "\n")
+    if out is not None:
+        save_image(_sheet(result, names), out)
+
+
+def _scenes(count: int, seed: int, held_out: bool) -> list[Case]:
+    from fastvar_trt.tools.scenes.cases import cases  # needs scipy, which comes with the extra
+
+    return cases(count, seed, held_out)
+
+
+def _check_bundles(pipelines: list[Pipeline]) -> None:
+    for pipe in pipelines:
+        if pipe.manifest.model.condition is not Condition.TEXT:
+            raise RequestError(f"bundle {pipe.bundle}: draws classes, expected one that draws from text")
+        check_comparable(pipelines[0], pipe)
+
+
+def _compliance_table(result: Evaluation, names: list[str]) -> str:
+    rows: list[list[object]] = []
+    groups: list[tuple[str, str | None]] = [(tag, tag) for tag in result.tags] if len(result.tags) > 1 else []
+    for title, tag in [*groups, ("every prompt", None)]:
+        for category in result.categories:
+            shares = [result.share(i, category, tag) for i in range(len(names))]
+            if shares[0].count:
+                rows.append([title, category, shares[0].count, *map(_share_text, shares)])
+    return format_table(["prompts", "category", "count", *names], rows)
+
+
+def _share_text(share: Share) -> str:
+    low, high = share.interval
+    return f"{share.value:.3f} ({low:.3f}-{high:.3f})"
+
+
+def _likeness_table(result: Evaluation, names: list[str]) -> str:
+    rows = []
+    for name, own in list(zip(names, result.results, strict=True))[1:]:
+        mean = mean_metrics(own.metrics)
+        rows.append([name, f"{mean.psnr_db:.2f}", f"{mean.ssim:.4f}", f"{mean.vif:.4f}"])
+    return format_table([f"against {names[0]}", "PSNR dB", "SSIM", "VIF"], rows)
+
+
+def _time_table(result: Evaluation, names: list[str]) -> str:
+    """Median ms per graph, and what they sum to; `-` where a plan skips a scale."""
+    graphs = dict.fromkeys(name for own in result.results for name in own.step_ms)
+    rows: list[list[object]] = [
+        [graph, *(f"{own.step_ms[graph]:.1f}" if graph in own.step_ms else "-" for own in result.results)]
+        for graph in graphs
+    ]
+    rows.append(["all steps", *(f"{own.steps_ms:.1f}" for own in result.results)])
+    rows.append(["whole call", *(f"{1e3 * statistics.median(own.seconds):.1f}" for own in result.results)])
+    for title, place in (("speed-up of the steps", 0), ("speed-up of the call", 1)):
+        rows.append([title, *(f"{result.speedup(i)[place]:.2f}x" for i in range(len(names)))])
+    return format_table(["median ms", *names], rows)
+
+
+def _sheet(result: Evaluation, names: list[str]) -> Image.Image:
+    titles = [
+        f"{name}: {statistics.median(own.seconds):.2f} s" for name, own in zip(names, result.results, strict=True)
+    ]
+    rows = [(result.cases[i].prompt, [samples[i] for samples in result.samples]) for i in range(len(result.samples[0]))]
+    return contact_sheet(titles, rows, result.samples[0].shape[2])

@@ -1,0 +1,92 @@
+"""The command line of the training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastvar_trt.export.folders import replace_folder, temporary_folder
+from fastvar_trt.export.models.infinity.source import InfinitySource
+from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.tools.cli.command import ErrorCommand, examples, progress_bars
+from fastvar_trt.tools.train_scenes.config import ROPE_SPAN, SCHEDULE, SIZES, SceneTraining
+from fastvar_trt.tools.train_scenes.text import write_text_encoder
+from fastvar_trt.tools.train_scenes.text_stage import captions_tokenizer, train_text
+from fastvar_trt.tools.train_scenes.transformer_stage import train_transformer
+from fastvar_trt.tools.train_scenes.vae_stages import train_bits, train_decoder
+from fastvar_trt.tools.training import Stage
+
+CHECKPOINT, VAE, TEXT_ENCODER = "infinity.safetensors", "vae.safetensors", "t5"
+
+
+@click.command(
+    cls=ErrorCommand,
+    epilog=examples(
+        "python -m fastvar_trt.tools.train_scenes --work-dir out/scenes --out out/scene_model",
+        "python -m fastvar_trt.tools.train_scenes --work-dir out/scenes --out out/scene_model --device cuda",
+    ),
+)
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), required=True, help="Training state; continues from there."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint; must not exist.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--size", type=click.Choice(list(SIZES)), default="small", show_default=True, help="Of the models.")
+@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="That render.")
+def main(work_dir: Path, out: Path, device: str, size: str, processes: int) -> None:
+    """Train the text-to-image demo model; Ctrl-C stops, the same command goes on."""
+    if out.exists():
+        raise CheckpointError(f"--out {out}: exists already; give another folder")
+    config, place = SIZES[size], torch.device(device)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with progress_bars() as progress:
+        bits = train_bits(config.transformer.bits, work_dir, place, progress, processes)
+        text = train_text(config.transformer, work_dir, place, progress)
+        encoder = bits.model.encoder
+        transformer = train_transformer(config.transformer, encoder, text.model, work_dir, place, progress)  # type: ignore[arg-type]
+        decoder = train_decoder(config.decoder, encoder, work_dir, place, progress, processes)  # type: ignore[arg-type]
+    write_checkpoint(out, config, (bits, text, transformer, decoder), device)
+    click.echo(f"{out}: the trained checkpoint")
+
+
+def write_checkpoint(out: Path, config: SceneTraining, stages: tuple[Stage, Stage, Stage, Stage], device: str) -> None:
+    """Transformer, VAE and text encoder in the official formats and fp16, and what is known of them: a new folder."""
+    bits, text, transformer, decoder = stages
+    state = _half(transformer.extra)
+    vae_state = {
+        f"{part}.{name}": value
+        for part, module in (("encoder", bits.model.encoder), ("decoder", decoder.model))
+        for name, value in _half(module.state_dict()).items()  # type: ignore[union-attr]
+    }
+    InfinitySource.from_state(state, vae_state, SCHEDULE, ROPE_SPAN)  # the exporter's own check of keys and shapes
+    with temporary_folder(out) as partial:
+        save_file(state, partial / CHECKPOINT)
+        save_file(vae_state, partial / VAE)
+        write_text_encoder(partial / TEXT_ENCODER, text.model.text, captions_tokenizer(config.transformer.text))  # type: ignore[arg-type]
+        for path in partial.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+        card: dict[str, Any] = {
+            "config": dataclasses.asdict(config),
+            "device": device,
+            "training_s": {stage.name: round(stage.seconds) for stage in stages},
+            "steps": {stage.name: stage.step for stage in stages},
+            "final_losses": {
+                f"{stage.name}.{name}": round(float(np.mean(values[-100:])), 4)
+                for stage in stages
+                for name, values in stage.losses.items()
+            },
+        }
+        (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        replace_folder(partial, out)
+
+
+def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.half().cpu().contiguous() for key, value in state.items()}

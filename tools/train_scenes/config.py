@@ -1,0 +1,175 @@
+"""What the training depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
+from fastvar_trt.export.models.infinity.schedules import schedule
+from fastvar_trt.export.models.t5 import T5Config
+
+SCHEDULE, ROPE_SPAN = schedule("1M", 1.0)
+SIDE = 16 * SCHEDULE[-1][0]  # pixels
+Progress = Callable[[str, str, float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BitsConfig:
+    """The encoder's, and what its bits are: a state of another configuration is not resumed."""
+
+    seed: int = 0
+    code_bits: int = 16
+    channels: tuple[int, int] = (64, 128)
+    num_pictures: int = 4000
+    lr: float = 2e-3
+    steps: int = 1000
+    batch: int = 2
+    truncate: float = 0.3  # share of the steps that decode without the last one or two scales, which plans skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The decoder's."""
+
+    bits: BitsConfig
+    seed: int = 0
+    # At least two channels for each of the 24 or 32 groups that are normalised: with one, mean colours are lost.
+    level_channels: tuple[int, ...] = (48, 48, 48, 96, 128)
+    num_blocks: int = 1
+    num_pictures: int = 240
+    lr: float = 2e-3
+    # Steps, pictures and their side: normalisation is over whole pictures, so they are whole, but first small.
+    phases: tuple[tuple[int, int, int], ...] = ((300, 4, 256), (200, 1, 512), (100, 1, 1024))
+
+    @property
+    def sizes(self) -> BSQVAEConfig:
+        """Sizes of the decoder."""
+        return BSQVAEConfig(self.bits.code_bits, self.level_channels, self.num_blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text encoder's."""
+
+    seed: int = 0
+    width: int = 192
+    depth: int = 2
+    num_heads: int = 4
+    mlp_width: int = 384
+    text_length: int = 40
+    lr: float = 2e-3
+    steps: int = 1000
+    batch: int = 64
+
+    def sizes(self, vocab_size: int) -> T5Config:
+        """Sizes of the encoder."""
+        return T5Config(
+            width=self.width,
+            head_dim=self.width // self.num_heads,
+            num_heads=self.num_heads,
+            mlp_width=self.mlp_width,
+            depth=self.depth,
+            vocab_size=vocab_size,
+            num_buckets=32,
+            max_distance=128,
+            norm_eps=1e-6,
+            text_length=self.text_length,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What one step of the transformer's training looks at: `num_scales` of `batch` pictures, whole up to `num_whole`,
+    beyond that a part of `share` of the side: 64x64 tokens cost 79 % of a whole pyramid, and nothing new is in most."""
+
+    num_scales: int
+    batch: int
+    num_whole: int = len(SCHEDULE)
+    share: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The transformer's."""
+
+    bits: BitsConfig
+    text: TextConfig
+    seed: int = 0
+    depth: int = 8
+    width: int = 192
+    num_heads: int = 3
+    lr: float = 1.5e-3
+    drop_text: float = 0.1
+    flips: float = 0.2  # share of wrong bits in the inputs, at most
+    ema: float = 0.998
+    scale_weight: float = 1.0  # power of a scale's side in its weight
+    views: tuple[View, ...] = (View(5, 32), View(7, 8), View(9, 3), View(13, 2, 9, 0.375))
+    # Per part of the training: steps, and the share of every view.
+    parts: tuple[tuple[int, tuple[float, ...]], ...] = (
+        (1200, (0.75, 0.25, 0.0, 0.0)),
+        (800, (0.25, 0.45, 0.3, 0.0)),
+        (800, (0.1, 0.25, 0.25, 0.4)),
+    )
+
+    @property
+    def num_steps(self) -> int:
+        """Of all parts."""
+        return sum(steps for steps, _ in self.parts)
+
+    def view(self, step: int, rng: np.random.Generator) -> View:
+        """A view for a step."""
+        ends = np.cumsum([steps for steps, _ in self.parts])
+        _, shares = self.parts[int(np.searchsorted(ends, step, side="right"))]
+        return self.views[int(rng.choice(len(self.views), p=shares))]
+
+    @property
+    def sizes(self) -> InfinityConfig:
+        """Sizes of the transformer."""
+        return InfinityConfig(
+            depth=self.depth,
+            width=self.width,
+            num_heads=self.num_heads,
+            mlp_width=4 * self.width,
+            bits=self.bits.code_bits,
+            patchify=False,
+            text_width=self.text.width,
+            text_length=self.text.text_length,
+            pool_heads=4,
+            pool_head_dim=self.width // 4,
+            schedule=SCHEDULE,
+            rope_span=ROPE_SPAN,
+            num_levels=15,
+            block_prefixes=tuple(f"blocks.{i}." for i in range(self.depth)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneTraining:
+    """All stages."""
+
+    decoder: DecoderConfig
+    transformer: TransformerConfig
+
+    @classmethod
+    def of(cls, bits: BitsConfig, **transformer: Any) -> SceneTraining:
+        """Around one kind of bits."""
+        return cls(DecoderConfig(bits), TransformerConfig(bits, TextConfig(), **transformer))
+
+
+# `small` is what is shipped: hours on two cores.
+SIZES = {"small": SceneTraining.of(BitsConfig())}
+
+
+def fingerprint(config: Any, *learnt: nn.Module | Tensor) -> dict[str, Any]:
+    """What a stage depends on: its configuration, and what others have learnt."""
+    found = hashlib.sha256()
+    for part in learnt:
+        for tensor in part.state_dict().values() if isinstance(part, nn.Module) else [part]:
+            found.update(tensor.detach().cpu().numpy().tobytes())
+    return {**dataclasses.asdict(config), "learnt_sha256": found.hexdigest()}

@@ -1,0 +1,104 @@
+"""Scenes as pictures on disk: rendered once, by several processes, and kept in the working folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.tools.scenes.renderer import render, silhouette
+from fastvar_trt.tools.scenes.world import Scene, random_scene
+
+
+@dataclasses.dataclass(frozen=True)
+class PicturePool:
+    """Pictures of random scenes, none of which shows what is held out.
+
+    Attributes:
+        folder: where they are kept.
+        seed: of the scenes.
+        count: how many.
+        side: pixels.
+        samples: rays per pixel and axis.
+    """
+
+    folder: Path
+    seed: int
+    count: int
+    side: int
+    samples: int
+
+    def scene(self, index: int) -> Scene:
+        """What a picture shows."""
+        return random_scene(np.random.default_rng([self.seed, index]))
+
+    def render(self, progress: Callable[[float], None], processes: int) -> None:
+        """Render those that are not there yet."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [i for i in range(self.count) if not self._path(i).exists()]
+        # Not forked: the threads of torch do not survive it.
+        with ProcessPoolExecutor(processes, get_context("spawn")) as workers:
+            for done, _ in enumerate(workers.map(self._render_one, missing)):
+                progress(1 - (len(missing) - done - 1) / self.count)
+
+    def _render_one(self, index: int) -> None:
+        picture = render(self.scene(index), (self.side, self.side), samples=self.samples)
+        partial = self._path(index).with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, picture)
+        partial.replace(self._path(index))
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index}.npy"
+
+    def load(self, index: int) -> NDArray[np.uint8]:
+        """A picture: uint8 [side, side, 3].
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        try:
+            picture: NDArray[Any] = np.load(self._path(index))
+            if picture.shape != (self.side, self.side, 3) or picture.dtype != np.uint8:
+                raise ValueError(f"{picture.dtype} {picture.shape}")
+        except (OSError, ValueError, EOFError) as error:
+            raise CheckpointError(
+                f"{self._path(index)}: not a picture of this training ({error}); remove it, and it is rendered again"
+            ) from error
+        return picture
+
+    def draw(self, rng: np.random.Generator, batch: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Some pictures, mirrored or not, and where solids are.
+
+        Returns:
+            uint8 [B, side, side, 3], bool [B, side / 8, side / 8].
+        """
+        pictures, solids = [], []
+        for index in map(int, rng.integers(self.count, size=batch)):
+            flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
+            pictures.append(self.load(index)[:, flip])
+            solids.append(silhouette(self.scene(index), (self.side // 8, self.side // 8))[:, flip])
+        return np.stack(pictures), np.stack(solids)
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    """Consecutive indices."""
+    for start in itertools.count(0, size):
+        if start >= count:
+            return
+        yield range(start, min(start + size, count))
+
+
+def to_tensor(pictures: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """uint8 [B, H, W, 3] -> fp32 [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,101 @@
+"""Stage 2: the text encoder learns to tell what is in a scene, before any picture is drawn from it.
+
+Its features, and the pooled one that starts and modulates the transformer, then say apart what a caption says: which
+solid stands where, in which colour. Learning that from pictures alone takes far longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from fastvar_trt.tools.scenes.world import (
+    COLOURS,
+    GROUNDS,
+    MATERIALS,
+    SHAPES,
+    SKIES,
+    SLOTS,
+    Scene,
+    caption,
+    random_scene,
+)
+from fastvar_trt.tools.train_scenes.config import Progress, TextConfig, TransformerConfig, fingerprint
+from fastvar_trt.tools.train_scenes.text import T5Encoder, token_batch, word_tokenizer
+from fastvar_trt.tools.train_scenes.transformer import TextNorm, TextPool, text_mask
+from fastvar_trt.tools.training import Stage
+
+_NONE = "none"
+_FRONT = (_NONE, *SLOTS)
+
+
+def scene_labels(scene: Scene) -> list[int]:
+    """What a scene has, as one class per question of `QUESTIONS`."""
+    by_slot = {solid.slot: solid for solid in scene.solids}
+    front = next((solid.slot for solid in scene.solids if solid.is_in_front), _NONE)
+    labels = [GROUNDS.index(scene.ground), SKIES.index(scene.sky), _FRONT.index(front)]
+    for slot in SLOTS:
+        solid = by_slot.get(slot)
+        for values, name in ((SHAPES, "shape"), (COLOURS, "colour"), (MATERIALS, "material")):
+            labels.append(0 if solid is None else 1 + values.index(getattr(solid, name)))
+    return labels
+
+
+QUESTIONS: tuple[int, ...] = (
+    len(GROUNDS),
+    len(SKIES),
+    len(_FRONT),
+    *(1 + len(values) for _ in SLOTS for values in (SHAPES, COLOURS, MATERIALS)),
+)
+
+
+class TextReader(nn.Module):
+    """The text encoder, and the head of the transformer that pools its features, with an answer to each question."""
+
+    def __init__(self, text: T5Encoder, config: TransformerConfig) -> None:
+        super().__init__()
+        self.text = text
+        self.text_norm = TextNorm(config.sizes)
+        self.text_proj_for_sos = TextPool(config.sizes)
+        self.answers = nn.Linear(config.width, sum(QUESTIONS))
+
+    def forward(self, ids: Tensor, counts: Tensor) -> Sequence[Tensor]:
+        """Logits [B, answers] per question."""
+        features = self.text_norm(self.text(ids, counts))
+        pooled = self.text_proj_for_sos(features, text_mask(counts, ids.shape[1]))
+        return self.answers(pooled).split(QUESTIONS, dim=1)
+
+
+def captions_tokenizer(config: TextConfig) -> Tokenizer:
+    """That of the world's captions."""
+    rng = np.random.default_rng([config.seed, 1])
+    return word_tokenizer(caption(random_scene(rng, held_out=None), rng) for _ in range(4000))
+
+
+def train_text(config: TransformerConfig, folder: Path, device: torch.device, progress: Progress) -> Stage:
+    """Answer every question from the caption."""
+    text = config.text
+    tokenizer = captions_tokenizer(text)
+    torch.manual_seed(text.seed)
+    model = TextReader(T5Encoder(text.sizes(tokenizer.get_vocab_size())), config).to(device)
+    stage = Stage(
+        "text", model, text.lr, text.steps, {**fingerprint(text), "width_of_transformer": config.width}, folder
+    )
+    for _ in stage.steps(progress):
+        scenes = [random_scene(stage.rng) for _ in range(text.batch)]
+        ids, counts = token_batch(tokenizer, [caption(scene, stage.rng) for scene in scenes], text.text_length)
+        longest = int(counts.max())
+        answers = model(ids[:, :longest].to(device), counts.to(device))
+        labels = torch.tensor([scene_labels(scene) for scene in scenes], device=device)
+        losses = [F.cross_entropy(answer, own) for answer, own in zip(answers, labels.T, strict=True)]
+        loss = torch.stack(losses).sum()
+        loss.backward()
+        right = torch.stack([(a.argmax(1) == own).float().mean() for a, own in zip(answers, labels.T, strict=True)])
+        stage.record(loss=loss, wrong=1 - right[[0, 1, 2, 3, 4, 6, 7, 9, 10]].mean())
+    return stage

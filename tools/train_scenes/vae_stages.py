@@ -1,0 +1,110 @@
+"""Stages 1 and 4: the bits of pictures, and the decoder that draws them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvar_trt.export.models.decoder import Decoder
+from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder, Encoder, quantize
+from fastvar_trt.tools.train_scenes.config import SCHEDULE, SIDE, BitsConfig, DecoderConfig, Progress, fingerprint
+from fastvar_trt.tools.train_scenes.pictures import PicturePool, to_tensor
+from fastvar_trt.tools.training import Stage, differences
+
+_SOLIDS = 3.0  # weight of their pixels, besides the 1 of all
+_COMMITMENT = 0.03
+_ENTROPY = 0.01
+
+
+def half_pool(config: BitsConfig, folder: Path) -> PicturePool:
+    """The pictures that bits and transformer learn: of half the size, as they are encoded."""
+    return PicturePool(folder / "half", 1017 + config.seed, config.num_pictures, SIDE // 2, 1)
+
+
+def full_pool(config: DecoderConfig, folder: Path) -> PicturePool:
+    """The pictures that the decoder learns."""
+    return PicturePool(folder / "large", 17 + config.seed, config.num_pictures, SIDE, 2)
+
+
+def reconstruction_loss(decoded: Tensor, pictures: Tensor, solids: Tensor) -> Tensor:
+    """Errors of pixels and of their differences, those of solids (bool [B, h, w]) weighted more."""
+    weights = 1 + _SOLIDS * F.interpolate(solids[:, None].float(), size=pictures.shape[-2:])
+    error = decoded - pictures
+    parts = zip(differences(error), (weights[..., 1:, :], weights[..., 1:]), strict=True)
+    edges = torch.stack([(difference.abs() * part).mean() for difference, part in parts]).sum()
+    return (weights * (error.square() + 0.3 * error.abs())).mean() + edges
+
+
+def straight_through(features: Tensor, skipped: int) -> tuple[Tensor, Tensor]:
+    """Quantized features with the gradient of the features, and the loss of the quantization.
+
+    Args:
+        features: fp32 [B, d, h_K, w_K].
+        skipped: how many of the last scales are left out.
+    """
+    f_hat = quantize(features.detach(), SCHEDULE, num_scales=len(SCHEDULE) - skipped).f_hat
+    value = features.shape[1] ** -0.5
+    # Features that a pyramid of signs reaches, and bits that differ from picture to picture.
+    commitment = (features - f_hat).square().mean() / value**2
+    probability = torch.sigmoid(features * (2 / value))
+    entropy = _entropy(probability).mean() - _entropy(probability.mean((0, 2, 3))).mean()
+    quantization = _COMMITMENT * (0.1 if skipped else 1.0) * commitment + _ENTROPY * entropy
+    return features + (f_hat - features).detach(), quantization
+
+
+def _entropy(p: Tensor) -> Tensor:
+    p = p.clamp(1e-5, 1 - 1e-5)
+    return -(p * p.log() + (1 - p) * (1 - p).log())
+
+
+def _num_skipped(rng: np.random.Generator, share: float) -> int:
+    return int(rng.integers(1, 3)) if rng.random() < share else 0
+
+
+def train_bits(config: BitsConfig, folder: Path, device: torch.device, progress: Progress, processes: int) -> Stage:
+    """Reconstruct pictures through the pyramid of bits, with the light decoder."""
+    pool = half_pool(config, folder)
+    pool.render(lambda share: progress("bits", "rendering", share), processes)
+    torch.manual_seed(config.seed)
+    model = BitAutoEncoder(config.code_bits, config.channels).to(device)
+    stage = Stage("bits", model, config.lr, config.steps, fingerprint(config), folder)
+    for _ in stage.steps(progress):
+        pixels, masks = pool.draw(stage.rng, config.batch)
+        pictures, solids = to_tensor(pixels, device), torch.from_numpy(masks).to(device)
+        f_hat, quantization = straight_through(model.encoder(pictures), _num_skipped(stage.rng, config.truncate))
+        reconstruction = reconstruction_loss(model.decoder(f_hat), pictures, solids)
+        (reconstruction + quantization).backward()
+        stage.record(reconstruction=reconstruction, quantization=quantization)
+    return stage
+
+
+def train_decoder(
+    config: DecoderConfig, encoder: Encoder, folder: Path, device: torch.device, progress: Progress, processes: int
+) -> Stage:
+    """Draw pictures from their bits, with Infinity's decoder."""
+    pool = full_pool(config, folder)
+    pool.render(lambda share: progress("decoder", "rendering", share), processes)
+    torch.manual_seed(config.seed)
+    sizes = config.sizes
+    model = Decoder(sizes.code_bits, sizes.level_channels, sizes.num_blocks, attention=False).to(device)
+    ends = np.cumsum([steps for steps, _, _ in config.phases])
+    stage = Stage("decoder", model, config.lr, int(ends[-1]), fingerprint(config, encoder), folder)
+    for step in stage.steps(progress):
+        _, batch, side = config.phases[int(np.searchsorted(ends, step, side="right"))]
+        pixels, masks = pool.draw(stage.rng, batch)
+        pictures, solids = to_tensor(pixels, device), torch.from_numpy(masks).to(device)
+        pictures = F.avg_pool2d(pictures, SIDE // side)
+        # The scales up to the size of the picture: those of Infinity's smaller sizes.
+        schedule = tuple(size for size in SCHEDULE if size[0] <= side // 16)
+        skipped = _num_skipped(stage.rng, config.bits.truncate)
+        with torch.no_grad():
+            features = encoder(F.avg_pool2d(pictures, 2))
+            f_hat = quantize(features, schedule, num_scales=len(schedule) - skipped).f_hat
+        loss = reconstruction_loss(model(f_hat), pictures, solids)
+        loss.backward()
+        stage.record(reconstruction=loss)
+    return stage
