@@ -193,14 +193,21 @@ def test_tune_command(tiny_bundle: Path, tmp_path: Path) -> None:
     arguments = ["tune", str(tiny_bundle), "--class", "1", "--class", "2", "--seeds", "1", "--fractions", "0.5"]
     arguments += ["--cache-scales", "-2", "--first-layers", "0,1", "--references", str(tmp_path / "photos")]
     arguments += ["--out", str(tmp_path / "tuned")]
-    done = CliRunner().invoke(main, [*arguments, "--min-ssim", "0", "--max-drop", "10"])
+    marked = tmp_path / "marked.json"
+    marked.write_text(json.dumps(PruningPlan("wasteful", ((-1, 0.1),), -2, 1).to_json()))
+    done = CliRunner().invoke(main, [*arguments, "--min-ssim", "0", "--max-drop", "10", "--plan", str(marked)])
     assert done.exit_code == 0, done.output
+    assert "wasteful" in done.output
     plan = PruningPlan.from_json(json.loads((tmp_path / "tuned" / "plan.json").read_text()))
     record = json.loads((tmp_path / "tuned" / "tune.json").read_text())
-    assert record["chosen"] == plan.name and len(record["candidates"]) == 2
+    assert record["chosen"] == plan.name and len(record["candidates"]) == 3
+    (extra,) = (candidate for candidate in record["candidates"] if candidate["is_marked"])
+    assert extra["plan"]["name"] == "wasteful" and extra["measured"] is not None
     assert Image.open(tmp_path / "tuned" / "front.png").width > 500
     assert sorted(p.name for p in (tmp_path / "tuned").iterdir()) == ["front.png", "plan.json", "tune.json"]
 
+    unknown = CliRunner().invoke(main, [*arguments, "--plan", "no-such-plan"])
+    assert unknown.exit_code == 1 and "--plan 'no-such-plan': neither a preset" in unknown.output
     strict = CliRunner().invoke(main, [*arguments, "--first-layers", "0", "--min-ssim", "1"])
     assert strict.exit_code == 1 and "--min-ssim" in strict.output
     assert not (tmp_path / "tuned" / "plan.json").exists()

@@ -24,6 +24,7 @@ from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_
 from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 
 CPU_TARGET = "cpu"
+_CPU_GRAPHS = "2"  # those that `fastvar build --target cpu` writes
 
 # As ONNX Runtime calls the dtypes of sessions' inputs and outputs.
 _ORT_TYPE: Mapping[str, str] = {f"tensor({name})": name for name in DTYPES} | {"tensor(float)": "float32"}
@@ -70,7 +71,7 @@ def cpu_fields() -> dict[str, str]:
 
 
 def cpu_built_with(onnxruntime: Any) -> dict[str, str]:
-    """What a prepacked graph depends on: the processor and the version of ONNX Runtime."""
+    """What a prepacked graph depends on: the processor, the version of ONNX Runtime, and what `build` makes of it."""
     fields = cpu_fields()
     if fields:
         # The flags decide which kernels, and so which packing, ONNX Runtime picks.
@@ -80,7 +81,7 @@ def cpu_built_with(onnxruntime: Any) -> dict[str, str]:
         import platform
 
         model = f"{platform.machine()} {platform.processor()}"
-    return {"onnxruntime": str(onnxruntime.__version__), "processor": model}
+    return {"onnxruntime": str(onnxruntime.__version__), "processor": model, "fastvar graphs": _CPU_GRAPHS}
 
 
 class _BoundSession(BoundGraph):

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from fastvar_trt.export.models.registry import load_plan
 from fastvar_trt.runtime.errors import BackendError, BundleError, PlanError
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples, integers, numbers
@@ -37,6 +38,9 @@ _FILES = ("tune.json", "front.png", "plan.json")
 )
 @click.option("--cache-scales", type=integers(), default="-2,-3,-4", show_default=True, help="From the end: -N,-N,...")
 @click.option("--first-layers", type=integers(), help="First pruned layers; default: 0, 1/8, 1/4 and 1/2 of the depth.")
+@click.option(
+    "--plan", "marked", multiple=True, help="Preset or plan file that is measured and shown wherever it lies; repeat."
+)
 @click.option("--min-ssim", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the chosen plan.")
 @click.option(
     "--max-drop",
@@ -56,6 +60,7 @@ def tune(
     fractions: tuple[tuple[float, ...], ...],
     cache_scales: tuple[int, ...],
     first_layers: tuple[int, ...] | None,
+    marked: tuple[str, ...],
     min_ssim: float,
     max_drop: float,
 ) -> None:
@@ -80,13 +85,17 @@ def tune(
     pictures = picture_requests(labels, prompts, seeds, manifest)
     guidance = manifest.sampling.cfg if cfg is None else cfg
     plans = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers)
+    try:
+        extra = [load_plan(name) for name in marked]
+    except PlanError as error:
+        raise PlanError(str(error).replace("--prune", "--plan", 1)) from error
     known = references_of(references, pictures, manifest)
     for name in _FILES:
         check_writable(out / name)
         (out / name).unlink(missing_ok=True)  # of an earlier run: it would stand beside this one's
-    with counting_bar("sweep", (len(plans) + 1) * len(pictures)) as progress:
-        result = tuning.sweep(bundle, plans, pictures, guidance, known, progress)
-    num_front = sum(candidate.on_front for candidate in result.candidates)
+    with counting_bar("sweep", (len(plans) + len(extra) + 1) * len(pictures)) as progress:
+        result = tuning.sweep(bundle, plans, pictures, guidance, known, progress, extra)
+    num_front = sum(candidate.on_front or candidate.is_marked for candidate in result.candidates)
     with (
         tempfile.TemporaryDirectory(dir=out) as scratch,
         counting_bar("front", num_front + 1) as progress,

@@ -54,7 +54,8 @@ class Candidate:
         metrics: mean of all images.
         references: against photographs of the classes; None without any.
         on_front: no other candidate has less work and a higher SSIM.
-        measured: through exported graphs and the runtime; of the front only.
+        is_marked: it was asked for by name: measured and shown wherever it lies.
+        measured: through exported graphs and the runtime; of the front, and what is marked.
     """
 
     plan: PruningPlan
@@ -62,6 +63,7 @@ class Candidate:
     metrics: ImageMetrics
     references: ReferenceMetrics | None
     on_front: bool = False
+    is_marked: bool = False
     measured: Comparison | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class Candidate:
             "metrics": self.metrics.to_json(),
             "references": None if self.references is None else dataclasses.asdict(self.references),
             "on_front": self.on_front,
+            "is_marked": self.is_marked,
             "measured": None if self.measured is None else self.measured.to_json(),
         }
 
@@ -173,6 +176,7 @@ def sweep(
     cfg: float,
     references: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int], None] = lambda count: None,
+    marked: Sequence[PruningPlan] = (),
 ) -> Sweep:
     """Judge every plan by its pictures.
 
@@ -183,11 +187,13 @@ def sweep(
         cfg: guidance scale.
         references: class -> photographs uint8 [M, H, W, 3].
         progress: called with the number of images drawn since the last call, the dense ones included.
+        marked: further candidates, which are measured and shown wherever they lie.
 
     Raises:
         PlanError: no candidate, or one that does not fit the model.
     """
     model, manifest = load_bundle_model(bundle)
+    plans = [*plans, *marked]
     if not plans:
         raise PlanError("no candidate: the cache scale must come before the pruned scales; give other --cache-scales")
     resolved = [plan.resolve(manifest.default.schedule, manifest.model.depth) for plan in plans]
@@ -219,7 +225,9 @@ def sweep(
         )
 
     candidates = [
-        Candidate(plan, relative_work(manifest, places), mean_metrics(found), over_batches(parts))
+        Candidate(
+            plan, relative_work(manifest, places), mean_metrics(found), over_batches(parts), is_marked=plan in marked
+        )
         for plan, places, found, parts in zip(plans, resolved, metrics, against_photographs, strict=False)
     ]
     candidates.sort(key=lambda c: (c.work, -c.metrics.ssim))
@@ -240,7 +248,7 @@ def measure_front(
     references: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Sweep:
-    """Export the front's plans and run each beside the dense chain.
+    """Export the plans of the front, and those that are marked, and run each beside the dense chain.
 
     Args:
         bundle: as for `sweep`.
@@ -258,7 +266,7 @@ def measure_front(
     candidates = list(result.candidates)
     with Pipeline.load(dense, check="size") as reference:
         for i, candidate in enumerate(candidates):
-            if not candidate.on_front:
+            if not (candidate.on_front or candidate.is_marked):
                 continue
             pruned = folder / f"plan_{i}"
             export_again(dense, pruned, candidate.plan)
@@ -289,19 +297,19 @@ def choose(result: Sweep, *, min_ssim: float, max_drop: float) -> Candidate | No
         dense, pruned = candidate.measured.references
         return pruned.distance <= dense.distance * (1 + max_drop)
 
-    holding = [candidate for candidate in result.candidates if holds(candidate)]
+    holding = [candidate for candidate in result.candidates if candidate.on_front and holds(candidate)]
     return max(holding, key=lambda c: c.measured.speedup if c.measured else 0.0, default=None)
 
 
 def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
-    """SSIM over work: every candidate, the front with its measured speed-ups, and the choice."""
+    """SSIM over work: every candidate, the front with its measured speed-ups, what is marked, and the choice."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    others = [c for c in result.candidates if not c.on_front]
+    others = [c for c in result.candidates if not c.on_front and not c.is_marked]
     front = [c for c in result.candidates if c.on_front]
     axes.scatter([c.work for c in others], [c.metrics.ssim for c in others], color="0.7", label="other plans")
     axes.plot([c.work for c in front], [c.metrics.ssim for c in front], "o-", color="tab:blue", label="front")
@@ -319,6 +327,12 @@ def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
                 fontsize=8,
             )
             last_labelled = candidate.work
+    for candidate in result.candidates:
+        if candidate.is_marked:
+            name = candidate.plan.name
+            if candidate.measured is not None:
+                name += f", {candidate.measured.speedup:.2f}x"
+            axes.plot([candidate.work], [candidate.metrics.ssim], "D", color="tab:orange", label=name)
     if chosen is not None:
         axes.plot([chosen.work], [chosen.metrics.ssim], "*", markersize=16, color="tab:red", label="chosen")
     axes.set_xlabel("multiply-adds of the transformer, share of dense")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from fastvar_trt.tools.scenes.renderer import COLOURS, render, surface_colour
+from fastvar_trt.tools.scenes.renderer import COLOURS, ground_point, render, silhouette, surface_colour
 from fastvar_trt.tools.scenes.world import GROUNDS, SKIES, Scene, Solid
 
 Array = NDArray[np.float64]
@@ -21,6 +21,8 @@ _MIN_AREA = 0.004  # of a solid, as a share of a square picture
 # Shares of the light, and of what is mirrored, that surfaces are known under.
 _SHADES = ((0.0, 0.0), (0.3, 0.0), (0.8, 0.0), (0.3, 0.08), (0.8, 0.08))
 _MIN_SHARE = 0.2  # of one colour in a patch, to be a solid of its own
+_TURNS = np.arange(6) * np.pi / 12  # of cubes
+_MIN_LIKENESS = 0.9  # of a silhouette to that of some solid, unless it is cut off
 _MIN_DISTANCE = {"day": 0.075, "sunset": 0.075, "night": 0.1}  # of a solid's chroma to the ground's
 
 
@@ -178,10 +180,11 @@ def _solids(image: Array, ground: str, sky: str) -> list[Found]:
                 continue
             rows_of, columns_of = (np.flatnonzero(part.any(axis=axis)) for axis in (1, 0))
             top, bottom, left, right = rows_of[0], rows_of[-1] + 1, columns_of[0], columns_of[-1] + 1
-            light = image[box].mean(axis=-1)[top:bottom, left:right]
+            whole = np.zeros((height, width), bool)
+            whole[box] = part
             found.append(
                 Found(
-                    _shape_of(part[top:bottom, left:right], light),
+                    _shape_of(whole, image.mean(axis=-1)),
                     list(COLOURS)[colour],
                     (box[1].start + (left + right) / 2) / width,
                     (box[0].start + bottom) / height,
@@ -239,8 +242,10 @@ def _colour_map(image: Array, sky: str) -> NDArray[np.int64]:
 
 
 def _shape_of(mask: NDArray[np.bool_], light: Array) -> str:
-    """From the silhouette, and how the light runs across it."""
-    widths = mask.sum(axis=1) / mask.sum(axis=1).max()
+    """From the silhouette; where it is cut off, and might be a cube's or a cylinder's, from how the light runs."""
+    rows_of, columns_of = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    box = slice(rows_of[0], rows_of[-1] + 1), slice(columns_of[0], columns_of[-1] + 1)
+    widths = mask[box].sum(axis=1) / mask[box].sum(axis=1).max()
     height = len(widths)
 
     def width_at(share: float) -> float:
@@ -250,7 +255,41 @@ def _shape_of(mask: NDArray[np.bool_], light: Array) -> str:
         return "cone"
     if width_at(0.07) < 0.75 and width_at(0.93) < 0.8 and width_at(0.5) > 0.9:
         return "sphere"
-    return "cube" if _is_flat(mask, light) else "cylinder"
+    likeness = {
+        "cylinder": _likeness(mask, "cylinder", 0.0),
+        "cube": max(_likeness(mask, "cube", turn) for turn in _TURNS),
+    }
+    if max(likeness.values()) < _MIN_LIKENESS:
+        return "cube" if _is_flat(mask[box], light[box]) else "cylinder"
+    return max(likeness, key=lambda shape: likeness[shape])
+
+
+def _likeness(mask: NDArray[np.bool_], shape: str, turn: float) -> float:
+    """Of a silhouette to that of a solid of the same foot and height: intersection over union."""
+    height, width = mask.shape
+    top, bottom, middle = _extent(mask)
+    x, z = ground_point((middle, bottom), (height, width))
+    foot_x, foot_z, radius = x, z, 1.0
+    for last in (False, False, False, True):
+        drawn = silhouette(
+            Scene("sand", "day", (Solid(shape, "red", "matte", "middle", x, z, radius, turn),)), mask.shape
+        )
+        if not drawn.any():
+            return 0.0
+        own_top, own_bottom, own_middle = _extent(drawn)
+        if last:
+            break
+        radius = float(np.clip(radius * (bottom - top) / (own_bottom - own_top), 0.2, 4.0))
+        own_x, own_z = ground_point((own_middle, own_bottom), (height, width))
+        x, z = x + foot_x - own_x, z + foot_z - own_z
+    drawn = np.roll(drawn, (bottom - own_bottom, round(middle - own_middle)), (0, 1))
+    return float((drawn & mask).sum() / (drawn | mask).sum())
+
+
+def _extent(mask: NDArray[np.bool_]) -> tuple[int, int, float]:
+    """First row, the row after the last, and the middle column."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return int(rows[0]), int(rows[-1]) + 1, (int(columns[0]) + int(columns[-1]) + 1) / 2
 
 
 def _is_flat(mask: NDArray[np.bool_], light: Array) -> bool:

@@ -7,6 +7,7 @@ linear inside, and have a gamma of 2.2 in the picture.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -78,7 +79,28 @@ def render(scene: Scene, size: tuple[int, int], *, samples: int = 2) -> NDArray[
 def silhouette(scene: Scene, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Where solids are: bool [height, width]."""
     directions = _rays(*size)
-    return np.any([_Placed.of(s).hit(_CAMERA, directions)[0] < _FAR for s in scene.solids], axis=0)
+    mask = np.zeros(size, bool)
+    for solid in map(_Placed.of, scene.solids):
+        window = solid.window(directions)
+        if window is not None:
+            mask[window] |= solid.hit(_CAMERA, directions[window])[0] < _FAR
+    return mask
+
+
+def ground_point(pixel: tuple[float, float], size: tuple[int, int]) -> tuple[float, float]:
+    """Where the ground lies behind a pixel below the horizon: x and z.
+
+    Args:
+        pixel: column and row.
+        size: height and width of the picture.
+    """
+    height, width = size
+    half = min(height, width) / 2
+    x, y = (pixel[0] - width / 2) / half, (height / 2 - pixel[1]) / half
+    cos, sin = np.cos(_PITCH), np.sin(_PITCH)
+    below = min(float(y * cos + _FOCAL * sin), -1e-3)
+    reach = -float(_CAMERA[1]) / below
+    return float(_CAMERA[0]) + reach * x, float(_CAMERA[2]) + reach * float(-y * sin + _FOCAL * cos)
 
 
 def surface_colour(colour: str, sky: str, lit: float, mirrored: float = 0.0) -> NDArray[np.uint8]:
@@ -98,6 +120,7 @@ def _encoded(linear: Array) -> NDArray[np.uint8]:
     return (np.clip(linear, 0, 1) ** (1 / 2.2) * 255 + 0.5).astype(np.uint8)
 
 
+@functools.lru_cache(maxsize=2)
 def _rays(height: int, width: int) -> Array:
     """Unit directions [height, width, 3]."""
     half = min(height, width) / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -17,7 +17,7 @@ from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.cli.command import ErrorCommand, examples, progress_bars
-from fastvar_trt.tools.train_scenes.config import ROPE_SPAN, SCHEDULE, SIZES, SceneTraining
+from fastvar_trt.tools.train_scenes.config import ROPE_SPAN, SCHEDULE, SIZES, Progress, SceneTraining
 from fastvar_trt.tools.train_scenes.text import write_text_encoder
 from fastvar_trt.tools.train_scenes.text_stage import captions_tokenizer, train_text
 from fastvar_trt.tools.train_scenes.transformer_stage import train_transformer
@@ -39,7 +39,7 @@ CHECKPOINT, VAE, TEXT_ENCODER = "infinity.safetensors", "vae.safetensors", "t5"
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint; must not exist.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--size", type=click.Choice(list(SIZES)), default="small", show_default=True, help="Of the models.")
+@click.option("--size", type=click.Choice(SIZES), default="small", show_default=True, help="Of the models.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="That render.")
 def main(work_dir: Path, out: Path, device: str, size: str, processes: int) -> None:
     """Train the text-to-image demo model; Ctrl-C stops, the same command goes on."""
@@ -48,16 +48,31 @@ def main(work_dir: Path, out: Path, device: str, size: str, processes: int) -> N
     config, place = SIZES[size], torch.device(device)
     work_dir.mkdir(parents=True, exist_ok=True)
     with progress_bars() as progress:
-        bits = train_bits(config.transformer.bits, work_dir, place, progress, processes)
-        text = train_text(config.transformer, work_dir, place, progress)
-        encoder = bits.model.encoder
-        transformer = train_transformer(config.transformer, encoder, text.model, work_dir, place, progress)  # type: ignore[arg-type]
-        decoder = train_decoder(config.decoder, encoder, work_dir, place, progress, processes)  # type: ignore[arg-type]
-    write_checkpoint(out, config, (bits, text, transformer, decoder), device)
+        stages = train(config, work_dir, place, progress, processes)
+    write_checkpoint(out, config, stages, device)
     click.echo(f"{out}: the trained checkpoint")
 
 
-def write_checkpoint(out: Path, config: SceneTraining, stages: tuple[Stage, Stage, Stage, Stage], device: str) -> None:
+def train(config: SceneTraining, folder: Path, device: torch.device, progress: Progress, processes: int) -> Stages:
+    """All stages, each from where its state in the folder says."""
+    bits = train_bits(config.transformer.bits, folder, device, progress, processes)
+    text = train_text(config.transformer, folder, device, progress)
+    encoder = bits.model.encoder
+    transformer = train_transformer(config.transformer, encoder, text.model, folder, device, progress)  # type: ignore[arg-type]
+    decoder = train_decoder(config.decoder, encoder, folder, device, progress, processes)  # type: ignore[arg-type]
+    return Stages(bits, text, transformer, decoder)
+
+
+class Stages(NamedTuple):
+    """In the order in which they are trained."""
+
+    bits: Stage
+    text: Stage
+    transformer: Stage
+    decoder: Stage
+
+
+def write_checkpoint(out: Path, config: SceneTraining, stages: Stages, device: str) -> None:
     """Transformer, VAE and text encoder in the official formats and fp16, and what is known of them: a new folder."""
     bits, text, transformer, decoder = stages
     state = _half(transformer.extra)

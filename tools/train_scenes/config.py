@@ -44,8 +44,9 @@ class DecoderConfig:
     num_blocks: int = 1
     num_pictures: int = 240
     lr: float = 2e-3
-    # Steps, pictures and their side: normalisation is over whole pictures, so they are whole, but first small.
-    phases: tuple[tuple[int, int, int], ...] = ((300, 4, 256), (200, 1, 512), (100, 1, 1024))
+    # Steps, pictures, and the finest level that draws: the full size costs eight times as much as a quarter of it, and
+    # is needed for edges only. Pictures are whole, because normalisation is over whole pictures.
+    phases: tuple[tuple[int, int, int], ...] = ((600, 1, 2), (80, 1, 1), (100, 1, 0))
 
     @property
     def sizes(self) -> BSQVAEConfig:
@@ -59,13 +60,13 @@ class TextConfig:
 
     seed: int = 0
     width: int = 192
-    depth: int = 2
+    depth: int = 3
     num_heads: int = 4
     mlp_width: int = 384
     text_length: int = 40
-    lr: float = 2e-3
-    steps: int = 1000
-    batch: int = 64
+    lr: float = 1.5e-3
+    steps: int = 1500
+    batch: int = 32
 
     def sizes(self, vocab_size: int) -> T5Config:
         """Sizes of the encoder."""
@@ -162,8 +163,19 @@ class SceneTraining:
         return cls(DecoderConfig(bits), TransformerConfig(bits, TextConfig(), **transformer))
 
 
-# `small` is what is shipped: hours on two cores.
-SIZES = {"small": SceneTraining.of(BitsConfig())}
+# `small` is what is shipped: hours on two cores. `large` is for a GPU.
+SIZES = {
+    "small": SceneTraining.of(BitsConfig()),
+    "large": SceneTraining.of(
+        BitsConfig(num_pictures=20000, steps=8000, batch=8),
+        depth=12,
+        width=512,
+        num_heads=8,
+        lr=6e-4,
+        views=(View(7, 64), View(13, 8)),
+        parts=((6000, (0.8, 0.2)), (6000, (0.2, 0.8))),
+    ),
+}
 
 
 def fingerprint(config: Any, *learnt: nn.Module | Tensor) -> dict[str, Any]:

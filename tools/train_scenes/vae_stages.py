@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastvar_trt.export.models.decoder import Decoder
+from fastvar_trt.export.models.decoder import Decoder, UpLevel, Upsample2x
 from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder, Encoder, quantize
 from fastvar_trt.tools.train_scenes.config import SCHEDULE, SIDE, BitsConfig, DecoderConfig, Progress, fingerprint
 from fastvar_trt.tools.train_scenes.pictures import PicturePool, to_tensor
@@ -86,25 +86,53 @@ def train_decoder(
     config: DecoderConfig, encoder: Encoder, folder: Path, device: torch.device, progress: Progress, processes: int
 ) -> Stage:
     """Draw pictures from their bits, with Infinity's decoder."""
-    pool = full_pool(config, folder)
-    pool.render(lambda share: progress("decoder", "rendering", share), processes)
+    half, full = half_pool(config.bits, folder), full_pool(config, folder)
+    full.render(lambda share: progress("decoder", "rendering", share), processes)
     torch.manual_seed(config.seed)
     sizes = config.sizes
     model = Decoder(sizes.code_bits, sizes.level_channels, sizes.num_blocks, attention=False).to(device)
+    begin_as_identity(model, config.phases[0][2])
     ends = np.cumsum([steps for steps, _, _ in config.phases])
     stage = Stage("decoder", model, config.lr, int(ends[-1]), fingerprint(config, encoder), folder)
     for step in stage.steps(progress):
-        _, batch, side = config.phases[int(np.searchsorted(ends, step, side="right"))]
-        pixels, masks = pool.draw(stage.rng, batch)
+        _, batch, finest = config.phases[int(np.searchsorted(ends, step, side="right"))]
+        pixels, masks = (full if finest == 0 else half).draw(stage.rng, batch)
         pictures, solids = to_tensor(pixels, device), torch.from_numpy(masks).to(device)
-        pictures = F.avg_pool2d(pictures, SIDE // side)
-        # The scales up to the size of the picture: those of Infinity's smaller sizes.
-        schedule = tuple(size for size in SCHEDULE if size[0] <= side // 16)
         skipped = _num_skipped(stage.rng, config.bits.truncate)
         with torch.no_grad():
-            features = encoder(F.avg_pool2d(pictures, 2))
-            f_hat = quantize(features, schedule, num_scales=len(schedule) - skipped).f_hat
-        loss = reconstruction_loss(model(f_hat), pictures, solids)
+            features = encoder(F.avg_pool2d(pictures, 2) if finest == 0 else pictures)
+            f_hat = quantize(features, SCHEDULE, num_scales=len(SCHEDULE) - skipped).f_hat
+        pictures = F.avg_pool2d(pictures, pictures.shape[-1] * 2**finest // SIDE)
+        loss = reconstruction_loss(partly_decoded(model, f_hat, finest), pictures, solids)
         loss.backward()
-        stage.record(reconstruction=loss)
+        stage.record(**{f"level_{finest}": loss})
     return stage
+
+
+def partly_decoded(model: Decoder, f_hat: Tensor, finest: int) -> Tensor:
+    """Pictures by the levels from `finest` on: [B, 3, S, S] with S = 16 h / 2**finest; 0 are all levels."""
+    h = model.mid(model.conv_in(f_hat))
+    for level in reversed(range(finest, len(model.up))):
+        part = model.up[level]
+        assert isinstance(part, UpLevel)
+        for block in part.block:
+            h = block(h)
+        if level > finest:
+            h = part.upsample(h)
+    return model.conv_out(F.silu(model.norm_out(h)))
+
+
+@torch.no_grad()
+def begin_as_identity(model: Decoder, finest: int) -> None:
+    """Let the levels before `finest` double the picture and no more, so that they can join one that has learnt."""
+    for level in range(finest + 1):
+        part = model.up[level]
+        assert isinstance(part, UpLevel)
+        if level < finest:
+            for block in part.block:
+                block.conv2.weight.zero_()  # type: ignore[union-attr,operator]
+                block.conv2.bias.zero_()  # type: ignore[union-attr,operator]
+        if isinstance(part.upsample, Upsample2x):
+            part.upsample.conv.weight.zero_()
+            part.upsample.conv.bias.zero_()  # type: ignore[union-attr]
+            nn.init.dirac_(part.upsample.conv.weight)
