@@ -18,7 +18,7 @@ from fastvar_trt.export.models.var.config import VARConfig, VQVAEConfig
 from fastvar_trt.tools.train_demo.photographs import ALIKE, PHOTOGRAPHS, random_crops
 from fastvar_trt.tools.train_demo.transformer import Transformer, teacher_maps
 from fastvar_trt.tools.train_demo.vqvae import VQVAE
-from fastvar_trt.tools.training import Stage, differences
+from fastvar_trt.tools.training import Stage, autocast, differences
 
 LEVEL_MULTIPLIERS = (1, 1, 2, 2, 4)  # `ch_mult` of the official VQVAE
 _TRANSFORMER_FIELDS = {
@@ -123,10 +123,10 @@ def train_vqvae(
     for step in stage.steps(progress):
         labels = stage.rng.integers(len(photographs), size=config.vae_batch)
         images = torch.from_numpy(random_crops(photographs, labels, config.image_side, stage.rng)).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             features = model.encode(images)
         f_hat, quantization, tokens, residuals = model.quantize(features)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             decoded = model.decode(f_hat)
         reconstruction = reconstruction_loss(decoded, images)
         (reconstruction + quantization).backward()
@@ -201,7 +201,7 @@ def train_transformer(
         ]
         dropped = torch.from_numpy(stage.rng.random(config.var_batch) < config.drop_class).to(device)
         condition = torch.where(dropped, config.transformer.num_classes, labels[rows])
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             logits = model(condition, teacher_maps(vqvae.quantize, mixed))
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets[rows].flatten(), reduction="none")
         loss = losses.mean()

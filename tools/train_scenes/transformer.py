@@ -285,7 +285,7 @@ class Transformer(nn.Module):
             embedded = self.word_embed(tokens.of(scale, codes.flatten(2).transpose(1, 2)))
             parts.append(embedded + self.lvl_embed.weight[scale])
         x = torch.cat(parts, dim=1)
-        ropes = zip(*((tokens.of(k, part) for part in self._ropes[k]) for k in range(len(parts))), strict=True)
+        ropes = zip(*([tokens.of(k, part) for part in self._ropes[k]] for k in range(len(parts))), strict=True)
         cos, sin = (torch.cat([part.to(x.device) for part in table]) for table in ropes)
         lengths = [part.shape[1] for part in parts]
         groups = _groups(lengths, x.device)

@@ -27,7 +27,7 @@ from fastvar_trt.tools.train_scenes.text import token_batch
 from fastvar_trt.tools.train_scenes.text_stage import TextReader, captions_tokenizer
 from fastvar_trt.tools.train_scenes.transformer import Tokens, Transformer, window
 from fastvar_trt.tools.train_scenes.vae_stages import half_pool
-from fastvar_trt.tools.training import Stage
+from fastvar_trt.tools.training import Stage, autocast
 
 
 @torch.no_grad()
@@ -87,8 +87,9 @@ def train_transformer(
         flips = torch.from_numpy(stage.rng.random((view.batch, 1, 1, 1), np.float32) * config.flips).to(device)
         pyramid = quantize(features[rows].to(device).float(), SCHEDULE, flips, view.num_scales)
         tokens = view_tokens(view, (stage.rng.random(), stage.rng.random()))
-        logits = model(text, counts, dropped, pyramid.inputs, tokens)
-        losses = scale_losses(logits, pyramid.bits, tokens)
+        with autocast(device):
+            logits = model(text, counts, dropped, pyramid.inputs, tokens)
+        losses = scale_losses([own.float() for own in logits], pyramid.bits, tokens)
         weights = torch.tensor([float(h) ** config.scale_weight for h, _ in SCHEDULE[: view.num_scales]])
         loss = (losses * (weights / weights.sum()).to(device)).sum()
         loss.backward()

@@ -13,7 +13,7 @@ from fastvar_trt.export.models.decoder import Decoder, UpLevel, Upsample2x
 from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder, Encoder, quantize
 from fastvar_trt.tools.train_scenes.config import SCHEDULE, SIDE, BitsConfig, DecoderConfig, Progress, fingerprint
 from fastvar_trt.tools.train_scenes.pictures import PicturePool, to_tensor
-from fastvar_trt.tools.training import Stage, differences
+from fastvar_trt.tools.training import Stage, autocast, differences
 
 _SOLIDS = 3.0  # weight of their pixels, besides the 1 of all
 _COMMITMENT = 0.03
@@ -75,8 +75,12 @@ def train_bits(config: BitsConfig, folder: Path, device: torch.device, progress:
     for _ in stage.steps(progress):
         pixels, masks = pool.draw(stage.rng, config.batch)
         pictures, solids = to_tensor(pixels, device), torch.from_numpy(masks).to(device)
-        f_hat, quantization = straight_through(model.encoder(pictures), _num_skipped(stage.rng, config.truncate))
-        reconstruction = reconstruction_loss(model.decoder(f_hat), pictures, solids)
+        with autocast(device):
+            features = model.encoder(pictures)
+        f_hat, quantization = straight_through(features.float(), _num_skipped(stage.rng, config.truncate))
+        with autocast(device):
+            decoded = model.decoder(f_hat)
+        reconstruction = reconstruction_loss(decoded.float(), pictures, solids)
         (reconstruction + quantization).backward()
         stage.record(reconstruction=reconstruction, quantization=quantization)
     return stage
@@ -103,7 +107,9 @@ def train_decoder(
             features = encoder(F.avg_pool2d(pictures, 2) if finest == 0 else pictures)
             f_hat = quantize(features, SCHEDULE, num_scales=len(SCHEDULE) - skipped).f_hat
         pictures = F.avg_pool2d(pictures, pictures.shape[-1] * 2**finest // SIDE)
-        loss = reconstruction_loss(partly_decoded(model, f_hat, finest), pictures, solids)
+        with autocast(device):
+            decoded = partly_decoded(model, f_hat, finest)
+        loss = reconstruction_loss(decoded.float(), pictures, solids)
         loss.backward()
         stage.record(**{f"level_{finest}": loss})
     return stage
