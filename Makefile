@@ -12,10 +12,13 @@ PACKAGES := export runtime plugins serving tools
 .PHONY: demo test check format clean
 
 demo: $(DEMO)
-	$(BIN)/fastvar-export demo --prune none --out out/demo_dense --force
-	$(BIN)/fastvar-export bundle --from out/demo_dense --prune fastvar-demo --out out/demo_pruned --force
-	$(BIN)/fastvar generate out/demo_pruned --class 0 -o out/astronaut.png
-	$(BIN)/fastvar compare out/demo_dense out/demo_pruned --class 0 --class 1 --class 2 --class 3 --seeds 3 -o out/demo.png
+	$(BIN)/fastvar-export scenes --prune none --target cpu --out out/demo_dense --force
+	$(BIN)/fastvar-export bundle --from out/demo_dense --prune fastvar-infinity --target cpu --out out/demo_pruned --force
+	$(BIN)/fastvar compare out/demo_dense out/demo_pruned --seeds 1 -o out/demo.png \
+	    --prompt "a red sphere left of a blue cube on sand" \
+	    --prompt "a glossy purple cone in the middle on a checkered floor at night" \
+	    --prompt "three yellow cylinders on snow at sunset" \
+	    --prompt "a green cube in front of an orange sphere on grass by day"
 
 test: $(INSTALLED) $(OLDEST) $(GPU)
 	$(BIN)/pytest
@@ -36,11 +39,11 @@ format: $(INSTALLED)
 # What `make demo` and looking at it over HTTP need, and no more.
 $(DEMO): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -e '.[export,cpu,quality,serve]'
+	$(PIP) install -e '.[export,cpu,text,quality,serve]'
 	touch $@
 
 $(INSTALLED): $(DEMO)
-	$(PIP) install -e '.[export,cpu,quality,serve,train,dev]'
+	$(PIP) install -e '.[export,cpu,text,quality,serve,train,dev]'
 # Without the package that they describe, which comes from NVIDIA's index.
 	$(PIP) install --no-deps tensorrt-stubs
 	touch $@

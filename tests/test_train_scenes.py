@@ -44,7 +44,7 @@ from fastvar_trt.tools.train_scenes.vae_stages import full_pool, half_pool
 
 _BITS = BitsConfig(code_bits=8, channels=(8, 8), num_pictures=2, steps=2, batch=1)
 TINY = SceneTraining(
-    DecoderConfig(_BITS, level_channels=(48, 24, 24, 24, 24), num_pictures=1, phases=((1, 1, 256), (1, 1, 512))),
+    DecoderConfig(_BITS, level_channels=(48, 48, 48, 24, 24), num_pictures=1, phases=((1, 1, 2), (1, 1, 0))),
     TransformerConfig(
         _BITS,
         TextConfig(width=64, depth=1, mlp_width=64, text_length=40, steps=2, batch=2),
@@ -82,7 +82,7 @@ def test_training_writes_official_checkpoints(work_dir: Path, tmp_path: Path) ->
     assert code == 0, output
     files = [tmp_path / "out" / name for name in (cli.CHECKPOINT, cli.VAE)]
     source = InfinitySource.from_files(*files, "0.06M", 1.0, None, tmp_path / "out" / cli.TEXT_ENCODER)
-    assert source.config.depth == 1 and source.vae_config.level_channels == (48, 24, 24, 24, 24)
+    assert source.config.depth == 1 and source.vae_config.level_channels == (48, 48, 48, 24, 24)
     assert source.text is not None and source.text.config.width == 64
     assert all(t.dtype == torch.float16 for t in (*source.state.values(), *source.vae_state.values()))
     card = json.loads((tmp_path / "out" / "card.json").read_text())

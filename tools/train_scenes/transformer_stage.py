@@ -95,8 +95,6 @@ def train_transformer(
         loss.backward()
         name = f"scales_{view.num_scales}"
         stage.record(**{name: loss, f"{name}_last": losses[-1], f"{name}_small": losses[:5].mean()})
-    average(stage, model, config.ema, stage.step)
-    stage.save()
     return stage
 
 

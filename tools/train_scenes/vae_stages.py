@@ -91,7 +91,8 @@ def train_decoder(
 ) -> Stage:
     """Draw pictures from their bits, with Infinity's decoder."""
     half, full = half_pool(config.bits, folder), full_pool(config, folder)
-    full.render(lambda share: progress("decoder", "rendering", share), processes)
+    if any(finest == 0 for _, _, finest in config.phases):
+        full.render(lambda share: progress("decoder", "rendering", share), processes)
     torch.manual_seed(config.seed)
     sizes = config.sizes
     model = Decoder(sizes.code_bits, sizes.level_channels, sizes.num_blocks, attention=False).to(device)
