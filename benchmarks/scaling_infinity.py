@@ -1,8 +1,7 @@
 """How the time of Infinity's steps grows with the picture, dense and pruned, side by side in one run.
 
-A small random Infinity (the published sizes need hours on a CPU) is exported at every size, dense and with the plan of
-the size, and the two chains take turns. Prints a table per size and scale and the fitted exponents of time over
-pixels, and writes a plot.
+The scene model is exported at every size, dense and with the plan of the size, built for this processor, and the two
+chains take turns. Prints a table per size and scale and the fitted exponents of time over pixels, and writes a plot.
 
     python benchmarks/scaling_infinity.py --sizes 0.06M,0.25M,1M,2K --runs 3 --out out/scaling
 """
@@ -18,40 +17,28 @@ from typing import Any
 import click
 import numpy as np
 
-from fastvar_trt.export.models.infinity.family import PLAN_OF_SIZE
+from fastvar_trt.export.models.infinity.family import PLAN_OF_SIZE, load_scenes
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.manifest import Manifest, Role
-from fastvar_trt.runtime.plan import PruningPlan
+from fastvar_trt.runtime.plan import DENSE
 from fastvar_trt.tools.measure.work import chain_multiply_adds, output_bytes
 from fastvar_trt.tools.tables import format_table
 
-TEXT_LENGTH, TEXT_WIDTH = 16, 128
+PROMPT = "a red sphere left of a blue cube on sand"
 
 
-def export(folder: Path, size: str, depth: int, width: int, heads: int) -> tuple[Path, Path]:
-    """Bundles of one size: dense and pruned."""
+def export(folder: Path, size: str) -> tuple[Path, Path]:
+    """Bundles of one size, built for the CPU: dense and pruned."""
+    from fastvar_trt.export.build.registry import build_targets
     from fastvar_trt.export.exporter import ExportOptions, export_again, export_model
-    from fastvar_trt.export.models.infinity.schedules import schedule
-    from fastvar_trt.export.models.infinity.source import InfinitySource
-    from fastvar_trt.tools.random_checkpoints import random_infinity_checkpoint
 
-    states = random_infinity_checkpoint(
-        depth=depth,
-        width=width,
-        num_heads=heads,
-        text_width=TEXT_WIDTH,
-        text_length=TEXT_LENGTH,
-        vae_channels=32,
-    )
-    source = InfinitySource.from_state(*states, *schedule(size, 1.0))
     dense, pruned = folder / f"{size}_dense", folder / f"{size}_pruned"
     if not dense.exists():
-        export_model(source, dense, ExportOptions(PruningPlan()))
+        export_model(load_scenes(size), dense, ExportOptions(DENSE))
     if not pruned.exists():
-        plan = PLAN_OF_SIZE[size]
-        if plan.fractions and depth <= plan.first_layer:
-            raise click.UsageError(f"--depth {depth}: the plans prune from layer {plan.first_layer}")
-        export_again(dense, pruned, plan)
+        export_again(dense, pruned, PLAN_OF_SIZE[size])
+    for bundle in (dense, pruned):
+        build_targets(bundle, "cpu")
     return dense, pruned
 
 
@@ -64,31 +51,26 @@ def tokens_forwarded(manifest: Manifest) -> int:
 @click.command()
 @click.option("--sizes", default="0.06M,0.25M,1M,2K", show_default=True)
 @click.option("--runs", default=3, show_default=True)
-@click.option("--depth", default=8, show_default=True)
-@click.option("--width", default=256, show_default=True)
-@click.option("--heads", default=2, show_default=True)
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps the bundles for another run.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scaling.png and scaling.json.")
-def main(sizes: str, runs: int, depth: int, width: int, heads: int, work_dir: Path | None, out: Path) -> None:
+def main(sizes: str, runs: int, work_dir: Path | None, out: Path) -> None:
     """Measure and plot."""
     out.mkdir(parents=True, exist_ok=True)
-    features = [np.random.default_rng(0).standard_normal((7, TEXT_WIDTH)).astype(np.float32)]
     records = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = work_dir or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for size in sizes.split(","):
-            bundles = export(folder, size, depth, width, heads)
+            bundles = export(folder, size)
             times: list[dict[str, list[float]]] = [{}, {}]
             manifests = []
             for run in range(runs + 1):  # the first is a warm-up
                 for i, bundle in enumerate(bundles):
-                    # One at a time in memory: dense attention over the largest maps takes gigabytes.
                     with Pipeline.load(bundle, check="size") as pipe:
                         if run == 0:
                             manifests.append(pipe.manifest)
-                        pipe.generate(text_features=features, seeds=0)
-                        result = pipe.generate(text_features=features, seeds=run)
+                        pipe.generate(prompts=[PROMPT], seeds=0)
+                        result = pipe.generate(prompts=[PROMPT], seeds=run)
                     if run > 0:
                         for name, ms in result.timings.items():
                             times[i].setdefault(name, []).append(ms)

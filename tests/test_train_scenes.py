@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from fastvar_trt.export.models.decoder import Decoder
 from fastvar_trt.export.models.infinity.schedules import schedule
 from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.export.models.reference import default_request, generate
@@ -40,11 +42,11 @@ from fastvar_trt.tools.train_scenes.config import (
 from fastvar_trt.tools.train_scenes.text import T5Encoder, token_batch, write_text_encoder
 from fastvar_trt.tools.train_scenes.text_stage import captions_tokenizer
 from fastvar_trt.tools.train_scenes.transformer import Transformer, window
-from fastvar_trt.tools.train_scenes.vae_stages import full_pool, half_pool
+from fastvar_trt.tools.train_scenes.vae_stages import begin_as_identity, half_pool, partly_decoded
 
 _BITS = BitsConfig(code_bits=8, channels=(8, 8), num_pictures=2, steps=2, batch=1)
 TINY = SceneTraining(
-    DecoderConfig(_BITS, level_channels=(48, 48, 48, 24, 24), num_pictures=1, phases=((1, 1, 2), (1, 1, 0))),
+    DecoderConfig(_BITS, level_channels=(48, 48, 48, 24, 24), num_pictures=1, phases=((1, 1, 2), (1, 1, 2))),
     TransformerConfig(
         _BITS,
         TextConfig(width=64, depth=1, mlp_width=64, text_length=40, steps=2, batch=2),
@@ -66,8 +68,7 @@ def run(work_dir: Path, out: Path) -> tuple[int, str]:
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the pictures in it, and no training."""
     folder = tmp_path_factory.mktemp("rendered")
-    for pool in (half_pool(_BITS, folder), full_pool(TINY.decoder, folder)):
-        pool.render(lambda share: None, 1)
+    half_pool(_BITS, folder).render(lambda share: None, 1)
     return folder
 
 
@@ -88,6 +89,8 @@ def test_training_writes_official_checkpoints(work_dir: Path, tmp_path: Path) ->
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["steps"] == {"bits": 2, "text": 2, "transformer": 2, "decoder": 2}
     assert np.isfinite(list(card["final_losses"].values())).all()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "(1 layers x 64)" in text and "| transformer | 2 |" in text and "`t5/model.safetensors`" in text
     code, output = run(work_dir, tmp_path / "out")
     assert code == 1 and "exists already" in output
 
@@ -103,7 +106,7 @@ def test_an_interrupted_training_ends_as_one_that_ran_through(
     interrupted: set[str] = set()
 
     def interrupt(stage: str, phase: str, share: float) -> None:
-        if (share == 0.5 and "loss" in phase) or ("reconstruction" in phase and stage not in interrupted):
+        if share == 0.5 and phase not in ("rendering", "encoding") and stage not in interrupted:
             interrupted.add(stage)
             raise Interrupt
 
@@ -165,6 +168,20 @@ def test_the_text_encoder_is_t5(tmp_path: Path) -> None:
     expected = reference(input_ids=ids, attention_mask=mask).last_hidden_state
     for ours, theirs, count in zip(model(ids, counts), expected, counts, strict=True):
         torch.testing.assert_close(ours[:count], theirs[:count], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_decoder_grows_without_a_break() -> None:
+    """A level that joins doubles the picture of those before; all levels are the decoder that is exported."""
+    torch.manual_seed(0)
+    model = Decoder(8, (48, 48, 48, 24, 24), 1, attention=False)
+    begin_as_identity(model, 2)
+    f_hat = torch.randn(1, 8, 4, 4)
+    quarter, half, whole = (partly_decoded(model, f_hat, finest) for finest in (2, 1, 0))
+    torch.testing.assert_close(whole, model(f_hat))
+    for coarse, fine in ((quarter, half), (half, whole)):
+        inside = F.interpolate(coarse, scale_factor=2.0)[..., 4:-4, 4:-4]  # the last convolution sees other neighbours
+        assert float((fine[..., 4:-4, 4:-4] - inside).abs().mean()) < 0.5 * float(inside.std())
 
 
 @torch.no_grad()

@@ -100,7 +100,50 @@ def write_checkpoint(out: Path, config: SceneTraining, stages: Stages, device: s
             },
         }
         (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*.safetensors"))}
+        (partial / "README.md").write_text(card_text(card, sizes), encoding="utf-8")
         replace_folder(partial, out)
+
+
+def card_text(card: dict[str, Any], sizes: dict[str, int]) -> str:
+    """The card for people, as Markdown.
+
+    Args:
+        card: the content of card.json.
+        sizes: bytes by file name.
+    """
+    transformer, decoder = card["config"]["transformer"], card["config"]["decoder"]
+    bits, text, losses = transformer["bits"], transformer["text"], card["final_losses"]
+
+    def loss(stage: str) -> str:
+        own = {name.removeprefix(f"{stage}."): value for name, value in losses.items() if name.startswith(f"{stage}.")}
+        return ", ".join(f"{name} {value}" for name, value in own.items())
+
+    lines = [
+        "# The scene model",
+        "",
+        f"A text-to-image Infinity ({transformer['depth']} layers x {transformer['width']}), its VAE ({bits['code_bits']} "
+        f"bits; decoder {' '.join(map(str, decoder['level_channels']))}) and a T5 encoder ({text['depth']} layers x "
+        f"{text['width']}, whole words), in the formats of the official checkpoints, fp16, for 1024x1024 pixels in 13 "
+        "scales. It draws one to three simple solids on a ground under a sky (`fastvar_trt.tools.scenes`) and knows "
+        "nothing else: it is there to show and to measure what pruning does to pictures that mean something.",
+        "",
+        f"Made by `python -m fastvar_trt.tools.train_scenes` from {bits['num_pictures']} rendered scenes; some "
+        "combinations of shape, colour and ground are never among them.",
+        "",
+        f"| | steps | seconds on {card['device']} | losses at the end |",
+        "|---|---|---|---|",
+        *(
+            f"| {stage} | {steps} | {card['training_s'][stage]} | {loss(stage)} |"
+            for stage, steps in card["steps"].items()
+        ),
+        "",
+        "Seconds include whatever else the machine did meanwhile. Losses of the transformer are nats per bit. "
+        + ", ".join(f"`{name}` {size / 1e6:.1f} MB" for name, size in sizes.items())
+        + ". `card.json` has every setting.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:

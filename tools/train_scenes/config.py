@@ -46,7 +46,7 @@ class DecoderConfig:
     lr: float = 2e-3
     # Steps, pictures, and the finest level that draws: the full size costs eight times as much as a quarter of it, and
     # is needed for edges only. Pictures are whole, because normalisation is over whole pictures.
-    phases: tuple[tuple[int, int, int], ...] = ((360, 1, 2), (60, 1, 1), (60, 1, 0))
+    phases: tuple[tuple[int, int, int], ...] = ((320, 1, 2), (30, 1, 1), (50, 1, 0))
 
     @property
     def sizes(self) -> BSQVAEConfig:
@@ -113,9 +113,9 @@ class TransformerConfig:
     views: tuple[View, ...] = (View(5, 32), View(7, 8), View(9, 3), View(13, 2, 9, 0.375))
     # Per part of the training: steps, and the share of every view.
     parts: tuple[tuple[int, tuple[float, ...]], ...] = (
-        (800, (0.75, 0.25, 0.0, 0.0)),
-        (400, (0.25, 0.45, 0.3, 0.0)),
-        (300, (0.1, 0.25, 0.25, 0.4)),
+        (700, (0.75, 0.25, 0.0, 0.0)),
+        (350, (0.25, 0.45, 0.3, 0.0)),
+        (250, (0.1, 0.25, 0.25, 0.4)),
     )
 
     @property

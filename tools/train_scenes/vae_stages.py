@@ -97,6 +97,7 @@ def train_decoder(
     sizes = config.sizes
     model = Decoder(sizes.code_bits, sizes.level_channels, sizes.num_blocks, attention=False).to(device)
     begin_as_identity(model, config.phases[0][2])
+    pair_channels(model, config.phases[0][2])
     ends = np.cumsum([steps for steps, _, _ in config.phases])
     stage = Stage("decoder", model, config.lr, int(ends[-1]), fingerprint(config, encoder), folder)
     for step in stage.steps(progress):
@@ -143,3 +144,16 @@ def begin_as_identity(model: Decoder, finest: int) -> None:
             part.upsample.conv.weight.zero_()
             part.upsample.conv.bias.zero_()  # type: ignore[union-attr]
             nn.init.dirac_(part.upsample.conv.weight)
+
+
+@torch.no_grad()
+def pair_channels(model: Decoder, finest: int) -> None:
+    """Let neighbouring channels of the last map be each other's negative.
+
+    They share a group of the last normalisation, which takes the group's mean over the picture away: with it, what
+    colour the picture has. Of a pair the mean is 0.
+    """
+    block = model.up[finest].block[-1]  # type: ignore[union-attr,index]
+    for conv in (block.nin_shortcut, block.conv2):
+        for parameter in conv.parameters():
+            parameter[1::2] = -parameter[0::2]

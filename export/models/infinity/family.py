@@ -73,7 +73,12 @@ def _load(
     return InfinitySource.from_files(checkpoint, vae, pn, ratio, text_length, text_encoder)
 
 
-def _load_scenes(pn: str, h_div_w: float | None, aspect: float | None) -> InfinitySource:
+def load_scenes(pn: str, h_div_w: float | None = None, aspect: float | None = None) -> InfinitySource:
+    """The model that comes with the package; arguments as the options of its command.
+
+    Raises:
+        CheckpointError: the package was installed without its data.
+    """
     folder = SCENE_FOLDER
     return _load(folder / "infinity.safetensors", folder / "vae.safetensors", pn, h_div_w, aspect, None, folder / "t5")
 
@@ -128,7 +133,7 @@ _SCENES = SourceCommand(
         "fastvar-export scenes --pn 2K --aspect 2:1 --prune none --out out/scenes_2k",
     ),
     options=_SIZE_OPTIONS,
-    load=_load_scenes,
+    load=load_scenes,
     default_plan=lambda pn, **_: PLAN_OF_SIZE[pn].name,
     has_top_k=False,
 )

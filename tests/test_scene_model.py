@@ -1,0 +1,43 @@
+"""The text-to-image checkpoint that comes with the package: what it is, and that it draws what it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastvar_trt.export.build.registry import build_targets
+from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.models.infinity.family import SCENE_FOLDER, load_scenes
+from fastvar_trt.export.models.registry import load_plan
+from fastvar_trt.export.models.var.demo import DEMO_FOLDER
+from fastvar_trt.runtime import Pipeline
+from fastvar_trt.tools.scenes.checker import read_picture
+
+if not SCENE_FOLDER.is_dir():
+    pytest.skip("the package has no scene model", allow_module_level=True)
+
+
+def test_the_card_says_what_the_files_are() -> None:
+    source, card = load_scenes("1M"), json.loads((SCENE_FOLDER / "card.json").read_text())
+    transformer = card["config"]["transformer"]
+    assert (source.config.depth, source.config.width) == (transformer["depth"], transformer["width"])
+    assert source.config.bits == transformer["bits"]["code_bits"] and len(source.config.schedule) == 13
+    assert source.text is not None and source.text.config.text_length == transformer["text"]["text_length"]
+    shipped = [path for folder in (SCENE_FOLDER, DEMO_FOLDER) for path in folder.rglob("*.safetensors")]
+    assert sum(path.stat().st_size for path in shipped) < 45e6
+
+
+def test_it_draws_what_it_is_asked_for(export_once: Callable[..., tuple[Path, ExportReport]]) -> None:
+    """At 1024x1024, pruned as published."""
+    options = ExportOptions(plan=load_plan("fastvar-infinity"), compare=False)
+    bundle, _ = export_once("scenes", load_scenes("1M"), options)
+    build_targets(bundle, "cpu")
+    with Pipeline.load(bundle) as pipe:
+        image = pipe.generate(prompts=["a green sphere in the middle on sand at sunset"], seeds=1).images[0]
+    assert image.shape == (1024, 1024, 3)
+    reading = read_picture(image)
+    assert (reading.ground, reading.sky) == ("sand", "sunset")
+    assert [(solid.shape, solid.colour) for solid in reading.solids] == [("sphere", "green")]
