@@ -76,6 +76,9 @@ def write_checkpoint(out: Path, config: SceneTraining, stages: Stages, device: s
     """Transformer, VAE and text encoder in the official formats and fp16, and what is known of them: a new folder."""
     bits, text, transformer, decoder = stages
     state = _half(transformer.extra)
+    # Larger sizes have further scales, which were never trained: nearest is the last one that was.
+    levels = state["lvl_embed.weight"]
+    levels[len(SCHEDULE) :] = levels[len(SCHEDULE) - 1]
     vae_state = {
         f"{part}.{name}": value
         for part, module in (("encoder", bits.model.encoder), ("decoder", decoder.model))
@@ -122,10 +125,10 @@ def card_text(card: dict[str, Any], sizes: dict[str, int]) -> str:
     lines = [
         "# The scene model",
         "",
-        f"A text-to-image Infinity ({transformer['depth']} layers x {transformer['width']}), its VAE ({bits['code_bits']} "
-        f"bits; decoder {' '.join(map(str, decoder['level_channels']))}) and a T5 encoder ({text['depth']} layers x "
-        f"{text['width']}, whole words), in the formats of the official checkpoints, fp16, for 1024x1024 pixels in 13 "
-        "scales. It draws one to three simple solids on a ground under a sky (`fastvar_trt.tools.scenes`) and knows "
+        f"A text-to-image Infinity ({transformer['depth']} layers x {transformer['width']}), its VAE "
+        f"({bits['code_bits']} bits; decoder {' '.join(map(str, decoder['level_channels']))}) and a T5 encoder "
+        f"({text['depth']} layers x {text['width']}, whole words), in the formats of the official checkpoints, fp16, "
+        "for 1024x1024 pixels in 13 scales. It draws one to three simple solids on a ground under a sky (`fastvar_trt.tools.scenes`) and knows "
         "nothing else: it is there to show and to measure what pruning does to pictures that mean something.",
         "",
         f"Made by `python -m fastvar_trt.tools.train_scenes` from {bits['num_pictures']} rendered scenes; some "
