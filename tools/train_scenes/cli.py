@@ -128,8 +128,9 @@ def card_text(card: dict[str, Any], sizes: dict[str, int]) -> str:
         f"A text-to-image Infinity ({transformer['depth']} layers x {transformer['width']}), its VAE "
         f"({bits['code_bits']} bits; decoder {' '.join(map(str, decoder['level_channels']))}) and a T5 encoder "
         f"({text['depth']} layers x {text['width']}, whole words), in the formats of the official checkpoints, fp16, "
-        "for 1024x1024 pixels in 13 scales. It draws one to three simple solids on a ground under a sky "
-        "(`fastvar_trt.tools.scenes`) and knows nothing else: it is there to show and to measure what pruning does to pictures that mean something.",
+        "for 1024x1024 pixels in 13 scales.",
+        "It draws one to three simple solids on a ground under a sky (`fastvar_trt.tools.scenes`) and knows nothing "
+        "else: it is there to show and to measure what pruning does to pictures that mean something.",
         "",
         f"Made by `python -m fastvar_trt.tools.train_scenes` from {bits['num_pictures']} rendered scenes; some "
         "combinations of shape, colour and ground are never among them.",
