@@ -19,7 +19,7 @@ from fastvar_trt.export.models.t5 import T5Source
 from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.plan import PruningPlan
 from fastvar_trt.tools.cli import main
-from fastvar_trt.tools.measure.evaluate import Case, Share, load_checker, read_cases
+from fastvar_trt.tools.measure.evaluate import Share, load_checker, read_cases
 from fastvar_trt.tools.random_checkpoints import random_infinity_checkpoint
 from fastvar_trt.tools.scenes.cases import cases, check
 from fastvar_trt.tools.scenes.renderer import render
@@ -60,10 +60,9 @@ def test_cases_are_what_their_pictures_show() -> None:
     assert [case.tag for case in found] == ["one solid", "two solids", "three solids"] * 2
     assert found == cases(6, seed=1) != cases(6, seed=2)
     for case in found:
-        expected = json.loads(json.dumps(case.to_json()))  # as it comes from a file
-        del expected["prompt"], expected["tag"]
-        solids = tuple(Solid(**solid) for solid in expected["solids"])
-        scene = Scene(**{**expected, "solids": solids})
+        expected = json.loads(json.dumps(case.expected))  # as it comes from a file
+        solids = tuple(Solid(**solid) for solid in expected["scene"]["solids"])
+        scene = Scene(**{**expected["scene"], "solids": solids})
         assert all(check(render(scene, (256, 256)), expected).values())
         wrong = dataclasses.replace(scene, sky="night" if scene.sky != "night" else "day")
         assert not check(render(wrong, (256, 256)), expected)["sky"]
@@ -99,12 +98,14 @@ def test_a_checker_of_the_user(bundles: tuple[Path, Path], tmp_path: Path, monke
     (tmp_path / "my_checker.py").write_text(
         "def bright(picture, expected):\n"
         "    return {'bright': picture.mean() > expected['level'], 'size': picture.shape[0] == expected['side']}\n"
+        "def whole(picture, expected):\n"
+        "    return {'all': True}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     prompts = tmp_path / "prompts.jsonl"
     levels = {"easy": -1, "hard": 256}
-    lines = [Case(f"{tag} snow", tag, {"level": level, "side": 96}) for tag, level in levels.items()]
-    prompts.write_text("".join(json.dumps(case.to_json()) + "\n" for case in lines))
+    lines = [{"prompt": f"{tag} snow", "tag": tag, "level": level, "side": 96} for tag, level in levels.items()]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = [bundles[0], "--prompts", prompts, "--checker", "my_checker:bright"]
     code, output = run(*arguments, "--no-vif")
     assert code == 0, output
@@ -115,9 +116,12 @@ def test_a_checker_of_the_user(bundles: tuple[Path, Path], tmp_path: Path, monke
     prompts.write_text('{"prompt": "snow"}\n')
     code, output = run(*arguments)
     assert code == 1 and "the checker failed on the prompt 'snow'" in output and "KeyError" in output
+    prompts.write_text(json.dumps(lines[0]) + "\n")
+    code, output = run(bundles[0], "--prompts", prompts, "--checker", "my_checker:whole")
+    assert code == 1 and "got the categories all for the prompt 'easy snow'" in output
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"tag": "x"}', "{", '{"prompt": 3}'])
+@pytest.mark.parametrize("line", ["[1]", '{"tag": "x"}', "{", '{"prompt": 3}', '{"prompt": "x", "tag": "all"}'])
 def test_a_file_of_prompts_that_is_none(line: str, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a fox"}\n' + line + "\n")
@@ -126,17 +130,30 @@ def test_a_file_of_prompts_that_is_none(line: str, tmp_path: Path) -> None:
 
 
 def test_bad_arguments(bundles: tuple[Path, Path], tiny_bundle: Path, tmp_path: Path) -> None:
-    for name in ("json", "no_such_module:f", "json:no_such_function", "json:__doc__", ":f"):
-        with pytest.raises(RequestError, match=r"expected (module:)?"):
+    for name in ("json", "no_such_module:f", "json:no_such_function", ":f", ".x:f"):
+        with pytest.raises(RequestError, match="expected module:function, of what can be imported"):
             load_checker(name)
-    assert run(bundles[0])[0] == 2  # neither scenes nor prompts
+    with pytest.raises(RequestError, match="got a str, expected a function"):
+        load_checker("json:__doc__")
+    for arguments in (
+        [],
+        ["--scenes", 1, "--prompts", tmp_path],
+        ["--prompts", tmp_path],
+        ["--scenes", 1, "--checker", "json:loads"],
+        ["--prompts", tmp_path, "--checker", "json:loads", "--trained"],
+    ):
+        assert run(bundles[0], *arguments)[0] == 2
     code, output = run(tiny_bundle, "--scenes", 1)
     assert code == 1 and "draws classes, expected one that draws from text" in output
-    code, output = run(bundles[0], "--prompts", tmp_path / "none")
+    file_of_prompts = ("--checker", "json:loads", "--prompts")
+    code, output = run(bundles[0], *file_of_prompts, tmp_path / "none")
     assert code == 1 and "cannot be read" in output
     (tmp_path / "empty").write_text("\n")
-    code, output = run(bundles[0], "--prompts", tmp_path / "empty")
+    code, output = run(bundles[0], *file_of_prompts, tmp_path / "empty")
     assert code == 1 and "has no line" in output
+    (tmp_path / "long").write_text(json.dumps({"prompt": "red " * 50}) + "\n")
+    code, output = run(bundles[0], *file_of_prompts, tmp_path / "long")
+    assert code == 1 and "got 51 tokens, this bundle takes up to 40" in output
 
 
 def test_compare_takes_prompts(bundles: tuple[Path, Path], tiny_bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pickle
@@ -14,9 +15,79 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.export.folders import new_folder
+from fastvar_trt.runtime.errors import BackendError, CheckpointError
 
 _SAVE_EVERY_S = 60.0
+
+
+def open_device(name: str) -> torch.device:
+    """The device of that name, tried.
+
+    Raises:
+        BackendError: there is none such here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises both
+        raise BackendError(f"--device {name}: {error}; give cpu, cuda or cuda:N") from error
+    return device
+
+
+def new_checkpoint(out: Path) -> contextlib.AbstractContextManager[Path]:
+    """`new_folder` for a checkpoint, which replaces none.
+
+    Raises:
+        CheckpointError: there is something already.
+        ExportError: it cannot be written.
+    """
+    return new_folder(out.absolute(), "--out", lambda: check_absent(out))
+
+
+def check_absent(out: Path) -> None:
+    """That nothing is there.
+
+    Raises:
+        CheckpointError: something is.
+    """
+    if out.exists():
+        raise CheckpointError(f"--out {out}: exists already; give another folder")
+
+
+def make_work_dir(folder: Path) -> None:
+    """Make the folder of a training's state.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--work-dir {folder}: cannot be made: {error.strerror}; give another folder") from error
+
+
+def half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is shipped: in fp16 where it is floating-point, on the CPU."""
+    return {
+        key: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
+        for key, value in state.items()
+    }
+
+
+def write_card(
+    folder: Path, card: Mapping[str, Any], text: Callable[[Mapping[str, Any], Mapping[str, int]], str]
+) -> None:
+    """`card.json`, and `README.md` by `text`, which takes the card and the bytes of each file of weights.
+
+    Files of weights become readable for all: safetensors makes them for their owner alone.
+    """
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    weights = sorted(folder.rglob("*.safetensors"))
+    for path in weights:
+        path.chmod(0o644)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in weights}
+    (folder / "README.md").write_text(text(card, sizes), encoding="utf-8")
 
 
 class Stage:
@@ -30,7 +101,7 @@ class Stage:
         self._config = json.dumps(config)
         self._lr = lr
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-        self.rng = np.random.default_rng([config["seed"], len(name)])
+        self.rng = np.random.default_rng([config["seed"], *name.encode()])
         self.losses: dict[str, list[float]] = {}
         self.extra: dict[str, Tensor] = {}  # what else the next steps depend on
         self.step, self.seconds = 0, 0.0
@@ -40,28 +111,37 @@ class Stage:
     def _resume(self) -> None:
         try:
             state: Any = torch.load(self.path, map_location="cpu", weights_only=True)
-            saved = state["config"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            saved, own = json.loads(state["config"]), json.loads(self._config)
+            if saved == own:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.rng.bit_generator.state = json.loads(state["rng"])
+                torch.set_rng_state(state["torch_rng"])
+                self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+                self.extra = state["extra"]
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            LookupError,
+            TypeError,
+            ValueError,
+            pickle.UnpicklingError,
+        ) as error:
             raise CheckpointError(
                 f"{self.path}: not a state of this training ({type(error).__name__}: {error}); remove it, or give "
                 "another --work-dir"
             ) from error
-        if saved != self._config:
+        if saved != own:
             differing = [
-                f"{key}: {json.loads(saved).get(key)!r} there, {value!r} here"
-                for key, value in json.loads(self._config).items()
-                if json.loads(saved).get(key) != value
+                f"{key}: {saved.get(key)!r} there, {own.get(key)!r} here"
+                for key in {**own, **saved}
+                if saved.get(key) != own.get(key)
             ]
             raise CheckpointError(
                 f"{self.path}: the state of another run ({'; '.join(differing)}); give the same options, or another "
                 "--work-dir"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rng.bit_generator.state = json.loads(state["rng"])
-        torch.set_rng_state(state["torch_rng"])
-        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
-        self.extra = state.get("extra", {})
 
     def save(self) -> None:
         """Write the state beside the old one, then replace it."""
@@ -118,7 +198,9 @@ def _schedule(step: int, num_steps: int) -> float:
 
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 where the device computes it; on other processors PyTorch's products take a hundred times as long."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest release that is allowed
+    known: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # younger than the oldest release that is allowed
     is_fast = device.type != "cpu" or known.get("avx512_bf16", False) or known.get("amx_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(is_fast))
 

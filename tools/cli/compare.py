@@ -43,8 +43,12 @@ def _comparison_table(comparison: Comparison) -> str:
 @click.argument("bundle_a", type=click.Path(path_type=Path))
 @click.argument("bundle_b", type=click.Path(path_type=Path))
 @request_options
-@click.option("--greedy", is_flag=True, help="Take the likeliest token instead of drawing (one image per class).")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="PNG: A, B and their error, one row per class.")
+@click.option(
+    "--greedy", is_flag=True, help="Take the likeliest token instead of drawing (one image per class or prompt)."
+)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="PNG: A, B and their error, one row per class or prompt."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the JSON line to this file.")
 def compare(
     bundle_a: Path,
@@ -69,7 +73,7 @@ def compare(
             check_writable(path)
     with Pipeline.load(bundle_a) as a, Pipeline.load(bundle_b) as b:
         check_comparable(a, b)
-        pictures = picture_requests(labels, prompts, 1 if greedy else seeds, a.manifest)
+        pictures = picture_requests(bundle_a, labels, prompts, 1 if greedy else seeds, a.manifest)
         known = references_of(references, pictures, a.manifest)
         with counting_bar("drawing", len(pictures)) as progress:
             options = {**shared_sampling([a, b], cfg), "greedy": greedy}

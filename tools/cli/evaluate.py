@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
+import sys
+from math import isnan
 from pathlib import Path
 
 import click
@@ -14,9 +16,10 @@ from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Condition
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, counting_bar, examples, runtime_options
+from fastvar_trt.tools.cli.pictures import check_takes_prompts
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure.compare import check_comparable, shared_sampling
-from fastvar_trt.tools.measure.evaluate import Case, Evaluation, Share, load_checker, read_cases
+from fastvar_trt.tools.measure.evaluate import ALL, Case, Evaluation, Share, load_checker, read_cases
 from fastvar_trt.tools.measure.evaluate import evaluate as measure
 from fastvar_trt.tools.measure.quality import mean_metrics, require_libraries
 from fastvar_trt.tools.sheets import contact_sheet, save_image
@@ -36,7 +39,9 @@ _SCENES = "fastvar_trt.tools.scenes.cases:check"
 @click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--scenes", "num_scenes", type=click.IntRange(1), help="So many scenes of the demo model's world.")
 @click.option(
-    "--held-out/--trained", default=True, show_default=True, help="Scenes with what training never showed, or without."
+    "--held-out/--trained",
+    default=None,
+    help="Scenes with what training never showed, or without. Default: --held-out.",
 )
 @click.option(
     "--prompts",
@@ -44,7 +49,7 @@ _SCENES = "fastvar_trt.tools.scenes.cases:check"
     type=click.Path(path_type=Path),
     help="In place of scenes: a JSON object per line with prompt, tag, and what the checker takes (GenEval's format).",
 )
-@click.option("--checker", default=_SCENES, show_default=True, help="What looks at the pictures, as module:function.")
+@click.option("--checker", help="What looks at the pictures of --prompts: module:function, also of this folder.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Prompt i gets seed + i.")
 @click.option("--cfg", type=float, help="Guidance scale; default: the bundle's.")
 @click.option("--vif/--no-vif", default=True, show_default=True, help="VIF takes longest.")
@@ -54,9 +59,9 @@ _SCENES = "fastvar_trt.tools.scenes.cases:check"
 def evaluate(
     bundles: tuple[Path, ...],
     num_scenes: int | None,
-    held_out: bool,
+    held_out: bool | None,
     prompts_file: Path | None,
-    checker: str,
+    checker: str | None,
     seed: int,
     cfg: float | None,
     vif: bool,
@@ -64,19 +69,25 @@ def evaluate(
     json_file: Path | None,
     runtime: RuntimeOptions,
 ) -> None:
-    """Whether pictures show what their prompts say, for two or more bundles of one model.
+    """Whether pictures show what their prompts say, for one or more bundles of one model.
 
     Compliance per category with its 95 % interval; PSNR, SSIM and VIF against the first bundle; time per scale,
-    measured in turn. Needs the extra `quality`.
+    measured in turn. Needs the extras `quality` and `text`.
     """
     require_libraries()
     if (num_scenes is None) == (prompts_file is None):
-        raise click.UsageError("give --scenes or --prompts")
+        raise click.UsageError("give one of --scenes and --prompts")
+    if (prompts_file is None) != (checker is None):
+        raise click.UsageError("--prompts needs --checker, which says what they are to show; scenes have their own")
+    if held_out is not None and num_scenes is None:
+        raise click.UsageError("--held-out and --trained are for --scenes")
     for path in (out, json_file):
         if path is not None:
             check_writable(path)
-    look = load_checker(checker)
-    cases = _scenes(num_scenes or 0, seed, held_out) if prompts_file is None else read_cases(prompts_file)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a command is not given it, as `python` is
+    look = load_checker(checker or _SCENES)
+    cases = read_cases(prompts_file) if prompts_file else _scenes(num_scenes or 0, seed, held_out is not False)
     with contextlib.ExitStack() as stack:
         pipelines = [stack.enter_context(runtime.load(bundle)) for bundle in bundles]
         _check_bundles(pipelines)
@@ -108,21 +119,24 @@ def _check_bundles(pipelines: list[Pipeline]) -> None:
     for pipe in pipelines:
         if pipe.manifest.model.condition is not Condition.TEXT:
             raise RequestError(f"bundle {pipe.bundle}: draws classes, expected one that draws from text")
+        check_takes_prompts(pipe.manifest, pipe.bundle)
         check_comparable(pipelines[0], pipe)
 
 
 def _compliance_table(result: Evaluation, names: list[str]) -> str:
     rows: list[list[object]] = []
-    groups: list[tuple[str, str | None]] = [(tag, tag) for tag in result.tags] if len(result.tags) > 1 else []
-    for title, tag in [*groups, ("every prompt", None)]:
+    for tag in (*(result.tags if len(result.tags) > 1 else ()), ALL):
         for category in result.categories:
             shares = [result.share(i, category, tag) for i in range(len(names))]
-            if shares[0].count:
-                rows.append([title, category, shares[0].count, *map(_share_text, shares)])
+            count = max((share.count for share in shares if share is not None), default=0)
+            if count:
+                rows.append([tag, category, count, *map(_share_text, shares)])
     return format_table(["prompts", "category", "count", *names], rows)
 
 
-def _share_text(share: Share) -> str:
+def _share_text(share: Share | None) -> str:
+    if share is None:
+        return "-"
     low, high = share.interval
     return f"{share.value:.3f} ({low:.3f}-{high:.3f})"
 
@@ -131,7 +145,7 @@ def _likeness_table(result: Evaluation, names: list[str]) -> str:
     rows = []
     for name, own in list(zip(names, result.results, strict=True))[1:]:
         mean = mean_metrics(own.metrics)
-        rows.append([name, f"{mean.psnr_db:.2f}", f"{mean.ssim:.4f}", f"{mean.vif:.4f}"])
+        rows.append([name, f"{mean.psnr_db:.2f}", f"{mean.ssim:.4f}", "-" if isnan(mean.vif) else f"{mean.vif:.4f}"])
     return format_table([f"against {names[0]}", "PSNR dB", "SSIM", "VIF"], rows)
 
 

@@ -21,6 +21,7 @@ _IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def request_options(command: Any) -> Any:
+    """Give a command the options that say what is drawn, and what it is judged by."""
     for option in (
         click.option(
             "--references",
@@ -38,12 +39,20 @@ def request_options(command: Any) -> Any:
     return command
 
 
-def picture_requests(labels: tuple[int, ...], prompts: tuple[str, ...], num_seeds: int, manifest: Manifest) -> Pictures:
-    """Every class or prompt with every seed."""
+def picture_requests(
+    bundle: Path, labels: tuple[int, ...], prompts: tuple[str, ...], num_seeds: int, manifest: Manifest
+) -> Pictures:
+    """Every class or prompt with every seed.
+
+    Raises:
+        RequestError: classes for a model of text, or the other way round; a class that the model has not; a bundle
+            without its text encoder.
+    """
     model = manifest.model
     if model.condition is Condition.TEXT:
         if labels or not prompts:
             raise RequestError("the bundle draws from text: give --prompt, and no --class")
+        check_takes_prompts(manifest, bundle)
         return _with_seeds(prompts, num_seeds)
     if prompts:
         raise RequestError("--prompt: the bundle draws classes; give --class")
@@ -54,6 +63,16 @@ def picture_requests(labels: tuple[int, ...], prompts: tuple[str, ...], num_seed
         if not 0 <= label < model.num_classes:
             raise RequestError(f"class {label}: the bundle has 0 to {model.num_classes - 1}")
     return _with_seeds(classes, num_seeds)
+
+
+def check_takes_prompts(manifest: Manifest, bundle: Path) -> None:
+    """That a bundle of text has its text encoder.
+
+    Raises:
+        RequestError: it has not.
+    """
+    if manifest.text_encoder is None:
+        raise RequestError(f"bundle {bundle}: has no text encoder for prompts; export it with --text-encoder")
 
 
 def subject_name(subject: int | str) -> str:
@@ -67,7 +86,11 @@ def _with_seeds(subjects: tuple[Any, ...], num_seeds: int) -> Pictures:
 
 
 def references_of(source: str | None, pictures: Pictures, manifest: Manifest) -> dict[int, NDArray[Any]] | None:
-    """Photographs of every class that is drawn; None without a source."""
+    """Photographs of every class that is drawn; None without a source.
+
+    Raises:
+        RequestError: prompts are drawn, or a class has no readable photograph.
+    """
     if not source:
         return None
     if not pictures.are_classes:

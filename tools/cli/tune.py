@@ -67,7 +67,7 @@ def tune(
     """Choose a pruning plan by measurement: sweep pruned fraction, cache scale and first pruned layer.
 
     Every candidate's pictures are compared with the dense ones; those that nothing beats in both work and SSIM are
-    exported and timed beside the dense chain. Needs the extras `export` and `quality`.
+    exported and timed beside the dense chain. Needs the extras `export` and `quality`, and `text` for prompts.
     """
     require_libraries()
     try:
@@ -82,7 +82,7 @@ def tune(
         )
     depth = manifest.model.depth
     layers = first_layers or tuple(sorted({0, depth // 8, depth // 4, depth // 2}))
-    pictures = picture_requests(labels, prompts, seeds, manifest)
+    pictures = picture_requests(bundle, labels, prompts, seeds, manifest)
     guidance = manifest.sampling.cfg if cfg is None else cfg
     plans = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers)
     try:
@@ -90,6 +90,7 @@ def tune(
     except PlanError as error:
         raise PlanError(str(error).replace("--prune", "--plan", 1)) from error
     known = references_of(references, pictures, manifest)
+    tuning.check(bundle, [*plans, *extra], pictures)
     for name in _FILES:
         check_writable(out / name)
         (out / name).unlink(missing_ok=True)  # of an earlier run: it would stand beside this one's

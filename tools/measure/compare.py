@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime import GenerationResult, Pipeline
+from fastvar_trt.runtime import GenerationResult, Pipeline, Request
 from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.request import parameters
 from fastvar_trt.tools.measure.quality import (
@@ -45,6 +45,11 @@ class Pictures:
     def labels(self) -> tuple[int, ...]:
         """The subjects, where they are classes."""
         return tuple(map(int, self.subjects))
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Arguments of a `Request` for each."""
+        name = "label" if self.are_classes else "prompt"
+        return [{name: subject, "seed": seed} for subject, seed in zip(self.subjects, self.seeds, strict=True)]
 
     def arguments(self) -> dict[str, Any]:
         """Those of `Pipeline.generate`."""
@@ -170,13 +175,15 @@ def take_turns(
         which pictures, and what every pipeline made of them.
 
     Raises:
-        RequestError: no batch size that all of them hold.
+        RequestError: no batch size that all of them hold, or a picture that cannot be asked for.
     """
     common = set.intersection(*(set(pipe.manifest.batches) for pipe in pipelines))
     if not common:
         sizes = "; ".join(f"{pipe.bundle}: {', '.join(map(str, pipe.manifest.batches))}" for pipe in pipelines)
         raise RequestError(f"batch sizes: the bundles have none in common ({sizes}); export with the same --batch")
     batch = max(common)
+    for pipe in pipelines:  # an error before hours of work
+        pipe.check([Request(**values) for values in pictures.requests()])
     for pipe in pipelines:  # a first run is slower: buffers are touched for the first time
         pipe.generate(**pictures[:batch].arguments(), **options)
     for start in range(0, len(pictures), batch):

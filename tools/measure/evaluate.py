@@ -23,7 +23,8 @@ from fastvar_trt.tools.measure.compare import Pictures, take_turns
 from fastvar_trt.tools.measure.quality import ImageMetrics, image_metrics, mean_metrics
 
 _Z95 = 1.96  # of the normal distribution, two-sided
-ALL = "all"
+ALL = "all"  # categories; and prompts, whatever their tag
+UNTAGGED = "untagged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,6 @@ class Case:
     tag: str
     expected: Mapping[str, Any]
 
-    def to_json(self) -> dict[str, Any]:
-        """One line of a file of prompts: GenEval's `evaluation_metadata.jsonl` has `tag` and `prompt`, too."""
-        return {"tag": self.tag, "prompt": self.prompt, **self.expected}
-
 
 class Checker(Protocol):
     """Looks for what is expected in a picture."""
@@ -58,13 +55,13 @@ class Checker(Protocol):
 
 
 def read_cases(path: Path) -> list[Case]:
-    """The cases of a file, one JSON object a line.
+    """The cases of a file, one JSON object a line: GenEval's `evaluation_metadata.jsonl` has `tag` and `prompt`, too.
 
     Raises:
         RequestError: naming the line that is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--prompts {path}: cannot be read: {error}") from error
     cases = []
@@ -73,9 +70,9 @@ def read_cases(path: Path) -> list[Case]:
             continue
         try:
             data = json.loads(line)
-            prompt, tag = data.pop("prompt"), data.pop("tag", ALL)
-            if not isinstance(prompt, str) or not isinstance(tag, str):
-                raise ValueError("prompt and tag are texts")
+            prompt, tag = data.pop("prompt"), data.pop("tag", UNTAGGED)
+            if not isinstance(prompt, str) or not isinstance(tag, str) or tag == ALL:
+                raise ValueError(f"prompt and tag are texts, and no tag is {ALL!r}")
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise RequestError(
                 f'--prompts {path}, line {number}: {error}; expected a JSON object with "prompt", "tag", and what the '
@@ -96,8 +93,10 @@ def load_checker(name: str) -> Checker:
     module, _, function = name.partition(":")
     try:
         checker = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RequestError(f"--checker {name}: {error}; expected module:function, of what can be imported") from error
+    except Exception as error:  # of the user's module, too
+        raise RequestError(
+            f"--checker {name}: {type(error).__name__}: {error}; expected module:function, of what can be imported"
+        ) from error
     if not callable(checker):
         raise RequestError(f"--checker {name}: got a {type(checker).__name__}, expected a function")
     found: Checker = checker
@@ -106,7 +105,7 @@ def load_checker(name: str) -> Checker:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """How many of some checks held, with the 95 % interval of Wilson (1927)."""
+    """How many of some checks held, of at least one, with the 95 % interval of Wilson (1927)."""
 
     held: int
     count: int
@@ -160,7 +159,7 @@ class Evaluation:
         cases: the cases.
         bundles: their names, the reference first.
         results: of each bundle.
-        samples: small pictures of the first cases, per bundle: uint8 [N, side, side, 3].
+        samples: small pictures of the first cases, per bundle: uint8 [N, height, side, 3].
     """
 
     cases: tuple[Case, ...]
@@ -171,26 +170,28 @@ class Evaluation:
     @property
     def categories(self) -> tuple[str, ...]:
         """What is checked, and at the end whether all of it held."""
-        return (*dict.fromkeys(name for checks in self.results[0].checks for name in checks), ALL)
+        return (*dict.fromkeys(name for result in self.results for checks in result.checks for name in checks), ALL)
 
     @property
     def tags(self) -> tuple[str, ...]:
         """Kinds of prompts."""
         return tuple(dict.fromkeys(case.tag for case in self.cases))
 
-    def share(self, bundle: int, category: str, tag: str | None = None) -> Share:
-        """How often a category held.
+    def share(self, bundle: int, category: str, tag: str = ALL) -> Share | None:
+        """How often a category held; None where nothing was checked.
 
         Args:
             bundle: index.
             category: of `categories`.
-            tag: of the cases that count; default: all.
+            tag: of the cases that count.
         """
         rows = [
             checks
             for checks, case in zip(self.results[bundle].checks, self.cases, strict=True)
-            if tag in (None, case.tag) and (category == ALL or category in checks)
+            if tag in (ALL, case.tag) and (category == ALL or category in checks)
         ]
+        if not rows:
+            return None
         return Share(sum(all(r.values()) if category == ALL else r[category] for r in rows), len(rows))
 
     def speedup(self, bundle: int) -> tuple[float, float]:
@@ -208,8 +209,9 @@ class Evaluation:
                     "bundle": name,
                     "compliance": {
                         category: {
-                            ALL: self.share(i, category).to_json(),
-                            **{tag: s.to_json() for tag in self.tags if (s := self.share(i, category, tag)).count},
+                            tag: share.to_json()
+                            for tag in (ALL, *self.tags)
+                            if (share := self.share(i, category, tag)) is not None
                         }
                         for category in self.categories
                     },
@@ -293,8 +295,11 @@ def _checked(checker: Checker, picture: NDArray[np.uint8], case: Case) -> Mappin
             f"the checker failed on the prompt {case.prompt!r}: {type(error).__name__}: {error}; are its prompts those "
             "that the checker is for?"
         ) from error
-    if not found:
-        raise RequestError(f"the checker says nothing of the prompt {case.prompt!r}")
+    if not found or ALL in found:
+        raise RequestError(
+            f"the checker: got the categories {', '.join(found) or 'none'} for the prompt {case.prompt!r}, expected at "
+            f"least one, and none that is called {ALL!r}"
+        )
     return found
 
 

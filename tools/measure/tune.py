@@ -23,10 +23,11 @@ from fastvar_trt.export.models.base import NextScaleModel
 from fastvar_trt.export.models.reference import ChainState, default_request
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import PlanError
-from fastvar_trt.runtime.manifest import Manifest, read_manifest
+from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.plan import DENSE, PruningPlan, ResolvedPlan
+from fastvar_trt.runtime.request import Request
 from fastvar_trt.runtime.text import PromptTokenizer
 from fastvar_trt.tools.measure.compare import Comparison, Pictures, compare, draw_side_by_side, shared_sampling
 from fastvar_trt.tools.measure.quality import (
@@ -148,12 +149,28 @@ class _Drawer:
         state.step(self._model, plan, scale, torch.from_numpy(noise), request)
 
 
+def check(bundle: Path, plans: Sequence[PruningPlan], pictures: Pictures) -> None:
+    """That a sweep can be run, before anything is.
+
+    Raises:
+        PlanError: no candidate, or one that does not fit the model.
+        RequestError: a picture that cannot be asked for.
+    """
+    if not plans:
+        raise PlanError("no candidate: the cache scale must come before the pruned scales; give other --cache-scales")
+    manifest = read_manifest(bundle)
+    for plan in plans:
+        plan.resolve(manifest.default.schedule, manifest.model.depth)
+    with Pipeline.load(bundle, engines="off") as pipe:
+        pipe.check([Request(**values) for values in pictures.requests()])
+
+
 @torch.inference_mode()
-def condition_inputs(model: NextScaleModel, bundle: Path, manifest: Manifest, pictures: Pictures) -> dict[str, Tensor]:
+def condition_inputs(model: NextScaleModel, tokenizer: PromptTokenizer, pictures: Pictures) -> dict[str, Tensor]:
     """Inputs of the model's condition, of classes or prompts."""
     if pictures.are_classes:
         return {names.LABELS: torch.tensor(pictures.labels)}
-    tokenizer, length = PromptTokenizer(bundle, manifest), manifest.model.text_length
+    length = model.model_spec().text_length
     features, counts = [], []
     for prompt in pictures.subjects:
         ids = tokenizer.token_ids(str(prompt))
@@ -190,12 +207,11 @@ def sweep(
         marked: further candidates, which are measured and shown wherever they lie.
 
     Raises:
-        PlanError: no candidate, or one that does not fit the model.
+        PlanError: a plan that does not fit the model.
     """
     model, manifest = load_bundle_model(bundle)
-    plans = [*plans, *marked]
-    if not plans:
-        raise PlanError("no candidate: the cache scale must come before the pruned scales; give other --cache-scales")
+    plans = list(dict.fromkeys([*marked, *plans]))
+    tokenizer = PromptTokenizer(bundle, manifest)
     resolved = [plan.resolve(manifest.default.schedule, manifest.model.depth) for plan in plans]
     everything = DENSE.resolve(manifest.default.schedule, manifest.model.depth)
     metrics: list[list[ImageMetrics]] = [[] for _ in plans]
@@ -203,7 +219,7 @@ def sweep(
     sizes = []
     for start in range(0, len(pictures), _BATCH):  # outermost: the states that plans share are those of one batch
         part = pictures[start : start + _BATCH]
-        drawer = _Drawer(model, condition_inputs(model, bundle, manifest, part), part.seeds, cfg)
+        drawer = _Drawer(model, condition_inputs(model, tokenizer, part), part.seeds, cfg)
         dense = drawer.draw(everything)
         sizes.append(len(dense))
         progress(len(dense))

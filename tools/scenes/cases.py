@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastvar_trt.tools.measure.evaluate import Case
 from fastvar_trt.tools.scenes.checker import compliance, read_picture
-from fastvar_trt.tools.scenes.world import Scene, Solid, caption, random_scene
+from fastvar_trt.tools.scenes.world import Scene, Solid, caption, random_scene, tells_sides
 
 TAGS = {1: "one solid", 2: "two solids", 3: "three solids"}
 
@@ -28,7 +28,9 @@ def cases(count: int, seed: int = 0, held_out: bool | None = True) -> list[Case]
     found = []
     for i in range(count):
         scene = random_scene(rng, i % 3 + 1, held_out=held_out)
-        found.append(Case(caption(scene, rng), TAGS[len(scene.solids)], dataclasses.asdict(scene)))
+        text = caption(scene, rng)
+        expected = {"scene": dataclasses.asdict(scene), "sides_are_told": tells_sides(text)}
+        found.append(Case(text, TAGS[len(scene.solids)], expected))
     return found
 
 
@@ -37,7 +39,8 @@ def check(picture: NDArray[np.uint8], expected: Mapping[str, Any]) -> Mapping[st
 
     Args:
         picture: uint8 [H, W, 3].
-        expected: of a case: a `Scene` as a mapping.
+        expected: of a case: the `scene` as a mapping, and whether the caption tells sides.
     """
-    solids = tuple(Solid(**solid) for solid in expected["solids"])
-    return compliance(Scene(**{**expected, "solids": solids}), read_picture(picture))
+    solids = tuple(Solid(**solid) for solid in expected["scene"]["solids"])
+    scene = Scene(**{**expected["scene"], "solids": solids})
+    return compliance(scene, read_picture(picture), sides_are_told=expected["sides_are_told"])

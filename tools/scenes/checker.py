@@ -34,14 +34,12 @@ class Found:
         shape, colour: as in `world`.
         x: middle, 0 at the left to 1 at the right.
         foot: lowest point, 0 at the top to 1 at the bottom.
-        area: share of the picture.
     """
 
     shape: str
     colour: str
     x: float
     foot: float
-    area: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +63,13 @@ def read_picture(pixels: NDArray[np.uint8]) -> Reading:
 CATEGORIES = ("ground", "sky", "count", "shape", "colour", "binding", "position")
 
 
-def compliance(scene: Scene, reading: Reading) -> dict[str, bool]:
+def compliance(scene: Scene, reading: Reading, *, sides_are_told: bool = True) -> dict[str, bool]:
     """Whether a picture shows what a scene has, by category.
 
     `shape` and `colour` ask whether the same ones are there, `binding` whether each shape has its own colour, and
     `position` whether they also stand where they should: a single one in its part of the picture, several in their
-    order from left to right; where one is in front of another, it is lower, and captions do not tell their order. Of
-    pictures with another count all of these are wrong.
+    order from left to right, or in the opposite one where the caption does not tell sides; where one is in front of
+    another, it is lower, and captions do not tell their order. Of pictures with another count all of these are wrong.
     """
     expected = sorted(scene.solids, key=lambda solid: solid.x)
     same_count = len(expected) == len(reading.solids)
@@ -89,6 +87,8 @@ def compliance(scene: Scene, reading: Reading) -> dict[str, bool]:
         position = same_count and _slot_of(reading.solids[0]) == expected[0].slot
     else:
         position = same("shape", "colour", in_order=True)
+        if not sides_are_told and not position:
+            position = [*map(_kind, expected)] == [*map(_kind, reversed(reading.solids))]
     return {
         "ground": scene.ground == reading.ground,
         "sky": scene.sky == reading.sky,
@@ -188,7 +188,6 @@ def _solids(image: Array, ground: str, sky: str) -> list[Found]:
                     list(COLOURS)[colour],
                     (box[1].start + (left + right) / 2) / width,
                     (box[0].start + bottom) / height,
-                    float(part.sum()) / (height * width),
                 )
             )
     return found
@@ -282,7 +281,7 @@ def _likeness(mask: NDArray[np.bool_], shape: str, turn: float) -> float:
         radius = float(np.clip(radius * (bottom - top) / (own_bottom - own_top), 0.2, 4.0))
         own_x, own_z = ground_point((own_middle, own_bottom), (height, width))
         x, z = x + foot_x - own_x, z + foot_z - own_z
-    drawn = np.roll(drawn, (bottom - own_bottom, round(middle - own_middle)), (0, 1))
+    drawn = ndimage.shift(drawn, (bottom - own_bottom, round(middle - own_middle)), order=0)
     return float((drawn & mask).sum() / (drawn | mask).sum())
 
 

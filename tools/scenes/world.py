@@ -144,6 +144,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return f"a picture of {things} {place} {air}"
 
 
+def tells_sides(text: str) -> bool:
+    """Whether a caption of several solids says which side they are on; else the mirror image shows it, too."""
+    return " between " not in text
+
+
 def _things(scene: Scene, rng: np.random.Generator) -> str:
     solids = scene.solids
     named = [_named(solid, rng) for solid in solids]

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.var.source import VARSource
-from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.cli.command import ErrorCommand, examples, integers, progress_bars
 from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
 from fastvar_trt.tools.train_demo.training import (
@@ -24,7 +20,7 @@ from fastvar_trt.tools.train_demo.training import (
     train_transformer,
     train_vqvae,
 )
-from fastvar_trt.tools.training import Stage
+from fastvar_trt.tools.training import Stage, check_absent, half, make_work_dir, new_checkpoint, open_device, write_card
 
 _DEFAULTS = TrainingConfig()
 
@@ -62,14 +58,13 @@ def main(
     photographs: Path | None,
 ) -> None:
     """Train the demo model; Ctrl-C stops, the same command goes on."""
-    if out.exists():
-        raise CheckpointError(f"--out {out}: exists already; give another folder")
+    check_absent(out)
     config = TrainingConfig(
         seed=seed, patch_nums=patch_nums, vae_steps=vae_steps, var_steps=var_steps, depth=depth, width=width
     )
     images = load_photographs(photographs)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    place = torch.device(device)
+    place = open_device(device)
+    make_work_dir(work_dir)
     with progress_bars() as progress:
         vqvae = train_vqvae(config, images, work_dir, place, progress)
         transformer = train_transformer(config, images, vqvae.model, work_dir, place, progress)  # type: ignore[arg-type]
@@ -79,38 +74,26 @@ def main(
 
 def write_checkpoint(out: Path, config: TrainingConfig, vqvae: Stage, transformer: Stage, device: str) -> None:
     """The two official-format files in fp16, and what is known of them, into a new folder."""
-
-    def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-            for key, value in state.items()
-        }
-
     state, vae_state = half(transformer.model.state_dict()), half(vqvae.model.state_dict())
     VARSource.from_state(state, vae_state)  # the exporter's own check of keys and shapes
-    with temporary_folder(out) as partial:
-        save_file(state, partial / "var.safetensors")
-        save_file(vae_state, partial / "vae.safetensors")
-        for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
-        card = {
-            "classes": [dataclasses.asdict(p) for p in PHOTOGRAPHS],
-            "config": dataclasses.asdict(config),
-            "device": device,
-            "training_s": {stage.name: round(stage.seconds) for stage in (vqvae, transformer)},
-            "final_losses": {
-                f"{stage.name}.{name}": round(float(np.mean(values[-50:])), 4)
-                for stage in (vqvae, transformer)
-                for name, values in stage.losses.items()
-            },
-        }
-        (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        sizes = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
-        (partial / "README.md").write_text(card_text(card, sizes), encoding="utf-8")
-        replace_folder(partial, out)
+    card = {
+        "classes": [dataclasses.asdict(p) for p in PHOTOGRAPHS],
+        "config": dataclasses.asdict(config),
+        "device": device,
+        "training_s": {stage.name: round(stage.seconds) for stage in (vqvae, transformer)},
+        "final_losses": {
+            f"{stage.name}.{name}": round(float(np.mean(values[-50:])), 4)
+            for stage in (vqvae, transformer)
+            for name, values in stage.losses.items()
+        },
+    }
+    with new_checkpoint(out) as folder:
+        save_file(state, folder / "var.safetensors")
+        save_file(vae_state, folder / "vae.safetensors")
+        write_card(folder, card, card_text)
 
 
-def card_text(card: dict[str, Any], sizes: dict[str, int]) -> str:
+def card_text(card: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     """The card for people, as Markdown.
 
     Args:

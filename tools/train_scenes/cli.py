@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,18 +11,15 @@ import click
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.infinity.source import InfinitySource
-from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.cli.command import ErrorCommand, examples, progress_bars
 from fastvar_trt.tools.train_scenes.config import ROPE_SPAN, SCHEDULE, SIZES, Progress, SceneTraining
 from fastvar_trt.tools.train_scenes.text import write_text_encoder
 from fastvar_trt.tools.train_scenes.text_stage import captions_tokenizer, train_text
 from fastvar_trt.tools.train_scenes.transformer_stage import train_transformer
 from fastvar_trt.tools.train_scenes.vae_stages import train_bits, train_decoder
-from fastvar_trt.tools.training import Stage
+from fastvar_trt.tools.training import Stage, check_absent, half, make_work_dir, new_checkpoint, open_device, write_card
 
 CHECKPOINT, VAE, TEXT_ENCODER = "infinity.safetensors", "vae.safetensors", "t5"
 
@@ -43,10 +40,9 @@ CHECKPOINT, VAE, TEXT_ENCODER = "infinity.safetensors", "vae.safetensors", "t5"
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="That render.")
 def main(work_dir: Path, out: Path, device: str, size: str, processes: int) -> None:
     """Train the text-to-image demo model; Ctrl-C stops, the same command goes on."""
-    if out.exists():
-        raise CheckpointError(f"--out {out}: exists already; give another folder")
-    config, place = SIZES[size], torch.device(device)
-    work_dir.mkdir(parents=True, exist_ok=True)
+    check_absent(out)
+    config, place = SIZES[size], open_device(device)
+    make_work_dir(work_dir)
     with progress_bars() as progress:
         stages = train(config, work_dir, place, progress, processes)
     write_checkpoint(out, config, stages, device)
@@ -75,40 +71,35 @@ class Stages(NamedTuple):
 def write_checkpoint(out: Path, config: SceneTraining, stages: Stages, device: str) -> None:
     """Transformer, VAE and text encoder in the official formats and fp16, and what is known of them: a new folder."""
     bits, text, transformer, decoder = stages
-    state = _half(transformer.extra)
+    state = half(transformer.extra)
     # Larger sizes have further scales, which were never trained: nearest is the last one that was.
     levels = state["lvl_embed.weight"]
     levels[len(SCHEDULE) :] = levels[len(SCHEDULE) - 1]
     vae_state = {
         f"{part}.{name}": value
         for part, module in (("encoder", bits.model.encoder), ("decoder", decoder.model))
-        for name, value in _half(module.state_dict()).items()  # type: ignore[union-attr]
+        for name, value in half(module.state_dict()).items()  # type: ignore[union-attr]
     }
     InfinitySource.from_state(state, vae_state, SCHEDULE, ROPE_SPAN)  # the exporter's own check of keys and shapes
-    with temporary_folder(out) as partial:
-        save_file(state, partial / CHECKPOINT)
-        save_file(vae_state, partial / VAE)
-        write_text_encoder(partial / TEXT_ENCODER, text.model.text, captions_tokenizer(config.transformer.text))  # type: ignore[arg-type]
-        for path in partial.rglob("*.safetensors"):
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
-        card: dict[str, Any] = {
-            "config": dataclasses.asdict(config),
-            "device": device,
-            "training_s": {stage.name: round(stage.seconds) for stage in stages},
-            "steps": {stage.name: stage.step for stage in stages},
-            "final_losses": {
-                f"{stage.name}.{name}": round(float(np.mean(values[-100:])), 4)
-                for stage in stages
-                for name, values in stage.losses.items()
-            },
-        }
-        (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*.safetensors"))}
-        (partial / "README.md").write_text(card_text(card, sizes), encoding="utf-8")
-        replace_folder(partial, out)
+    card = {
+        "config": dataclasses.asdict(config),
+        "device": device,
+        "training_s": {stage.name: round(stage.seconds) for stage in stages},
+        "steps": {stage.name: stage.step for stage in stages},
+        "final_losses": {
+            f"{stage.name}.{name}": round(float(np.mean(values[-100:])), 4)
+            for stage in stages
+            for name, values in stage.losses.items()
+        },
+    }
+    with new_checkpoint(out) as folder:
+        save_file(state, folder / CHECKPOINT)
+        save_file(vae_state, folder / VAE)
+        write_text_encoder(folder / TEXT_ENCODER, text.model.text, captions_tokenizer(config.transformer.text))  # type: ignore[arg-type]
+        write_card(folder, card, card_text)
 
 
-def card_text(card: dict[str, Any], sizes: dict[str, int]) -> str:
+def card_text(card: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     """The card for people, as Markdown.
 
     Args:
@@ -148,7 +139,3 @@ def card_text(card: dict[str, Any], sizes: dict[str, int]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.half().cpu().contiguous() for key, value in state.items()}

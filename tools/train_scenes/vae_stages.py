@@ -153,7 +153,10 @@ def pair_channels(model: Decoder, finest: int) -> None:
     They share a group of the last normalisation, which takes the group's mean over the picture away: with it, what
     colour the picture has. Of a pair the mean is 0.
     """
-    block = model.up[finest].block[-1]  # type: ignore[union-attr,index]
-    for conv in (block.nin_shortcut, block.conv2):
-        for parameter in conv.parameters():
-            parameter[1::2] = -parameter[0::2]
+    part = model.up[finest]
+    assert isinstance(part, UpLevel)
+    for block in part.block:
+        assert isinstance(block, ResnetBlock)
+        for conv in (block.nin_shortcut, block.conv2):
+            for parameter in conv.parameters():
+                parameter[1::2] = -parameter[0::2]
