@@ -1,6 +1,6 @@
 """Run by `test_flash_attention`, on any ONNX Runtime: what one attention without a mask adds to the peak memory.
 
-Usage: python attention_memory.py OUT; prints MiB without and with the rewrite, and how far their results differ, as
+Usage: python attention_memory.py; prints MiB without and with the rewrite, and how far their results differ, as
 JSON.
 """
 

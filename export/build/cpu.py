@@ -88,7 +88,7 @@ class CpuBuilder(Builder):
             options.add_session_config_entry(key, value)
         model = ir.load(bundle / graph.file)
         source: Any = str(bundle / graph.file)
-        # The provider has no bfloat16 kernels.
+        # The provider has no bfloat16 kernels, and would hold the scores of attention.
         modified = [rewrite(model).modified for rewrite in (WidenBFloat16(), FlashAttention())]
         if any(modified):
             source = ir.serde.serialize_model(model).SerializeToString()

@@ -14,23 +14,18 @@ class FlashAttention(ir.passes.InPlacePass):
     ONNX Runtime computes it block by block; `Attention` holds all scores, [B, H, L, S], at once: gigabytes above 512
     pixels.
 
-    Requires: shapes are known.
-    Ensures: no attention without a mask has more than a few MiB of scores.
+    Requires: shapes are known; attention has as many heads and channels in keys and values as in queries.
+    Ensures: none that is neither masked nor causal nor capped holds scores of 32 MiB or more.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         modified = False
         for node in list(graph):
-            if (
-                node.op_type != "Attention"
-                or node.domain
-                or len(node.inputs) != 3
-                or _score_bytes(node) < _MIN_SCORE_BYTES
-            ):
+            if not _is_plain(node) or _score_bytes(node) < _MIN_SCORE_BYTES:
                 continue
-            query, value, output = node.inputs[0], node.inputs[2], node.outputs[0]
-            assert query is not None and value is not None and query.shape is not None
+            query, output = node.inputs[0], node.outputs[0]
+            assert query is not None and query.shape is not None
             batch, heads, length, head_dim = query.shape.numpy()
             flat = [
                 step
@@ -40,7 +35,7 @@ class FlashAttention(ir.passes.InPlacePass):
             attention = ir.node(
                 "MultiHeadAttention",
                 [step.outputs[0] for step in flat if step.op_type == "Reshape"],
-                {"num_heads": heads, "scale": node.attributes["scale"].as_float()},
+                {"num_heads": heads, "scale": node.attributes.get_float("scale", head_dim**-0.5)},
                 domain=CONTRIB_DOMAIN,
             )
             shape = _constant([batch, length, heads, head_dim], f"{node.name}_shape")
@@ -56,6 +51,15 @@ class FlashAttention(ir.passes.InPlacePass):
         if modified:
             model.opset_imports[CONTRIB_DOMAIN] = 1
         return ir.passes.PassResult(model, modified)
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Attention of three inputs and one output: no mask, no cache, no cap."""
+    return (
+        (node.domain, node.op_type, len(node.inputs), len(node.outputs)) == ("", "Attention", 3, 1)
+        and not node.attributes.get_int("is_causal", 0)
+        and not node.attributes.get_float("softcap", 0.0)
+    )
 
 
 def _score_bytes(node: ir.Node) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Schedule = tuple[tuple[int, int], ...]
+from fastvar_trt.export.models.infinity.schedules import Schedule
 
 
 class Residual(nn.Module):
@@ -97,7 +97,8 @@ def quantize(
         drawn = left > 0
         bits.append(drawn)
         if flips is not None:
-            drawn = drawn ^ (torch.rand_like(left) < flips)
+            # By the CPU's generator, whose state is kept with the training's.
+            drawn = drawn ^ (torch.rand(left.shape).to(left.device) < flips)
         f_hat = f_hat + resized(torch.where(drawn, value, -value), size)
     return Pyramid(bits, f_hat, inputs)
 

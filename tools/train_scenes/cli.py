@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastvar_trt.export.models.infinity.source import InfinitySource
+from fastvar_trt.export.progress import Progress
 from fastvar_trt.tools.cli.command import ErrorCommand, examples, progress_bars
-from fastvar_trt.tools.train_scenes.config import ROPE_SPAN, SCHEDULE, SIZES, Progress, SceneTraining
+from fastvar_trt.tools.train_scenes.config import ROPE_SPAN, SCHEDULE, SIZES, SceneTraining
 from fastvar_trt.tools.train_scenes.text import write_text_encoder
 from fastvar_trt.tools.train_scenes.text_stage import captions_tokenizer, train_text
 from fastvar_trt.tools.train_scenes.transformer_stage import train_transformer

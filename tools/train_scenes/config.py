@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from fastvar_trt.export.models.t5 import T5Config
 
 SCHEDULE, ROPE_SPAN = schedule("1M", 1.0)
 SIDE = 16 * SCHEDULE[-1][0]  # pixels
-Progress = Callable[[str, str, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +84,15 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What one step of the transformer's training looks at: `num_scales` of `batch` pictures, whole up to `num_whole`,
-    beyond that a part of `share` of the side: 64x64 tokens cost 79 % of a whole pyramid, and nothing new is in most."""
+    """What one step of the transformer's training looks at.
+
+    Attributes:
+        num_scales: the first so many.
+        batch: pictures.
+        num_whole: scales that are whole. The largest cost four fifths of a whole pyramid, and nothing new is in most
+            of it.
+        share: of the side of the part that is seen of the other scales.
+    """
 
     num_scales: int
     batch: int
@@ -183,5 +188,5 @@ def fingerprint(config: Any, *learnt: nn.Module | Tensor) -> dict[str, Any]:
     found = hashlib.sha256()
     for part in learnt:
         for tensor in part.state_dict().values() if isinstance(part, nn.Module) else [part]:
-            found.update(tensor.detach().cpu().numpy().tobytes())
+            found.update(memoryview(np.ascontiguousarray(tensor.detach().cpu().numpy())))
     return {**dataclasses.asdict(config), "learnt_sha256": found.hexdigest()}

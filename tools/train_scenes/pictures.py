@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -43,13 +45,35 @@ class PicturePool:
         return random_scene(np.random.default_rng([self.seed, index]))
 
     def render(self, progress: Callable[[float], None], processes: int) -> None:
-        """Render those that are not there yet."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Render those that are not there yet.
+
+        Raises:
+            CheckpointError: the folder has pictures of other scenes.
+        """
+        self._check_record()
         missing = [i for i in range(self.count) if not self._path(i).exists()]
         # Not forked: the threads of torch do not survive it.
         with ProcessPoolExecutor(processes, get_context("spawn")) as workers:
-            for done, _ in enumerate(workers.map(self._render_one, missing)):
-                progress(1 - (len(missing) - done - 1) / self.count)
+            try:
+                for done, _ in enumerate(workers.map(self._render_one, missing)):
+                    progress(1 - (len(missing) - done - 1) / self.count)
+            except BaseException:
+                workers.shutdown(cancel_futures=True)
+                raise
+
+    def _check_record(self) -> None:
+        """That the pictures that are there are these: by what the first scene is and looks like."""
+        first = self.scene(0)
+        looks = repr(first).encode() + render(first, (32, 32), samples=1).tobytes()
+        record = json.dumps({"seed": self.seed, "first_sha256": hashlib.sha256(looks).hexdigest()})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "pool.json"
+        if not path.exists():
+            path.write_text(record, encoding="utf-8")
+        if path.read_text(encoding="utf-8") != record:
+            raise CheckpointError(
+                f"{self.folder}: has pictures of other scenes; remove it, and they are rendered again"
+            )
 
     def _render_one(self, index: int) -> None:
         picture = render(self.scene(index), (self.side, self.side), samples=self.samples)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from fastvar_trt.export.progress import Progress
 from fastvar_trt.tools.scenes.world import (
     COLOURS,
     GROUNDS,
@@ -26,7 +27,7 @@ from fastvar_trt.tools.scenes.world import (
     caption,
     random_scene,
 )
-from fastvar_trt.tools.train_scenes.config import Progress, TextConfig, TransformerConfig, fingerprint
+from fastvar_trt.tools.train_scenes.config import TextConfig, TransformerConfig, fingerprint
 from fastvar_trt.tools.train_scenes.text import T5Encoder, token_batch, word_tokenizer
 from fastvar_trt.tools.train_scenes.transformer import TextNorm, TextPool, text_mask
 from fastvar_trt.tools.training import Stage

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastvar_trt.export.progress import Progress
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.files import replacing
 from fastvar_trt.tools.scenes.world import caption
@@ -17,7 +18,6 @@ from fastvar_trt.tools.train_scenes.autoencoder import Encoder, quantize
 from fastvar_trt.tools.train_scenes.config import (
     SCHEDULE,
     BitsConfig,
-    Progress,
     TransformerConfig,
     View,
     fingerprint,
@@ -34,13 +34,17 @@ from fastvar_trt.tools.training import Stage, autocast
 def encoded(config: BitsConfig, encoder: Encoder, folder: Path, device: torch.device, progress: Progress) -> Tensor:
     """Features of all pictures: fp16 [N, d, h_K, w_K], kept on disk."""
     pool = half_pool(config, folder)
+    shape = (pool.count, config.code_bits, *SCHEDULE[-1])
     path = folder / f"features_{fingerprint(config, encoder)['learnt_sha256'][:16]}.npy"
     if path.exists():
         try:
-            return torch.from_numpy(np.load(path))
+            features = np.load(path)
+            if features.shape != shape or features.dtype != np.float16:
+                raise ValueError(f"{features.dtype} {features.shape}")
+            return torch.from_numpy(features)
         except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(f"{path}: is damaged ({error}); remove it, and it is computed again") from error
-    features = np.empty((pool.count, config.code_bits, *SCHEDULE[-1]), np.float16)
+    features = np.empty(shape, np.float16)
     for part in batches(pool.count, 4):
         pictures = to_tensor(np.stack([pool.load(i) for i in part]), device)
         features[part.start : part.stop] = encoder(pictures).cpu().numpy()
@@ -100,7 +104,7 @@ def train_transformer(
 
 @torch.no_grad()
 def average(stage: Stage, model: Transformer, decay: float, step: int) -> None:
-    """Move the averaged weights, which are those that are shipped, towards the trained ones."""
+    """Move the averaged weights, which are those that are shipped, towards the trained ones: before every step."""
     share = 1 - min(decay, (step + 1) / (step + 10))
     for name, parameter in model.named_parameters():
         stage.extra[name].lerp_(parameter.detach().cpu(), share)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.decoder import Decoder, UpLevel, Upsample2x
+from fastvar_trt.export.models.decoder import Decoder, ResnetBlock, UpLevel, Upsample2x
+from fastvar_trt.export.progress import Progress
 from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder, Encoder, quantize
-from fastvar_trt.tools.train_scenes.config import SCHEDULE, SIDE, BitsConfig, DecoderConfig, Progress, fingerprint
+from fastvar_trt.tools.train_scenes.config import SCHEDULE, SIDE, BitsConfig, DecoderConfig, fingerprint
 from fastvar_trt.tools.train_scenes.pictures import PicturePool, to_tensor
 from fastvar_trt.tools.training import Stage, autocast, differences
 

@@ -79,8 +79,8 @@ def load_scenes(pn: str, h_div_w: float | None = None, aspect: float | None = No
     Raises:
         CheckpointError: the package was installed without its data.
     """
-    folder = SCENE_FOLDER
-    return _load(folder / "infinity.safetensors", folder / "vae.safetensors", pn, h_div_w, aspect, None, folder / "t5")
+    checkpoint, vae, text = (SCENE_FOLDER / name for name in ("infinity.safetensors", "vae.safetensors", "t5"))
+    return _load(checkpoint, vae, pn, h_div_w, aspect, None, text)
 
 
 def _from_configs(configs: Mapping[str, Any], precision: Precision) -> Model:
