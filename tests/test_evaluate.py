@@ -19,6 +19,8 @@ from fastvar_trt.export.models.t5 import T5Source
 from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.plan import PruningPlan
 from fastvar_trt.tools.cli import main
+from fastvar_trt.tools.measure import tune
+from fastvar_trt.tools.measure.compare import Pictures
 from fastvar_trt.tools.measure.evaluate import Share, load_checker, read_cases
 from fastvar_trt.tools.random_checkpoints import random_infinity_checkpoint
 from fastvar_trt.tools.scenes.cases import cases, check
@@ -154,6 +156,17 @@ def test_bad_arguments(bundles: tuple[Path, Path], tiny_bundle: Path, tmp_path: 
     (tmp_path / "long").write_text(json.dumps({"prompt": "red " * 50}) + "\n")
     code, output = run(bundles[0], *file_of_prompts, tmp_path / "long")
     assert code == 1 and "got 51 tokens, this bundle takes up to 40" in output
+
+
+def test_the_sweep_of_plans_draws_prompts_as_the_runtime_does(bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    pictures = Pictures(("a red cube on sand", "two blue cones on grass at night"), (0, 1))
+    plan = PruningPlan("half", ((3, 0.5),), cache_scale=2)
+    result = tune.sweep(bundles[0], [plan], pictures, cfg=3.0)
+    (candidate,) = tune.measure_front(bundles[0], result, tmp_path, pictures, cfg=3.0).candidates
+    assert candidate.measured is not None and candidate.metrics.ssim < 0.999
+    assert candidate.measured.mean.ssim == pytest.approx(candidate.metrics.ssim, abs=1e-3)
+    with pytest.raises(RequestError, match="got 51 tokens, this bundle takes up to 40"):
+        tune.check(bundles[0], [plan], Pictures(("red " * 50,), (0,)))
 
 
 def test_compare_takes_prompts(bundles: tuple[Path, Path], tiny_bundle: Path) -> None:

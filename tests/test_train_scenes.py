@@ -114,7 +114,12 @@ def test_an_interrupted_training_ends_as_one_that_ran_through(
         stages = train(TINY, folder, torch.device("cpu"), progress, 1)
         return {
             f"{stage.name}.{name}": value for stage in stages for name, value in stage.model.state_dict().items()
-        } | {f"{stage.name}.{name}": torch.tensor(losses) for stage in stages for name, losses in stage.losses.items()}
+        } | {
+            f"{stage.name}.{kind}.{name}": torch.as_tensor(values)
+            for stage in stages
+            for kind, own in (("loss", stage.losses), ("extra", stage.extra))
+            for name, values in own.items()
+        }
 
     through = states(work_dir, lambda *_: None)
     while True:

@@ -188,5 +188,5 @@ def fingerprint(config: Any, *learnt: nn.Module | Tensor) -> dict[str, Any]:
     found = hashlib.sha256()
     for part in learnt:
         for tensor in part.state_dict().values() if isinstance(part, nn.Module) else [part]:
-            found.update(memoryview(np.ascontiguousarray(tensor.detach().cpu().numpy())))
+            found.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
     return {**dataclasses.asdict(config), "learnt_sha256": found.hexdigest()}
