@@ -38,12 +38,12 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`FFN`."""
+    """`FFN`, of VAR and of Infinity."""
 
-    def __init__(self, config: VARConfig) -> None:
+    def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -56,7 +56,7 @@ class Block(nn.Module):
         super().__init__()
         self.width = config.width
         self.attn = Attention(config)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config.width, config.mlp_width)
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
@@ -65,7 +65,9 @@ class Block(nn.Module):
         return x + gamma2 * self.ffn(F.layer_norm(x, (self.width,), eps=1e-6) * (1 + scale2) + shift2)
 
 
-class _AdaLNBeforeHead(nn.Module):
+class AdaLNBeforeHead(nn.Module):
+    """`AdaLNBeforeHead`, of VAR and of Infinity; the head's owner applies it."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -87,7 +89,7 @@ class Transformer(nn.Module):
         self.word_embed = nn.Linear(config.code_channels, c)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(c, 6 * c))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head_nm = _AdaLNBeforeHead(c)
+        self.head_nm = AdaLNBeforeHead(c)
         self.head = nn.Linear(c, config.vocab_size)
         levels = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         self.lvl_1L: Tensor

@@ -41,8 +41,13 @@ def token_batch(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> t
     return batch, torch.tensor([len(own) for own in ids])
 
 
-class _Norm(nn.Module):
-    """`T5LayerNorm`."""
+def text_mask(counts: Tensor, length: int) -> Tensor:
+    """What is added to scores, for how many tokens there are [B]: fp32 [B, 1, 1, T]."""
+    return ((torch.arange(length, device=counts.device) >= counts[:, None]).float() * _MASKED)[:, None, None]
+
+
+class RMSNorm(nn.Module):
+    """`T5LayerNorm`, and Infinity's `FastRMSNorm`."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -68,7 +73,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.SelfAttention = _SelfAttention(config, has_bias)
-        self.layer_norm = _Norm(config.width, config.norm_eps)
+        self.layer_norm = RMSNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         hidden, own = self.layer_norm(x), self.SelfAttention
@@ -87,7 +92,7 @@ class _FeedForward(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.DenseReluDense = _Dense(config)
-        self.layer_norm = _Norm(config.width, config.norm_eps)
+        self.layer_norm = RMSNorm(config.width, config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, own = self.layer_norm(x), self.DenseReluDense
@@ -104,7 +109,7 @@ class _Stack(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.block = nn.ModuleList(_Block(config, i == 0) for i in range(config.depth))
-        self.final_layer_norm = _Norm(config.width, config.norm_eps)
+        self.final_layer_norm = RMSNorm(config.width, config.norm_eps)
 
 
 def _looking_around(config: T5Config) -> Tensor:
@@ -154,8 +159,7 @@ class T5Encoder(nn.Module):
         config = self.config
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # type: ignore[union-attr,index]
         bias = position_bias(dataclasses.replace(config, text_length=ids.shape[1]), table)
-        padding = torch.arange(ids.shape[1], device=ids.device) >= counts[:, None]
-        bias = bias + padding[:, None, None] * _MASKED  # [B, H, T, T]
+        bias = bias + text_mask(counts, ids.shape[1])  # [B, H, T, T]
         x = self.shared(ids)
         for block in self.encoder.block:
             attention, feed_forward = block.layer  # type: ignore[misc]

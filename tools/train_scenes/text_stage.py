@@ -28,8 +28,8 @@ from fastvar_trt.tools.scenes.world import (
     random_scene,
 )
 from fastvar_trt.tools.train_scenes.config import TextConfig, TransformerConfig, fingerprint
-from fastvar_trt.tools.train_scenes.text import T5Encoder, token_batch, word_tokenizer
-from fastvar_trt.tools.train_scenes.transformer import TextNorm, TextPool, text_mask
+from fastvar_trt.tools.train_scenes.text import RMSNorm, T5Encoder, text_mask, token_batch, word_tokenizer
+from fastvar_trt.tools.train_scenes.transformer import TextPool
 from fastvar_trt.tools.training import Stage
 
 _NONE = "none"
@@ -64,7 +64,7 @@ class TextReader(nn.Module):
     def __init__(self, text: T5Encoder, config: TransformerConfig) -> None:
         super().__init__()
         self.text = text
-        self.text_norm = TextNorm(config.sizes)
+        self.text_norm = RMSNorm(config.text.width, config.sizes.norm_eps)
         self.text_proj_for_sos = TextPool(config.sizes)
         self.answers = nn.Linear(config.width, sum(QUESTIONS))
         width = text.config.width

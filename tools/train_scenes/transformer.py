@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fastvar_trt.export.models.base import MAX_Q_SCALE
 from fastvar_trt.export.models.infinity.checkpoint import rope_tables
 from fastvar_trt.export.models.infinity.config import InfinityConfig
+from fastvar_trt.tools.train_demo.transformer import AdaLNBeforeHead, FeedForward
+from fastvar_trt.tools.train_scenes.text import RMSNorm, text_mask
 
-_MASKED = -3e4
 _JOINT_SCALES = 5  # the first, small ones share one attention with a mask
 
 
@@ -81,18 +82,6 @@ class _CrossAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
-class _FeedForward(nn.Module):
-    """`FFN`."""
-
-    def __init__(self, config: InfinityConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class _Block(nn.Module):
     """`CrossAttnBlock` with shared adaptive norms."""
 
@@ -102,7 +91,7 @@ class _Block(nn.Module):
         self.sa = _SelfAttention(config)
         self.ca = _CrossAttention(config)
         self.ca_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.ffn = _FeedForward(config)
+        self.ffn = FeedForward(config.width, config.mlp_width)
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
 
     def forward(
@@ -149,29 +138,6 @@ class TextPool(nn.Module):
 
     def forward(self, text: Tensor, mask: Tensor) -> Tensor:
         return self.ca(text, mask)
-
-
-class TextNorm(nn.Module):
-    """`FastRMSNorm`."""
-
-    def __init__(self, config: InfinityConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.text_width))
-        self.eps = config.norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-def text_mask(counts: Tensor, length: int) -> Tensor:
-    """What is added to scores: fp32 [B, 1, 1, T]."""
-    return ((torch.arange(length, device=counts.device) >= counts[:, None]).float() * _MASKED)[:, None, None]
-
-
-class _AdaLNBeforeHead(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,14 +195,14 @@ class Transformer(nn.Module):
         self.config = config
         self.pos_start = nn.Parameter(torch.zeros(1, 1, c))
         self.cfg_uncond = nn.Parameter(torch.randn(config.text_length, t) / t**0.5)
-        self.text_norm = TextNorm(config)
+        self.text_norm = RMSNorm(config.text_width, config.norm_eps)
         self.text_proj_for_sos = TextPool(config)
         self.text_proj_for_ca = nn.Sequential(nn.Linear(t, c), nn.GELU("tanh"), nn.Linear(c, c))
         self.lvl_embed = nn.Embedding(config.num_levels, c)
         self.word_embed = nn.Linear(config.bits, c)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(c, 6 * c))
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
-        self.head_nm = _AdaLNBeforeHead(c)
+        self.head_nm = AdaLNBeforeHead(c)
         self.head = nn.Linear(c, 2 * config.bits)
         self._ropes = [rope_tables(config, scale) for scale in range(len(config.schedule))]
         self._initialise()
