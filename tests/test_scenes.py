@@ -136,9 +136,10 @@ def test_positions_of_single_and_nearer_solids() -> None:
     read = read_picture(render(pair, (256, 256)))
     assert not problems(pair, read)
     between = Scene("sand", "day", tuple(Solid("cube", c, "matte", s, x=x, radius=0.78) for c, s, x in _THREE))
-    read = read_picture(render(dataclasses.replace(between, solids=tuple(_mirrored(between.solids))), (256, 256)))
-    assert problems(between, read) == ["position"]
-    assert all(compliance(between, read, sides_are_told=False).values())
+    turned = dataclasses.replace(between, solids=tuple(_mirrored(between.solids)))
+    read_turned = read_picture(render(turned, (256, 256)))
+    assert problems(between, read_turned) == ["position"]
+    assert all(compliance(between, read_turned, sides_are_told=False).values())
     assert not tells_sides("a red cube between a blue cube and a green cube on sand")
     behind = dataclasses.replace(pair, solids=(dataclasses.replace(far, is_in_front=True), near))
     assert problems(behind, read) == ["position"]
