@@ -7,9 +7,9 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastvar_trt.export.folders import new_folder
 from fastvar_trt.runtime.errors import BackendError, CheckpointError
+from fastvar_trt.tools.files import replacing
 
 _SAVE_EVERY_S = 60.0
 
@@ -90,11 +91,14 @@ def write_card(
     (folder / "README.md").write_text(text(card, sizes), encoding="utf-8")
 
 
-class Stage:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Stage(Generic[Model]):
     """A model in training: its state goes to a file every minute, and comes back from it."""
 
     def __init__(
-        self, name: str, model: nn.Module, lr: float, num_steps: int, config: Mapping[str, Any], folder: Path
+        self, name: str, model: Model, lr: float, num_steps: int, config: Mapping[str, Any], folder: Path
     ) -> None:
         self.name, self.model, self.num_steps = name, model, num_steps
         self.path = folder / f"{name}.pt"
@@ -145,22 +149,19 @@ class Stage:
 
     def save(self) -> None:
         """Write the state beside the old one, then replace it."""
-        partial = self.path.with_suffix(".partial")
-        torch.save(
-            {
-                "config": self._config,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "rng": json.dumps(self.rng.bit_generator.state),
-                "torch_rng": torch.get_rng_state(),
-                "step": self.step,
-                "seconds": self.seconds,
-                "losses": self.losses,
-                "extra": self.extra,
-            },
-            partial,
-        )
-        partial.replace(self.path)
+        state = {
+            "config": self._config,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": json.dumps(self.rng.bit_generator.state),
+            "torch_rng": torch.get_rng_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "extra": self.extra,
+        }
+        with replacing(self.path) as partial:
+            torch.save(state, partial)
 
     def steps(self, progress: Callable[[str, str, float], None]) -> Iterator[int]:
         """The steps that remain; the body computes the gradients, and this takes the step."""
@@ -188,6 +189,18 @@ class Stage:
             self.losses.setdefault(name, []).append(float(value.detach()))
 
 
+def training_record(stages: Sequence[Stage[Any]], last: int) -> dict[str, Any]:
+    """For a card: seconds of every stage, and its losses over so many steps at the end."""
+    return {
+        "training_s": {stage.name: round(stage.seconds) for stage in stages},
+        "final_losses": {
+            f"{stage.name}.{name}": round(float(np.mean(values[-last:])), 4)
+            for stage in stages
+            for name, values in stage.losses.items()
+        },
+    }
+
+
 def _schedule(step: int, num_steps: int) -> float:
     """Linear warm-up over 3 %, then a cosine down to 2 %."""
     warm_up = max(1, round(0.03 * num_steps))
@@ -198,9 +211,8 @@ def _schedule(step: int, num_steps: int) -> float:
 
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 where the device computes it; on other processors PyTorch's products take a hundred times as long."""
-    known: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # younger than the oldest release that is allowed
+    # The function is younger than the oldest release that is allowed.
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_fast = device.type != "cpu" or known.get("avx512_bf16", False) or known.get("amx_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(is_fast))
 

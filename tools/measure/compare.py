@@ -46,10 +46,12 @@ class Pictures:
         """The subjects, where they are classes."""
         return tuple(map(int, self.subjects))
 
-    def requests(self) -> list[dict[str, Any]]:
-        """Arguments of a `Request` for each."""
-        name = "label" if self.are_classes else "prompt"
-        return [{name: subject, "seed": seed} for subject, seed in zip(self.subjects, self.seeds, strict=True)]
+    def requests(self) -> list[Request]:
+        """One for each."""
+        return [
+            Request(label=subject, seed=seed) if isinstance(subject, int) else Request(prompt=subject, seed=seed)
+            for subject, seed in zip(self.subjects, self.seeds, strict=True)
+        ]
 
     def arguments(self) -> dict[str, Any]:
         """Those of `Pipeline.generate`."""
@@ -183,7 +185,7 @@ def take_turns(
         raise RequestError(f"batch sizes: the bundles have none in common ({sizes}); export with the same --batch")
     batch = max(common)
     for pipe in pipelines:  # an error before hours of work
-        pipe.check([Request(**values) for values in pictures.requests()])
+        pipe.check(pictures.requests())
     for pipe in pipelines:  # a first run is slower: buffers are touched for the first time
         pipe.generate(**pictures[:batch].arguments(), **options)
     for start in range(0, len(pictures), batch):

@@ -27,7 +27,6 @@ from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.plan import DENSE, PruningPlan, ResolvedPlan
-from fastvar_trt.runtime.request import Request
 from fastvar_trt.runtime.text import PromptTokenizer
 from fastvar_trt.tools.measure.compare import Comparison, Pictures, compare, draw_side_by_side, shared_sampling
 from fastvar_trt.tools.measure.quality import (
@@ -162,7 +161,7 @@ def check(bundle: Path, plans: Sequence[PruningPlan], pictures: Pictures) -> Non
     for plan in plans:
         plan.resolve(manifest.default.schedule, manifest.model.depth)
     with Pipeline.load(bundle, engines="off") as pipe:
-        pipe.check([Request(**values) for values in pictures.requests()])
+        pipe.check(pictures.requests())
 
 
 @torch.inference_mode()
@@ -171,17 +170,18 @@ def condition_inputs(model: NextScaleModel, tokenizer: PromptTokenizer, pictures
     if pictures.are_classes:
         return {names.LABELS: torch.tensor(pictures.labels)}
     length = model.model_spec().text_length
-    features, counts = [], []
-    for prompt in pictures.subjects:
+    encoded = {}
+    for prompt in dict.fromkeys(pictures.subjects):  # one prompt is drawn with many seeds
         ids = tokenizer.token_ids(str(prompt))
         padded = torch.zeros(1, length, dtype=torch.int64)
         padded[0, : len(ids)] = torch.tensor(ids)
-        encoded = model.encode_text({names.TOKEN_IDS: padded, names.TOKEN_COUNT: torch.tensor([len(ids)])})
-        features.append(encoded[names.ENCODED])
-        counts.append(len(ids))
+        count = torch.tensor([len(ids)])
+        features = model.encode_text({names.TOKEN_IDS: padded, names.TOKEN_COUNT: count})[names.ENCODED]
+        encoded[prompt] = (features, count)
+    all_features, counts = zip(*(encoded[prompt] for prompt in pictures.subjects), strict=True)
     return {
-        names.TEXT_FEATURES: torch.cat(features).repeat(2, 1, 1),
-        names.TEXT_LENGTHS: torch.tensor(counts).repeat(2),
+        names.TEXT_FEATURES: torch.cat(all_features).repeat(2, 1, 1),
+        names.TEXT_LENGTHS: torch.cat(counts).repeat(2),
         names.NEGATIVE: torch.zeros(len(pictures), dtype=torch.bool),
     }
 

@@ -169,7 +169,7 @@ def _solids(image: Array, ground: str, sky: str) -> list[Found]:
         top = slice(0, height // 4)
         mask[top] &= ~ndimage.binary_dilation(image[top].min(axis=-1) > 0.6, iterations=_SIDE // 14)
     mask = ndimage.binary_closing(ndimage.binary_opening(mask, iterations=2), iterations=4)  # gleams are no gaps
-    colours = _colour_map(image, sky)
+    colours, light = _colour_map(image, sky), image.mean(axis=-1)
     labels, count = ndimage.label(mask)
     found = []
     for label, box in zip(range(1, count + 1), ndimage.find_objects(labels), strict=True):
@@ -178,18 +178,10 @@ def _solids(image: Array, ground: str, sky: str) -> list[Found]:
         for part, colour in _split(labels[box] == label, colours[box]):
             if part.sum() < _MIN_AREA * _SIDE * _SIDE:
                 continue
-            rows_of, columns_of = (np.flatnonzero(part.any(axis=axis)) for axis in (1, 0))
-            top, bottom, left, right = rows_of[0], rows_of[-1] + 1, columns_of[0], columns_of[-1] + 1
             whole = np.zeros((height, width), bool)
             whole[box] = part
-            found.append(
-                Found(
-                    _shape_of(whole, image.mean(axis=-1)),
-                    list(COLOURS)[colour],
-                    (box[1].start + (left + right) / 2) / width,
-                    (box[0].start + bottom) / height,
-                )
-            )
+            _, bottom, middle = _extent(whole)
+            found.append(Found(_shape_of(whole, light), list(COLOURS)[colour], middle / width, bottom / height))
     return found
 
 
@@ -242,8 +234,7 @@ def _colour_map(image: Array, sky: str) -> NDArray[np.int64]:
 
 def _shape_of(mask: NDArray[np.bool_], light: Array) -> str:
     """From the silhouette; where it is cut off, and might be a cube's or a cylinder's, from how the light runs."""
-    rows_of, columns_of = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    box = slice(rows_of[0], rows_of[-1] + 1), slice(columns_of[0], columns_of[-1] + 1)
+    (box,) = ndimage.find_objects(mask.astype(int))
     widths = mask[box].sum(axis=1) / mask[box].sum(axis=1).max()
     height = len(widths)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from safetensors.torch import save_file
 
 from fastvar_trt.export.models.var.source import VARSource
@@ -20,7 +19,18 @@ from fastvar_trt.tools.train_demo.training import (
     train_transformer,
     train_vqvae,
 )
-from fastvar_trt.tools.training import Stage, check_absent, half, make_work_dir, new_checkpoint, open_device, write_card
+from fastvar_trt.tools.train_demo.transformer import Transformer
+from fastvar_trt.tools.train_demo.vqvae import VQVAE
+from fastvar_trt.tools.training import (
+    Stage,
+    check_absent,
+    half,
+    make_work_dir,
+    new_checkpoint,
+    open_device,
+    training_record,
+    write_card,
+)
 
 _DEFAULTS = TrainingConfig()
 
@@ -67,12 +77,14 @@ def main(
     make_work_dir(work_dir)
     with progress_bars() as progress:
         vqvae = train_vqvae(config, images, work_dir, place, progress)
-        transformer = train_transformer(config, images, vqvae.model, work_dir, place, progress)  # type: ignore[arg-type]
+        transformer = train_transformer(config, images, vqvae.model, work_dir, place, progress)
     write_checkpoint(out, config, vqvae, transformer, device)
     click.echo(f"{out}: the trained checkpoint")
 
 
-def write_checkpoint(out: Path, config: TrainingConfig, vqvae: Stage, transformer: Stage, device: str) -> None:
+def write_checkpoint(
+    out: Path, config: TrainingConfig, vqvae: Stage[VQVAE], transformer: Stage[Transformer], device: str
+) -> None:
     """The two official-format files in fp16, and what is known of them, into a new folder."""
     state, vae_state = half(transformer.model.state_dict()), half(vqvae.model.state_dict())
     VARSource.from_state(state, vae_state)  # the exporter's own check of keys and shapes
@@ -80,12 +92,7 @@ def write_checkpoint(out: Path, config: TrainingConfig, vqvae: Stage, transforme
         "classes": [dataclasses.asdict(p) for p in PHOTOGRAPHS],
         "config": dataclasses.asdict(config),
         "device": device,
-        "training_s": {stage.name: round(stage.seconds) for stage in (vqvae, transformer)},
-        "final_losses": {
-            f"{stage.name}.{name}": round(float(np.mean(values[-50:])), 4)
-            for stage in (vqvae, transformer)
-            for name, values in stage.losses.items()
-        },
+        **training_record((vqvae, transformer), 50),
     }
     with new_checkpoint(out) as folder:
         save_file(state, folder / "var.safetensors")

@@ -113,7 +113,7 @@ def train_vqvae(
     folder: Path,
     device: torch.device,
     progress: Callable[[str, str, float], None],
-) -> Stage:
+) -> Stage[VQVAE]:
     """Stage 1: reconstruct random crops through the quantizer."""
     torch.manual_seed(config.seed)
     model = VQVAE(config.vqvae, config.patch_nums).to(device)
@@ -178,7 +178,7 @@ def train_transformer(
     folder: Path,
     device: torch.device,
     progress: Callable[[str, str, float], None],
-) -> Stage:
+) -> Stage[Transformer]:
     """Stage 2: predict the tokens of every scale from the scales before."""
     labels, tokens = tokenize(config, photographs, vqvae, device)
     targets = torch.cat(tokens, dim=1)  # [N, L]

@@ -6,6 +6,8 @@ compute the same, one scale at a time.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,24 +17,31 @@ from fastvar_trt.export.models.var.config import VARConfig
 from fastvar_trt.tools.train_demo.vqvae import Quantizer
 
 
-class Attention(nn.Module):
-    """`SelfAttention` with L2-normalised queries and keys."""
+class HeadProjections(nn.Module):
+    """The projections of `SelfAttention` with L2-normalised queries and keys, of VAR and of Infinity."""
 
-    def __init__(self, config: VARConfig) -> None:
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        c = config.width
-        self.num_heads = config.num_heads
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.num_heads, 1, 1), 4.0).log())
-        self.mat_qkv = nn.Linear(c, 3 * c, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(c)), nn.Parameter(torch.zeros(c))
-        self.proj = nn.Linear(c, c)
+        self.num_heads = num_heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), 4.0).log())
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, C] -> queries, which carry the learnt scale, keys and values [B, H, L, D]."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, L, D]
-        scale = self.scale_mul_1H11.clamp_max(torch.tensor(MAX_Q_SCALE).log().item()).exp()
-        q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        scale = self.scale_mul_1H11.clamp_max(math.log(MAX_Q_SCALE)).exp()
+        return F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v
+
+
+class Attention(HeadProjections):
+    """`SelfAttention` of all scales at once."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.project(x)
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1.0)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -55,7 +64,7 @@ class Block(nn.Module):
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         self.width = config.width
-        self.attn = Attention(config)
+        self.attn = Attention(config.width, config.num_heads)
         self.ffn = FeedForward(config.width, config.mlp_width)
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
 

@@ -8,19 +8,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from fastvar_trt.export.models.decoder import Decoder
 from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.tools.cli.command import ErrorCommand, examples, progress_bars
+from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder
 from fastvar_trt.tools.train_scenes.config import ROPE_SPAN, SCHEDULE, SIZES, SceneTraining
 from fastvar_trt.tools.train_scenes.text import write_text_encoder
-from fastvar_trt.tools.train_scenes.text_stage import captions_tokenizer, train_text
+from fastvar_trt.tools.train_scenes.text_stage import TextReader, captions_tokenizer, train_text
+from fastvar_trt.tools.train_scenes.transformer import Transformer
 from fastvar_trt.tools.train_scenes.transformer_stage import train_transformer
 from fastvar_trt.tools.train_scenes.vae_stages import train_bits, train_decoder
-from fastvar_trt.tools.training import Stage, check_absent, half, make_work_dir, new_checkpoint, open_device, write_card
+from fastvar_trt.tools.training import (
+    Stage,
+    check_absent,
+    half,
+    make_work_dir,
+    new_checkpoint,
+    open_device,
+    training_record,
+    write_card,
+)
 
 CHECKPOINT, VAE, TEXT_ENCODER = "infinity.safetensors", "vae.safetensors", "t5"
 
@@ -55,18 +66,18 @@ def train(config: SceneTraining, folder: Path, device: torch.device, progress: P
     bits = train_bits(config.transformer.bits, folder, device, progress, processes)
     text = train_text(config.transformer, folder, device, progress)
     encoder = bits.model.encoder
-    transformer = train_transformer(config.transformer, encoder, text.model, folder, device, progress)  # type: ignore[arg-type]
-    decoder = train_decoder(config.decoder, encoder, folder, device, progress, processes)  # type: ignore[arg-type]
+    transformer = train_transformer(config.transformer, encoder, text.model, folder, device, progress)
+    decoder = train_decoder(config.decoder, encoder, folder, device, progress, processes)
     return Stages(bits, text, transformer, decoder)
 
 
 class Stages(NamedTuple):
     """In the order in which they are trained."""
 
-    bits: Stage
-    text: Stage
-    transformer: Stage
-    decoder: Stage
+    bits: Stage[BitAutoEncoder]
+    text: Stage[TextReader]
+    transformer: Stage[Transformer]
+    decoder: Stage[Decoder]
 
 
 def write_checkpoint(out: Path, config: SceneTraining, stages: Stages, device: str) -> None:
@@ -79,24 +90,19 @@ def write_checkpoint(out: Path, config: SceneTraining, stages: Stages, device: s
     vae_state = {
         f"{part}.{name}": value
         for part, module in (("encoder", bits.model.encoder), ("decoder", decoder.model))
-        for name, value in half(module.state_dict()).items()  # type: ignore[union-attr]
+        for name, value in half(module.state_dict()).items()
     }
     InfinitySource.from_state(state, vae_state, SCHEDULE, ROPE_SPAN)  # the exporter's own check of keys and shapes
     card = {
         "config": dataclasses.asdict(config),
         "device": device,
-        "training_s": {stage.name: round(stage.seconds) for stage in stages},
         "steps": {stage.name: stage.step for stage in stages},
-        "final_losses": {
-            f"{stage.name}.{name}": round(float(np.mean(values[-100:])), 4)
-            for stage in stages
-            for name, values in stage.losses.items()
-        },
+        **training_record(stages, 100),
     }
     with new_checkpoint(out) as folder:
         save_file(state, folder / CHECKPOINT)
         save_file(vae_state, folder / VAE)
-        write_text_encoder(folder / TEXT_ENCODER, text.model.text, captions_tokenizer(config.transformer.text))  # type: ignore[arg-type]
+        write_text_encoder(folder / TEXT_ENCODER, text.model.text, captions_tokenizer(config.transformer.text))
         write_card(folder, card, card_text)
 
 

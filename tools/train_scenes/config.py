@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,6 +16,15 @@ from fastvar_trt.export.models.t5 import T5Config
 
 SCHEDULE, ROPE_SPAN = schedule("1M", 1.0)
 SIDE = 16 * SCHEDULE[-1][0]  # pixels
+
+
+Part = TypeVar("Part", bound=tuple[Any, ...])
+
+
+def part_at(step: int, parts: Sequence[Part]) -> Part:
+    """The part of a training that a step is in; each begins with how many steps it has."""
+    ends = np.cumsum([part[0] for part in parts])
+    return parts[int(np.searchsorted(ends, step, side="right"))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +140,7 @@ class TransformerConfig:
 
     def view(self, step: int, rng: np.random.Generator) -> View:
         """A view for a step."""
-        ends = np.cumsum([steps for steps, _ in self.parts])
-        _, shares = self.parts[int(np.searchsorted(ends, step, side="right"))]
+        _, shares = part_at(step, self.parts)
         return self.views[int(rng.choice(len(self.views), p=shares))]
 
     @property

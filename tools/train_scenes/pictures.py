@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.tools.files import replacing
 from fastvar_trt.tools.scenes.renderer import render, silhouette
 from fastvar_trt.tools.scenes.world import Scene, random_scene
 
@@ -77,10 +77,8 @@ class PicturePool:
 
     def _render_one(self, index: int) -> None:
         picture = render(self.scene(index), (self.side, self.side), samples=self.samples)
-        partial = self._path(index).with_suffix(".partial")
-        with partial.open("wb") as file:
+        with replacing(self._path(index)) as partial, partial.open("wb") as file:
             np.save(file, picture)
-        partial.replace(self._path(index))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index}.npy"
@@ -113,14 +111,6 @@ class PicturePool:
             pictures.append(self.load(index)[:, flip])
             solids.append(silhouette(self.scene(index), (self.side // 8, self.side // 8))[:, flip])
         return np.stack(pictures), np.stack(solids)
-
-
-def batches(count: int, size: int) -> Iterator[range]:
-    """Consecutive indices."""
-    for start in itertools.count(0, size):
-        if start >= count:
-            return
-        yield range(start, min(start + size, count))
 
 
 def to_tensor(pictures: NDArray[np.uint8], device: torch.device) -> Tensor:

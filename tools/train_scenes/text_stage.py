@@ -93,7 +93,7 @@ def captions_tokenizer(config: TextConfig) -> Tokenizer:
     return word_tokenizer(caption(random_scene(rng, held_out=None), rng) for _ in range(4000))
 
 
-def train_text(config: TransformerConfig, folder: Path, device: torch.device, progress: Progress) -> Stage:
+def train_text(config: TransformerConfig, folder: Path, device: torch.device, progress: Progress) -> Stage[TextReader]:
     """Answer every question from the caption."""
     text = config.text
     tokenizer = captions_tokenizer(text)

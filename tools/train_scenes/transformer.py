@@ -7,40 +7,26 @@ compute the same, one scale at a time.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.base import MAX_Q_SCALE
 from fastvar_trt.export.models.infinity.checkpoint import rope_tables
 from fastvar_trt.export.models.infinity.config import InfinityConfig
-from fastvar_trt.tools.train_demo.transformer import AdaLNBeforeHead, FeedForward
+from fastvar_trt.tools.train_demo.transformer import AdaLNBeforeHead, FeedForward, HeadProjections
 from fastvar_trt.tools.train_scenes.text import RMSNorm, text_mask
 
 _JOINT_SCALES = 5  # the first, small ones share one attention with a mask
 
 
-class _SelfAttention(nn.Module):
-    """`SelfAttention` with L2-normalised queries and keys."""
-
-    def __init__(self, config: InfinityConfig) -> None:
-        super().__init__()
-        c = config.width
-        self.num_heads = config.num_heads
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.num_heads, 1, 1), 4.0).log())
-        self.mat_qkv = nn.Linear(c, 3 * c, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(c)), nn.Parameter(torch.zeros(c))
-        self.proj = nn.Linear(c, c)
+class _SelfAttention(HeadProjections):
+    """`SelfAttention` with rotary positions, scale by scale."""
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], groups: Sequence[Group]) -> Tensor:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, L, D]
-        scale = self.scale_mul_1H11.clamp_max(math.log(MAX_Q_SCALE)).exp()
-        q, k = rotated(F.normalize(q, dim=-1) * scale, rope), rotated(F.normalize(k, dim=-1), rope)
+        q, k, v = self.project(x)
+        q, k = rotated(q, rope), rotated(k, rope)
         parts = [
             F.scaled_dot_product_attention(
                 q[:, :, group.start : group.end],
@@ -88,7 +74,7 @@ class _Block(nn.Module):
     def __init__(self, config: InfinityConfig) -> None:
         super().__init__()
         self.width, self.eps = config.width, config.norm_eps
-        self.sa = _SelfAttention(config)
+        self.sa = _SelfAttention(config.width, config.num_heads)
         self.ca = _CrossAttention(config)
         self.ca_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.ffn = FeedForward(config.width, config.mlp_width)

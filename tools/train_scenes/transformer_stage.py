@@ -19,10 +19,9 @@ from fastvar_trt.tools.train_scenes.config import (
     SCHEDULE,
     BitsConfig,
     TransformerConfig,
-    View,
     fingerprint,
 )
-from fastvar_trt.tools.train_scenes.pictures import batches, to_tensor
+from fastvar_trt.tools.train_scenes.pictures import to_tensor
 from fastvar_trt.tools.train_scenes.text import token_batch
 from fastvar_trt.tools.train_scenes.text_stage import TextReader, captions_tokenizer
 from fastvar_trt.tools.train_scenes.transformer import Tokens, Transformer, window
@@ -45,19 +44,12 @@ def encoded(config: BitsConfig, encoder: Encoder, folder: Path, device: torch.de
         except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(f"{path}: is damaged ({error}); remove it, and it is computed again") from error
     features = np.empty(shape, np.float16)
-    for part in batches(pool.count, 4):
-        pictures = to_tensor(np.stack([pool.load(i) for i in part]), device)
-        features[part.start : part.stop] = encoder(pictures).cpu().numpy()
-        progress("transformer", "encoding", part.stop / pool.count)
+    for index in range(pool.count):
+        features[index] = encoder(to_tensor(pool.load(index)[None], device))[0].cpu().numpy()
+        progress("transformer", "encoding", (index + 1) / pool.count)
     with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, features)
     return torch.from_numpy(features)
-
-
-def view_tokens(view: View, place: tuple[float, float]) -> Tokens:
-    """Which tokens of the schedule a view computes."""
-    schedule = SCHEDULE[: view.num_scales]
-    return window(schedule, view.num_whole, view.share, place)
 
 
 def train_transformer(
@@ -67,7 +59,7 @@ def train_transformer(
     folder: Path,
     device: torch.device,
     progress: Progress,
-) -> Stage:
+) -> Stage[Transformer]:
     """Predict the bits of every scale from the scales before."""
     features = encoded(config.bits, encoder, folder, device, progress)
     pool = half_pool(config.bits, folder)
@@ -90,7 +82,8 @@ def train_transformer(
         text, counts, dropped = text_batch(config, tokenizer, reader, captions, stage.rng, device)
         flips = torch.from_numpy(stage.rng.random((view.batch, 1, 1, 1), np.float32) * config.flips).to(device)
         pyramid = quantize(features[rows].to(device).float(), SCHEDULE, flips, view.num_scales)
-        tokens = view_tokens(view, (stage.rng.random(), stage.rng.random()))
+        place = (stage.rng.random(), stage.rng.random())
+        tokens = window(SCHEDULE[: view.num_scales], view.num_whole, view.share, place)
         with autocast(device):
             logits = model(text, counts, dropped, pyramid.inputs, tokens)
         losses = scale_losses([own.float() for own in logits], pyramid.bits, tokens)
@@ -103,7 +96,7 @@ def train_transformer(
 
 
 @torch.no_grad()
-def average(stage: Stage, model: Transformer, decay: float, step: int) -> None:
+def average(stage: Stage[Transformer], model: Transformer, decay: float, step: int) -> None:
     """Move the averaged weights, which are those that are shipped, towards the trained ones: before every step."""
     share = 1 - min(decay, (step + 1) / (step + 10))
     for name, parameter in model.named_parameters():

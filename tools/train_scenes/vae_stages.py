@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvar_trt.export.models.decoder import Decoder, ResnetBlock, UpLevel, Upsample2x
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder, Encoder, quantize
-from fastvar_trt.tools.train_scenes.config import SCHEDULE, SIDE, BitsConfig, DecoderConfig, fingerprint
+from fastvar_trt.tools.train_scenes.config import SCHEDULE, SIDE, BitsConfig, DecoderConfig, fingerprint, part_at
 from fastvar_trt.tools.train_scenes.pictures import PicturePool, to_tensor
 from fastvar_trt.tools.training import Stage, autocast, differences
 
@@ -66,7 +66,9 @@ def _num_skipped(rng: np.random.Generator, share: float) -> int:
     return int(rng.integers(1, 3)) if rng.random() < share else 0
 
 
-def train_bits(config: BitsConfig, folder: Path, device: torch.device, progress: Progress, processes: int) -> Stage:
+def train_bits(
+    config: BitsConfig, folder: Path, device: torch.device, progress: Progress, processes: int
+) -> Stage[BitAutoEncoder]:
     """Reconstruct pictures through the pyramid of bits, with the light decoder."""
     pool = half_pool(config, folder)
     pool.render(lambda share: progress("bits", "rendering", share), processes)
@@ -89,7 +91,7 @@ def train_bits(config: BitsConfig, folder: Path, device: torch.device, progress:
 
 def train_decoder(
     config: DecoderConfig, encoder: Encoder, folder: Path, device: torch.device, progress: Progress, processes: int
-) -> Stage:
+) -> Stage[Decoder]:
     """Draw pictures from their bits, with Infinity's decoder."""
     half, full = half_pool(config.bits, folder), full_pool(config, folder)
     if any(finest == 0 for _, _, finest in config.phases):
@@ -99,10 +101,10 @@ def train_decoder(
     model = Decoder(sizes.code_bits, sizes.level_channels, sizes.num_blocks, attention=False).to(device)
     begin_as_identity(model, config.phases[0][2])
     pair_channels(model, config.phases[0][2])
-    ends = np.cumsum([steps for steps, _, _ in config.phases])
-    stage = Stage("decoder", model, config.lr, int(ends[-1]), fingerprint(config, encoder), folder)
+    num_steps = sum(steps for steps, _, _ in config.phases)
+    stage = Stage("decoder", model, config.lr, num_steps, fingerprint(config, encoder), folder)
     for step in stage.steps(progress):
-        _, batch, finest = config.phases[int(np.searchsorted(ends, step, side="right"))]
+        _, batch, finest = part_at(step, config.phases)
         pixels, masks = (full if finest == 0 else half).draw(stage.rng, batch)
         pictures, solids = to_tensor(pixels, device), torch.from_numpy(masks).to(device)
         skipped = _num_skipped(stage.rng, config.bits.truncate)
@@ -139,11 +141,12 @@ def begin_as_identity(model: Decoder, finest: int) -> None:
         assert isinstance(part, UpLevel)
         if level < finest:
             for block in part.block:
-                block.conv2.weight.zero_()  # type: ignore[union-attr,operator]
-                block.conv2.bias.zero_()  # type: ignore[union-attr,operator]
+                assert isinstance(block, ResnetBlock)
+                for parameter in block.conv2.parameters():
+                    parameter.zero_()
         if isinstance(part.upsample, Upsample2x):
-            part.upsample.conv.weight.zero_()
-            part.upsample.conv.bias.zero_()  # type: ignore[union-attr]
+            for parameter in part.upsample.conv.parameters():
+                parameter.zero_()
             nn.init.dirac_(part.upsample.conv.weight)
 
 
