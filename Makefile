@@ -43,7 +43,7 @@ $(DEMO): pyproject.toml
 	touch $@
 
 $(INSTALLED): $(DEMO)
-	$(PIP) install -e '.[export,cpu,text,quality,serve,train,dev]'
+	$(PIP) install -e '.[export,cpu,text,quality,serve,dev]'
 # Without the package that they describe, which comes from NVIDIA's index.
 	$(PIP) install --no-deps tensorrt-stubs
 	touch $@

@@ -52,7 +52,7 @@ TINY_PLAN = PruningPlan("tiny", fractions=((-1, 0.5),), cache_scale=-2, first_la
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first: what is left at the end, workers can share."""
-    items.sort(key=lambda item: item.path.name not in ("test_golden.py", "test_demo_model.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_golden.py", "test_scene_model.py"))
 
 
 class Golden:

@@ -24,10 +24,10 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from conftest import tiny_states
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.folders import replace_folder, temporary_folder
-from fastvar_trt.export.models.registry import load_plan
-from fastvar_trt.export.models.var.demo import demo_source
+from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import ImageRequest, Pipeline, RequestError, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileSpec
 from fastvar_trt.serving.http.app import create_app
@@ -248,8 +248,9 @@ with Pipeline.load(sys.argv[1]) as pipe, Service(pipe, max_wait_s=0) as service:
 
 
 def test_no_memory_for_the_activations(export_once: Export, tmp_path: Path) -> None:
-    """A real one: the process may not grow. The demo model's decoder wants more than is left."""
-    bundle, _ = export_once("demo", demo_source(), ExportOptions(plan=load_plan("fastvar-demo")))
+    """A real one: the process may not grow. The decoder of 256x256 pixels wants more than is left."""
+    source = VARSource.from_state(*tiny_states(patch_nums=(1, 4, 16), vae_channels=64))
+    bundle, _ = export_once("large_pictures", source, ExportOptions())
     command = [sys.executable, "-c", _OUT_OF_MEMORY, str(bundle), str(tmp_path / "image.npy")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -275,7 +276,7 @@ def test_an_export_that_is_killed_leaves_the_old_bundle(tiny_bundle: Path, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
-def test_no_memory_grows_over_five_hundred_requests(tiny_bundle: Path) -> None:
+def test_no_memory_grows_over_requests(tiny_bundle: Path) -> None:
     """Pictures, previews, refused requests and abandoned ones in turn; all threads of this process are counted."""
     process = psutil.Process()
     with Pipeline.load(tiny_bundle) as pipe, Service(pipe, max_wait_s=0) as service:
@@ -292,11 +293,15 @@ def test_no_memory_grows_over_five_hundred_requests(tiny_bundle: Path) -> None:
                     assert len(previews) == len(scales)
 
         run(60)
-        before, threads = process.memory_info().rss, process.num_threads()
-        run(500)
+        threads = process.num_threads()
+        growths: list[float] = []
+        for _ in range(3):
+            before = process.memory_info().rss
+            run(200)
+            growths.append((process.memory_info().rss - before) / 2**20)
         assert service.drain(60)
-        growth = process.memory_info().rss - before
         metrics = service.metrics()
     assert process.num_threads() <= threads
-    assert metrics.completed + metrics.cancelled == 560
-    assert growth < 6 << 20, f"{growth / 2**20:.1f} MiB"
+    assert metrics.completed + metrics.cancelled == 60 + 3 * 200
+    # What leaks grows every time; an allocator's heaps grow once in a while.
+    assert min(growths) < 3, f"{growths} MiB"

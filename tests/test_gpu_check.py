@@ -78,13 +78,13 @@ def test_sections_run_in_processes_of_their_own() -> None:
 
 
 def test_models_and_sizes_are_checked(tmp_path: Path) -> None:
-    refused = run("--model", "demo,dall-e", "--out", str(tmp_path))
-    assert refused.exit_code == 2 and "got 'dall-e', expected one or more of demo, var-d16" in refused.output
+    refused = run("--model", "scenes,dall-e", "--out", str(tmp_path))
+    assert refused.exit_code == 2 and "got 'dall-e', expected one or more of scenes, var-d16" in refused.output
     refused = run("--model", "var-d16,infinity-2b", "--size", "1M,3K", "--out", str(tmp_path))
     assert refused.exit_code == 2 and "--size: got '3K'" in refused.output
     assert cli._models("infinity-2b, var-d16", "1M, 2K") == {"var-d16": ["256"], "infinity-2b": ["1M", "2K"]}
     assert cli._models("var-d36", None) == {"var-d36": ["512"]}
-    assert next(iter(MODELS)) == "demo" and {"infinity-2b", "var-d36"} < set(MODELS)
+    assert next(iter(MODELS)) == "scenes" and {"infinity-2b", "var-d36"} < set(MODELS)
 
 
 class FakeKernels:
@@ -186,10 +186,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 
 
 def test_it_runs_through_on_stand_ins(gpu: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two small models in place of the demo and a big one, in fp32, since the stand-ins compute on the CPU."""
+    """Two small models in place of the scene model and a big one, in fp32, since the stand-ins compute on the CPU."""
     small = VARSource.from_state(*tiny_states(patch_nums=(1, 3, 5)))
     models = {
-        "demo": CheckedModel("demo", ("80",), lambda _: small, lambda _: TINY_PLAN, "fp32", compares=True),
+        "scenes": CheckedModel("scenes", ("80",), lambda _: small, lambda _: TINY_PLAN, "fp32", compares=True),
         "big": CheckedModel(
             "big", ("s",), lambda _: tiny_infinity(((1, 1), (2, 3), (4, 5))), lambda _: INFINITY_PLAN, "fp32"
         ),
@@ -198,25 +198,25 @@ def test_it_runs_through_on_stand_ins(gpu: FakeCuda, tmp_path: Path, monkeypatch
     monkeypatch.setattr(cli, "_ROUNDS", 2)
     monkeypatch.setattr(speed, "_WARM_UPS", 0)
     out = tmp_path / "out"
-    done = run("--model", "big,demo", "--runs", "1", "--out", str(out))
+    done = run("--model", "big,scenes", "--runs", "1", "--out", str(out))
     assert done.exit_code == 0, done.output
     sections = sections_of(out)
     kernels = sections["CUDA kernels against the oracle"]["results"]
     assert len(kernels) == 15 and all(row["ok"] and row["indices equal"] == 1 for row in kernels)
     for backend in ("onnxruntime, cuda", "tensorrt_rtx"):
         for label in ("pruned", "dense"):
-            rows = sections[f"{backend}, demo_80_{label}, against PyTorch and the CPU"]["results"]
+            rows = sections[f"{backend}, scenes_80_{label}, against PyTorch and the CPU"]["results"]
             assert [row["captured"] for row in rows] == ["no", "yes"]
             for row in rows:
                 assert row["ok"] and row["verify"] == "holds" and row["tokens, second run"] == "the same"
                 assert row["logits off, of the largest"] < 1e-4 and row["device MiB"] > 0
-    assert sections["tensorrt, current, demo_80_dense, built"]["skipped"] == "tensorrt is not installed"
+    assert sections["tensorrt, current, scenes_80_dense, built"]["skipped"] == "tensorrt is not installed"
     for backend in ("onnxruntime", "tensorrt_rtx"):
         rows = sections[f"{backend}, big_s_pruned, against PyTorch"]["results"]
         assert [row["step"] for row in rows] == [0, 1, 2]
         assert all(row["ok"] and row["of the largest"] < 1e-4 and row["tokens equal"] == 1.0 for row in rows)
-    assert [name for name in sections if name.startswith("Speed")] == ["Speed of demo 80", "Speed of big s"]
-    for name in ("demo 80", "big s"):
+    assert [name for name in sections if name.startswith("Speed")] == ["Speed of scenes 80", "Speed of big s"]
+    for name in ("scenes 80", "big s"):
         rows = {row["variant"]: row for row in sections[f"Speed of {name}"]["results"]}
         ours = [
             f"{b}{c}, {p}"

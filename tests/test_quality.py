@@ -17,7 +17,7 @@ from conftest import TINY_PLAN
 from fastvar_trt.export.exporter import ExportOptions, export_again
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import Pipeline, read_manifest
-from fastvar_trt.runtime.errors import CheckpointError, RequestError
+from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli import main
@@ -25,8 +25,9 @@ from fastvar_trt.tools.measure import tune
 from fastvar_trt.tools.measure.compare import Pictures, compare, draw_side_by_side
 from fastvar_trt.tools.measure.quality import image_metrics, mean_metrics, nearest_distances, reference_metrics
 from fastvar_trt.tools.measure.work import chain_multiply_adds, step_multiply_adds
+from fastvar_trt.tools.scenes.renderer import render
+from fastvar_trt.tools.scenes.world import random_scene
 from fastvar_trt.tools.sheets import contact_sheet, error_map
-from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs
 
 PICTURES = Pictures((1, 2, 3), (0, 1, 2))
 
@@ -53,7 +54,7 @@ def test_equal_images(rng: np.random.Generator) -> None:
 
 
 def test_metrics_fall_with_noise(rng: np.random.Generator) -> None:
-    clean = np.asarray(load_photographs()[1].resize((128, 128)))
+    clean = render(random_scene(rng), (128, 128))
     results = []
     for sigma in (4.0, 16.0, 64.0):
         noisy = np.clip(clean + rng.normal(0, sigma, clean.shape), 0, 255).astype(np.uint8)
@@ -211,11 +212,3 @@ def test_tune_command(tiny_bundle: Path, tmp_path: Path) -> None:
     strict = CliRunner().invoke(main, [*arguments, "--first-layers", "0", "--min-ssim", "1"])
     assert strict.exit_code == 1 and "--min-ssim" in strict.output
     assert not (tmp_path / "tuned" / "plan.json").exists()
-
-
-def test_photographs_are_named_when_missing(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"astronaut\.png: cannot be read"):
-        load_photographs(tmp_path)
-    (tmp_path / PHOTOGRAPHS[0].file).write_bytes(b"not a picture")
-    with pytest.raises(CheckpointError, match=r"astronaut\.png: cannot be read"):
-        load_photographs(tmp_path)

@@ -10,7 +10,6 @@ from fastvar_trt.export.build.registry import build_targets
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.infinity.family import SCENE_FOLDER, load_scenes
 from fastvar_trt.export.models.registry import load_plan
-from fastvar_trt.export.models.var.demo import DEMO_FOLDER
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.tools.scenes.checker import read_picture
 
@@ -21,8 +20,7 @@ def test_the_card_says_what_the_files_are() -> None:
     assert (source.config.depth, source.config.width) == (transformer["depth"], transformer["width"])
     assert source.config.bits == transformer["bits"]["code_bits"] and len(source.config.schedule) == 13
     assert source.text is not None and source.text.config.text_length == transformer["text"]["text_length"]
-    shipped = [path for folder in (SCENE_FOLDER, DEMO_FOLDER) for path in folder.rglob("*.safetensors")]
-    assert sum(path.stat().st_size for path in shipped) < 45e6
+    assert sum(path.stat().st_size for path in SCENE_FOLDER.rglob("*.safetensors")) < 30e6
 
 
 def test_it_draws_what_it_is_asked_for(export_once: Callable[..., tuple[Path, ExportReport]]) -> None:

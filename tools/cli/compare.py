@@ -57,7 +57,7 @@ def compare(
     prompts: tuple[str, ...],
     seeds: int,
     cfg: float | None,
-    references: str | None,
+    references: Path | None,
     greedy: bool,
     out: Path | None,
     json_file: Path | None,

@@ -15,8 +15,6 @@ from fastvar_trt.runtime.manifest import Condition, Manifest
 from fastvar_trt.tools.measure.compare import Pictures
 
 _FEW_CLASSES = 16  # all of them are drawn where nothing else is asked for
-_PHOTOGRAPHS = "photographs"
-_CROPS_PER_CLASS = 32
 _IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -25,8 +23,8 @@ def request_options(command: Any) -> Any:
     for option in (
         click.option(
             "--references",
-            help="Photographs of the classes: a folder with one sub-folder per class index, or `photographs` for those "
-            "of the demo model.",
+            type=click.Path(path_type=Path),
+            help="Photographs of the classes: a folder with one sub-folder per class index.",
         ),
         click.option("--cfg", type=float, help="Guidance scale; default: the bundle's."),
         click.option(
@@ -85,7 +83,7 @@ def _with_seeds(subjects: tuple[Any, ...], num_seeds: int) -> Pictures:
     return Pictures(repeated, tuple(range(num_seeds)) * len(subjects))
 
 
-def references_of(source: str | None, pictures: Pictures, manifest: Manifest) -> dict[int, NDArray[Any]] | None:
+def references_of(source: Path | None, pictures: Pictures, manifest: Manifest) -> dict[int, NDArray[Any]] | None:
     """Photographs of every class that is drawn; None without a source.
 
     Raises:
@@ -98,30 +96,20 @@ def references_of(source: str | None, pictures: Pictures, manifest: Manifest) ->
     return load_references(source, list(pictures.labels), manifest.default.image_width)
 
 
-def load_references(source: str, labels: list[int], side: int) -> dict[int, NDArray[Any]]:
+def load_references(source: Path, labels: list[int], side: int) -> dict[int, NDArray[Any]]:
     """Photographs of each class, uint8 [M, side, side, 3].
 
     Args:
-        source: a folder with one sub-folder per class index, or `photographs`.
+        source: a folder with one sub-folder per class index.
         labels: the classes that are needed.
         side: pixels; the middle square of every photograph is scaled to it.
 
     Raises:
         RequestError: a class without a readable photograph.
     """
-    if source == _PHOTOGRAPHS:
-        from fastvar_trt.tools.train_demo.photographs import PHOTOGRAPHS, load_photographs, random_crop
-
-        if max(labels) >= len(PHOTOGRAPHS):
-            raise RequestError(f"--references {source}: has classes 0 to {len(PHOTOGRAPHS) - 1}, got {max(labels)}")
-        rng = np.random.default_rng(0)
-        return {
-            label: np.stack([random_crop(image, side, rng) for _ in range(_CROPS_PER_CLASS)])
-            for label, image in enumerate(load_photographs())
-        }
     references = {}
     for label in dict.fromkeys(labels):
-        folder = Path(source) / str(label)
+        folder = source / str(label)
         files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _IMAGE_FILES) if folder.is_dir() else []
         if not files:
             raise RequestError(f"--references {folder}: no PNG, JPEG or WebP files there; give some of every class")

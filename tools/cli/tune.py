@@ -24,7 +24,7 @@ _FILES = ("tune.json", "front.png", "plan.json")
 @click.command(
     cls=ErrorCommand,
     epilog=examples(
-        "fastvar tune out/demo --references photographs --out out/tune",
+        "fastvar tune out/demo_dense --prompt 'two red cubes on snow' --plan fastvar-infinity --out out/tune",
         "fastvar tune out/d16 --class 207 --class 88 --fractions 0.4,0.5 --fractions 0.5,0.75 --out out/tune",
     ),
 )
@@ -55,7 +55,7 @@ def tune(
     prompts: tuple[str, ...],
     seeds: int,
     cfg: float | None,
-    references: str | None,
+    references: Path | None,
     out: Path,
     fractions: tuple[tuple[float, ...], ...],
     cache_scales: tuple[int, ...],

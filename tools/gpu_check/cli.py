@@ -29,7 +29,7 @@ from fastvar_trt.tools.gpu_check.report import FILES, plot, write_report
 from fastvar_trt.tools.gpu_check.sections import Results, Section, run_section
 from fastvar_trt.tools.gpu_check.speed import summary, time_variant, variants_of
 
-_DEMO = next(iter(MODELS))
+_TRAINED = next(iter(MODELS))
 # Seconds after which a section, or a variant's turn, is ended where more time is left.
 _SHORT_S, _LONG_S, _VARIANT_S = 120.0, 900.0, 180.0
 _ROUNDS = 3
@@ -70,7 +70,7 @@ class _Check:
     ),
 )
 @click.option(
-    "--model", "names", default=_DEMO, show_default=True, help=f"Models, separated by commas: {', '.join(MODELS)}."
+    "--model", "names", default=_TRAINED, show_default=True, help=f"Models, separated by commas: {', '.join(MODELS)}."
 )
 @click.option(
     "--size",
@@ -84,7 +84,7 @@ class _Check:
 def main(names: str, sizes: str | None, minutes: float, runs: int, out: Path, isolate: bool) -> None:
     """Check kernels and backends on this machine's GPU, and time models of true sizes beside PyTorch.
 
-    The demo model is always checked, with its trained weights; the others have random ones.
+    The scene model is always checked, with its trained weights; the others have random ones.
     """
     wanted = _models(names, sizes)
     for name in FILES:
@@ -119,8 +119,8 @@ def _models(names: str, sizes: str | None) -> dict[str, list[str]]:
 
 def _check_models(check: _Check, wanted: dict[str, list[str]], runs: int) -> None:
     folder = check.out / "bundles"  # kept, for another look; each is replaced by the next check
-    demo = MODELS[_DEMO]
-    bundles = _export(check, demo.name, demo.sizes[0], folder)
+    trained = MODELS[_TRAINED]
+    bundles = _export(check, trained.name, trained.sizes[0], folder)
     for backend, targets in BACKENDS.items():
         for target in targets:
             for bundle in bundles.values():
@@ -129,7 +129,7 @@ def _check_models(check: _Check, wanted: dict[str, list[str]], runs: int) -> Non
                     check.section(name, functools.partial(check_backend, bundle, backend), _LONG_S)
     for name, sizes in wanted.items():
         for size in sizes:
-            if name != _DEMO:
+            if name != _TRAINED:
                 bundles = _export(check, name, size, folder)
                 _compare(check, bundles)
             if bundles:

@@ -1,4 +1,4 @@
-"""The models that a GPU is checked with: the demo as it is, the others in their true sizes with random weights."""
+"""What a GPU is checked with: the scene model as it is, the others in their true sizes with random weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from fastvar_trt.export.exporter import ExportOptions, export_again, export_model
-from fastvar_trt.export.models.infinity.family import PLAN_OF_SIZE
+from fastvar_trt.export.models.infinity.family import PLAN_OF_SIZE, load_scenes
 from fastvar_trt.export.models.infinity.schedules import SIZES, schedule
 from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.export.models.registry import load_plan
 from fastvar_trt.export.models.source import Source
-from fastvar_trt.export.models.var.demo import demo_source
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.registry import Registry
@@ -26,6 +25,7 @@ from fastvar_trt.tools.random_checkpoints import (
 )
 
 PRUNED, DENSE_LABEL = "pruned", "dense"
+_SIZES = ("1M", *(size for size in SIZES if size != "1M"))  # of Infinity's pictures, the default first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +96,12 @@ def _infinity(
         )
         return InfinitySource.from_state(*states, *schedule(size, 1.0))
 
-    sizes = ("1M", *(size for size in SIZES if size != "1M"))
-    return CheckedModel(name, sizes, source, lambda size: PLAN_OF_SIZE[size], "bf16")
+    return CheckedModel(name, _SIZES, source, lambda size: PLAN_OF_SIZE[size], "bf16")
 
 
 # Sizes are those of the published checkpoints. Small ones first: so are they checked.
 MODELS: Registry[CheckedModel] = Registry(
-    CheckedModel("demo", ("256",), lambda _: demo_source(), lambda _: load_plan("fastvar-demo"), compares=True),
+    CheckedModel("scenes", _SIZES, load_scenes, lambda size: PLAN_OF_SIZE[size], compares=True),
     *(_var(f"var-d{depth}", depth) for depth in (16, 20, 24, 30)),
     _var("var-d36", 36, "512"),
     _infinity("infinity-125m", 12, 768, 8),

@@ -7,25 +7,42 @@ compute the same, one scale at a time.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvar_trt.export.models.base import MAX_Q_SCALE
 from fastvar_trt.export.models.infinity.checkpoint import rope_tables
 from fastvar_trt.export.models.infinity.config import InfinityConfig
-from fastvar_trt.tools.train_demo.transformer import AdaLNBeforeHead, FeedForward, HeadProjections
 from fastvar_trt.tools.train_scenes.text import RMSNorm, text_mask
 
 _JOINT_SCALES = 5  # the first, small ones share one attention with a mask
 
 
-class _SelfAttention(HeadProjections):
-    """`SelfAttention` with rotary positions, scale by scale."""
+class _SelfAttention(nn.Module):
+    """`SelfAttention` with L2-normalised queries and keys and rotary positions, scale by scale."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), 4.0).log())
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, C] -> queries, which carry the learnt scale, keys and values [B, H, L, D]."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        scale = self.scale_mul_1H11.clamp_max(math.log(MAX_Q_SCALE)).exp()
+        return F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], groups: Sequence[Group]) -> Tensor:
-        q, k, v = self.project(x)
+        q, k, v = self._project(x)
         q, k = rotated(q, rope), rotated(k, rope)
         parts = [
             F.scaled_dot_product_attention(
@@ -68,6 +85,18 @@ class _CrossAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
+class _FeedForward(nn.Module):
+    """`FFN`."""
+
+    def __init__(self, width: int, mlp_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
 class _Block(nn.Module):
     """`CrossAttnBlock` with shared adaptive norms."""
 
@@ -77,7 +106,7 @@ class _Block(nn.Module):
         self.sa = _SelfAttention(config.width, config.num_heads)
         self.ca = _CrossAttention(config)
         self.ca_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.ffn = FeedForward(config.width, config.mlp_width)
+        self.ffn = _FeedForward(config.width, config.mlp_width)
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
 
     def forward(
@@ -93,6 +122,14 @@ class _Block(nn.Module):
         x = x + gamma1 * self.sa(F.layer_norm(x, (self.width,), eps=self.eps) * (1 + scale1) + shift1, rope, groups)
         x = x + self.ca(self.ca_norm(x), text, mask)
         return x + gamma2 * self.ffn(F.layer_norm(x, (self.width,), eps=self.eps) * (1 + scale2) + shift2)
+
+
+class _AdaLNBeforeHead(nn.Module):
+    """`AdaLNBeforeHead`; the head's owner applies it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
 
 class _PoolAttention(nn.Module):
@@ -188,7 +225,7 @@ class Transformer(nn.Module):
         self.word_embed = nn.Linear(config.bits, c)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(c, 6 * c))
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
-        self.head_nm = AdaLNBeforeHead(c)
+        self.head_nm = _AdaLNBeforeHead(c)
         self.head = nn.Linear(c, 2 * config.bits)
         self._ropes = [rope_tables(config, scale) for scale in range(len(config.schedule))]
         self._initialise()

@@ -19,11 +19,8 @@ if TYPE_CHECKING:
     from fastvar_trt.export.models.var.source import VARSource
 
 # FastVAR's fractions for Infinity's last two computed scales, on VAR's last two; the first layers stay dense, as there.
-# Chosen for speed on models of official size (benchmarks/results); what it costs in quality was measured on the demo
-# model only, where it is too much (benchmarks/results/tune_demo.md).
+# Chosen for speed on models of official size (benchmarks/results); what it costs in quality has not been measured.
 _FASTVAR_VAR = PruningPlan("fastvar-var", ((-2, 0.4), (-1, 0.5)), cache_scale=-3, first_layer=2)
-# What `fastvar tune` chose on the demo model.
-_FASTVAR_DEMO = PruningPlan("fastvar-demo", ((-1, 0.5),), cache_scale=-2, first_layer=4)
 
 
 def _load_files(checkpoint: Path, vae: Path, config: str | None) -> VARSource:
@@ -31,12 +28,6 @@ def _load_files(checkpoint: Path, vae: Path, config: str | None) -> VARSource:
     from fastvar_trt.export.models.var.source import VARSource
 
     return VARSource.from_files(checkpoint, vae, overrides)
-
-
-def _load_demo() -> VARSource:
-    from fastvar_trt.export.models.var.demo import demo_source
-
-    return demo_source()
 
 
 def _from_configs(configs: Mapping[str, Any], precision: Precision) -> Model:
@@ -80,13 +71,4 @@ _FILES = SourceCommand(
     default_plan=lambda **_: _FASTVAR_VAR.name,
     has_top_k=True,
 )
-_DEMO = SourceCommand(
-    name="demo",
-    description="The small trained model that comes with the package: eight photographs at 256x256.",
-    examples=("fastvar-export demo --out out/demo",),
-    options=(),
-    load=_load_demo,
-    default_plan=lambda **_: _FASTVAR_DEMO.name,
-    has_top_k=True,
-)
-VAR = Family("var", (_DEMO, _FILES), _from_configs, (_FASTVAR_VAR, _FASTVAR_DEMO))
+VAR = Family("var", (_FILES,), _from_configs, (_FASTVAR_VAR,))
