@@ -46,7 +46,7 @@ from fastvar_trt.tools.train_scenes.vae_stages import begin_as_identity, half_po
 
 _BITS = BitsConfig(code_bits=8, channels=(8, 8), num_pictures=2, steps=2, batch=1)
 TINY = SceneTraining(
-    DecoderConfig(_BITS, level_channels=(48, 48, 48, 24, 24), num_pictures=1, phases=((1, 1, 2), (1, 1, 2))),
+    DecoderConfig(_BITS, level_channels=(48, 48, 48, 24, 24), num_pictures=1, phases=((1, 1, 2, 1024), (1, 1, 0, 256))),
     TransformerConfig(
         _BITS,
         TextConfig(width=64, depth=1, mlp_width=64, text_length=40, steps=2, batch=2),

@@ -15,7 +15,8 @@ from fastvar_trt.export.models.infinity.schedules import schedule
 from fastvar_trt.export.models.t5 import T5Config
 
 SCHEDULE, ROPE_SPAN = schedule("1M", 1.0)
-SIDE = 16 * SCHEDULE[-1][0]  # pixels
+PATCH = 16  # pixels of a token's side
+SIDE = PATCH * SCHEDULE[-1][0]  # pixels
 
 
 Part = TypeVar("Part", bound=tuple[Any, ...])
@@ -52,9 +53,17 @@ class DecoderConfig:
     num_blocks: int = 1
     num_pictures: int = 240
     lr: float = 2e-3
-    # Steps, pictures, and the finest level that draws: the full size costs eight times as much as a quarter of it, and
-    # is needed for edges only. Pictures are whole, because normalisation is over whole pictures.
-    phases: tuple[tuple[int, int, int], ...] = ((320, 1, 2), (30, 1, 1), (50, 1, 0))
+    # Steps, pictures, the finest level that draws, and the side of the pictures in pixels. All levels at full size cost
+    # five times as much as at half the side, where there are edges, too. Pictures are whole, because normalisation is
+    # over whole pictures.
+    phases: tuple[tuple[int, int, int, int], ...] = (
+        (320, 1, 2, SIDE),
+        (30, 1, 1, SIDE),
+        (50, 1, 0, SIDE),
+        (400, 1, 0, SIDE // 4),
+        (600, 1, 0, SIDE // 2),
+        (60, 1, 0, SIDE),
+    )
 
     @property
     def sizes(self) -> BSQVAEConfig:
@@ -124,6 +133,7 @@ class TransformerConfig:
     drop_text: float = 0.1
     flips: float = 0.2  # share of wrong bits in the inputs, at most
     ema: float = 0.998
+    solids: float = 4.0  # weight of the tokens that show them, besides the 1 of all
     scale_weight: float = 1.0  # power of a scale's side in its weight
     views: tuple[View, ...] = (View(5, 32), View(7, 8), View(9, 3), View(13, 2, 9, 0.375))
     # Per part of the training: steps, and the share of every view.
@@ -131,6 +141,9 @@ class TransformerConfig:
         (700, (0.75, 0.25, 0.0, 0.0)),
         (350, (0.25, 0.45, 0.3, 0.0)),
         (250, (0.1, 0.25, 0.25, 0.4)),
+        (1200, (0.55, 0.3, 0.15, 0.0)),
+        (600, (0.3, 0.4, 0.25, 0.05)),
+        (300, (0.1, 0.25, 0.35, 0.3)),
     )
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.files import replacing
+from fastvar_trt.tools.scenes.renderer import silhouette
 from fastvar_trt.tools.scenes.world import caption
 from fastvar_trt.tools.train_scenes.autoencoder import Encoder, quantize
 from fastvar_trt.tools.train_scenes.config import (
@@ -64,6 +65,7 @@ def train_transformer(
     features = encoded(config.bits, encoder, folder, device, progress)
     pool = half_pool(config.bits, folder)
     scenes = [pool.scene(i) for i in range(pool.count)]
+    solids = torch.from_numpy(np.stack([silhouette(scene, SCHEDULE[-1]) for scene in scenes]))
     tokenizer = captions_tokenizer(config.text)
     torch.manual_seed(config.seed + 1)
     model = Transformer(config.sizes).to(device)
@@ -86,7 +88,9 @@ def train_transformer(
         tokens = window(SCHEDULE[: view.num_scales], view.num_whole, view.share, place)
         with autocast(device):
             logits = model(text, counts, dropped, pyramid.inputs, tokens)
-        losses = scale_losses([own.float() for own in logits], pyramid.bits, tokens)
+        losses = scale_losses(
+            [own.float() for own in logits], pyramid.bits, tokens, config.solids, solids[rows].to(device)
+        )
         weights = torch.tensor([float(h) ** config.scale_weight for h, _ in SCHEDULE[: view.num_scales]])
         loss = (losses * (weights / weights.sum()).to(device)).sum()
         loss.backward()
@@ -119,11 +123,23 @@ def text_batch(
     return reader.text(ids, counts.to(device)), counts.to(device), dropped.to(device)
 
 
-def scale_losses(logits: list[Tensor], bits: list[Tensor], tokens: Tokens) -> Tensor:
-    """Mean cross-entropy of a bit per scale, in nats: [K]."""
-    return torch.stack(
-        [
-            F.binary_cross_entropy_with_logits(own, tokens.of(k, right.flatten(2).transpose(1, 2)).float())
-            for k, (own, right) in enumerate(zip(logits, bits, strict=True))
-        ]
-    )
+def scale_losses(logits: list[Tensor], bits: list[Tensor], tokens: Tokens, more: float, solids: Tensor) -> Tensor:
+    """Mean cross-entropy of a bit per scale, in nats: [K].
+
+    Args:
+        logits: [B, L, d] per scale.
+        bits: the right ones, bool [B, d, h, w] per scale.
+        tokens: which were computed.
+        more: weight of tokens that show a solid or its edge, besides the 1 of all: most others show texture, which
+            nothing foretells.
+        solids: where they are, bool [B, h_K, w_K].
+    """
+    losses = []
+    for scale, (own, right) in enumerate(zip(logits, bits, strict=True)):
+        target = tokens.of(scale, right.flatten(2).transpose(1, 2)).float()
+        shown = F.adaptive_max_pool2d(solids[:, None].float(), right.shape[-2:])
+        shown = F.max_pool2d(shown, 3, stride=1, padding=1)
+        weights = 1 + more * tokens.of(scale, shown.flatten(2).transpose(1, 2))
+        error = F.binary_cross_entropy_with_logits(own, target, reduction="none").mean(-1, keepdim=True)
+        losses.append((weights * error).sum() / weights.sum())
+    return torch.stack(losses)

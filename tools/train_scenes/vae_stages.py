@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvar_trt.export.models.decoder import Decoder, ResnetBlock, UpLevel, Upsample2x
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder, Encoder, quantize
-from fastvar_trt.tools.train_scenes.config import SCHEDULE, SIDE, BitsConfig, DecoderConfig, fingerprint, part_at
+from fastvar_trt.tools.train_scenes.config import PATCH, SCHEDULE, SIDE, BitsConfig, DecoderConfig, fingerprint, part_at
 from fastvar_trt.tools.train_scenes.pictures import PicturePool, to_tensor
 from fastvar_trt.tools.training import Stage, autocast, differences
 
@@ -94,30 +94,41 @@ def train_decoder(
 ) -> Stage[Decoder]:
     """Draw pictures from their bits, with Infinity's decoder."""
     half, full = half_pool(config.bits, folder), full_pool(config, folder)
-    if any(finest == 0 for _, _, finest in config.phases):
+    if any(needs_full(finest, side) for _, _, finest, side in config.phases):
         full.render(lambda share: progress("decoder", "rendering", share), processes)
     torch.manual_seed(config.seed)
     sizes = config.sizes
     model = Decoder(sizes.code_bits, sizes.level_channels, sizes.num_blocks, attention=False).to(device)
     begin_as_identity(model, config.phases[0][2])
     pair_channels(model, config.phases[0][2])
-    num_steps = sum(steps for steps, _, _ in config.phases)
+    num_steps = sum(steps for steps, *_ in config.phases)
     stage = Stage("decoder", model, config.lr, num_steps, fingerprint(config, encoder), folder)
     for step in stage.steps(progress):
-        _, batch, finest = part_at(step, config.phases)
-        pixels, masks = (full if finest == 0 else half).draw(stage.rng, batch)
+        _, batch, finest, side = part_at(step, config.phases)
+        pixels, masks = (full if needs_full(finest, side) else half).draw(stage.rng, batch)
         pictures, solids = to_tensor(pixels, device), torch.from_numpy(masks).to(device)
+        scales = tuple(size for size in SCHEDULE if size[0] <= side // PATCH)
         skipped = _num_skipped(stage.rng, config.bits.truncate)
         with torch.no_grad():
-            features = encoder(F.avg_pool2d(pictures, 2) if finest == 0 else pictures)
-            f_hat = quantize(features, SCHEDULE, num_scales=len(SCHEDULE) - skipped).f_hat
-        pictures = F.avg_pool2d(pictures, pictures.shape[-1] * 2**finest // SIDE)
+            features = encoder(shrunk(pictures, side // 2))
+            f_hat = quantize(features, scales, num_scales=len(scales) - skipped).f_hat
+        pictures = shrunk(pictures, side // 2**finest)
         with autocast(device):
             decoded = partly_decoded(model, f_hat, finest)
         loss = reconstruction_loss(decoded.float(), pictures, solids)
         loss.backward()
         stage.record(**{f"level_{finest}": loss})
     return stage
+
+
+def needs_full(finest: int, side: int) -> bool:
+    """Whether drawing pictures of that side (pixels) down to that level takes those of full size."""
+    return side // 2**finest > SIDE // 2
+
+
+def shrunk(pictures: Tensor, side: int) -> Tensor:
+    """[B, 3, S, S] -> [B, 3, side, side], a divisor of S."""
+    return F.avg_pool2d(pictures, pictures.shape[-1] // side)
 
 
 def partly_decoded(model: Decoder, f_hat: Tensor, finest: int) -> Tensor:
