@@ -12,8 +12,9 @@ import torch
 
 from conftest import tiny_states
 from fastvar_trt.export.models.checkpoint import load_state_dict
-from fastvar_trt.export.models.var.config import VARConfig, VQVAEConfig
+from fastvar_trt.export.models.var.config import VARConfig
 from fastvar_trt.export.models.var.source import VARSource
+from fastvar_trt.export.models.vqvae import VQVAEConfig
 from fastvar_trt.runtime.errors import CheckpointError
 
 

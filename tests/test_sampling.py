@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from fastvar_trt.export.models.base import Request
-from fastvar_trt.export.models.var.model import sample
+from fastvar_trt.export.models.codebook import sample
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.noise import uniform_noise
 

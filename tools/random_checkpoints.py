@@ -15,8 +15,9 @@ from torch import Tensor
 from fastvar_trt.export.models.infinity.checkpoint import expected_keys as expected_infinity_keys
 from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
 from fastvar_trt.export.models.infinity.vae import official_keys
-from fastvar_trt.export.models.var.checkpoint import expected_vae_keys, expected_var_keys
-from fastvar_trt.export.models.var.config import VARConfig, VQVAEConfig
+from fastvar_trt.export.models.var.checkpoint import expected_var_keys
+from fastvar_trt.export.models.var.config import VARConfig
+from fastvar_trt.export.models.vqvae import VQVAEConfig, expected_vae_keys
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)

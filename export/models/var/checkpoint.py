@@ -12,16 +12,14 @@ from torch import Tensor
 
 from fastvar_trt.export.models.base import MAX_Q_SCALE
 from fastvar_trt.export.models.checkpoint import check_keys, key_problems
-from fastvar_trt.export.models.matrix import matrix_format, torch_dtype, write_linear
-from fastvar_trt.export.models.resize import area_matrix, bicubic_matrix
-from fastvar_trt.export.models.var.config import VARConfig, VQVAEConfig
-from fastvar_trt.export.models.var.vqvae import ImageDecoder
+from fastvar_trt.export.models.matrix import matrix_format, write_linear
+from fastvar_trt.export.models.var.config import VARConfig
+from fastvar_trt.export.models.vqvae import VQVAEConfig, vae_problems, vqvae_tensors
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.precision import Precision
 
 # Buffers that training leaves in a checkpoint and inference does not read.
 _UNUSED = ("attn_bias_for_masking", "lvl_1L", ".attn.zero_k_bias")
-_UNUSED_VAE = ("encoder.", "quant_conv.", "quantize.ema_vocab_hit_SV")
 
 
 def expected_var_keys(config: VARConfig) -> dict[str, tuple[int, ...]]:
@@ -63,24 +61,6 @@ def expected_var_keys(config: VARConfig) -> dict[str, tuple[int, ...]]:
     return keys
 
 
-def phi_key(config: VQVAEConfig, index: int) -> str:
-    """Official key prefix of one residual convolution of the quantizer."""
-    middle = {"shared": "qresi.", "partially_shared": f"qresi_ls.{index}.", "non_shared": f"{index}."}[config.phi]
-    return f"quantize.quant_resi.{middle}"
-
-
-def expected_vae_keys(config: VQVAEConfig) -> dict[str, tuple[int, ...]]:
-    """Official key -> shape of the decoding half of a VQVAE."""
-    with torch.device("meta"):
-        keys = {key: tuple(tensor.shape) for key, tensor in ImageDecoder(config).state_dict().items()}
-    c = config.code_channels
-    keys["quantize.embedding.weight"] = (config.vocab_size, c)
-    for index in range(config.num_phi):
-        keys[phi_key(config, index) + "weight"] = (c, c, 3, 3)
-        keys[phi_key(config, index) + "bias"] = (c,)
-    return keys
-
-
 def check_checkpoints(
     config: VARConfig, vae_config: VQVAEConfig, state: Mapping[str, Tensor], vae_state: Mapping[str, Tensor]
 ) -> None:
@@ -91,7 +71,7 @@ def check_checkpoints(
     """
     problems = {
         "--checkpoint": key_problems(state, expected_var_keys(config), _UNUSED),
-        "--vae": key_problems(vae_state, expected_vae_keys(vae_config), _UNUSED_VAE),
+        "--vae": vae_problems(vae_config, vae_state),
     }
     check_keys(problems)
     for what in ("vocab_size", "code_channels"):
@@ -112,13 +92,12 @@ def deployment_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a bundle, one at a time, in the names of `models.var.model`.
 
-    Of the precision are the large matrices, their biases and the decoder's convolutions. fp32 stay: embeddings and
-    positions (added to the residual stream), modulation biases (1 + scale would lose the scale's digits),
-    the code book and its convolutions (they accumulate in f_hat), normalisation parameters, and the
-    interpolation matrices. `norm.weight` (ones) and `sampling.rank` (0 .. max_top_k - 1) are constants that
-    would otherwise be repeated in every graph.
+    Of the precision are the large matrices and their biases. fp32 stay: embeddings and positions (added to the
+    residual stream), modulation biases (1 + scale would lose the scale's digits) and normalisation parameters; of the
+    VQVAE see `vqvae_tensors`. `norm.weight` (ones) and `sampling.rank` (0 .. max_top_k - 1) are constants that would
+    otherwise be repeated in every graph.
     """
-    c, matrix, dtype = config.width, matrix_format(precision), torch_dtype(precision.computed)
+    c, matrix = config.width, matrix_format(precision)
     yield "norm.weight", torch.ones(c)
     yield "sampling.rank", torch.arange(max_top_k)
     yield "class_emb.weight", state["class_emb.weight"].float()
@@ -160,23 +139,4 @@ def deployment_tensors(
     yield "head_modulation.bias", state["head_nm.ada_lin.1.bias"].float() + head_plus_one
     yield from write_linear(precision, "head", state["head.weight"], state["head.bias"])
 
-    yield "quantize.embedding.weight", vae_state["quantize.embedding.weight"].float()
-    ratio = vae_config.phi_ratio
-    channels = torch.arange(vae_config.code_channels)
-    for index in range(vae_config.num_phi):
-        # phi(x) = (1 - r) x + r conv(x) is itself a convolution: the identity joins the kernel's centre.
-        weight = vae_state[phi_key(vae_config, index) + "weight"].float() * ratio
-        weight[channels, channels, 1, 1] += 1.0 - ratio
-        yield f"phi.{index}.weight", weight
-        yield f"phi.{index}.bias", vae_state[phi_key(vae_config, index) + "bias"].float() * ratio
-    last = config.patch_nums[-1]
-    resizes = {f"resize.bicubic_{last}_{side}": bicubic_matrix(last, side) for side in config.patch_nums[:-1]}
-    # Scale 0 embeds the condition, not f_hat.
-    resizes |= {f"resize.area_{side}_{last}": area_matrix(side, last) for side in config.patch_nums[1:-1]}
-    for name, resize in resizes.items():
-        yield name, resize
-        yield f"{name}_t", resize.T.contiguous()
-    for key in expected_vae_keys(vae_config):
-        if not key.startswith("quantize."):
-            is_norm = ".norm" in key
-            yield key, vae_state[key].to(torch.float32 if is_norm else dtype)
+    yield from vqvae_tensors(vae_config, config.patch_nums, vae_state, precision)

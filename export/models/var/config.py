@@ -1,4 +1,4 @@
-"""Sizes of a VAR model and of its VQVAE, read from their state dicts. No I/O here."""
+"""Sizes of a VAR model, read from its state dict. No I/O here."""
 
 from __future__ import annotations
 
@@ -7,86 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from fastvar_trt.export.models.checkpoint import count_indices, tensor_of
-from fastvar_trt.export.models.decoder import NORM_GROUPS
 from fastvar_trt.runtime.errors import CheckpointError
 
 HEAD_DIM = 64  # official VAR models: width = 64 * depth, heads = depth
-
-
-@dataclasses.dataclass(frozen=True)
-class VQVAEConfig:
-    """The decoding half of VAR's multi-scale VQVAE."""
-
-    vocab_size: int  # V
-    code_channels: int  # C_vae
-    level_channels: tuple[int, ...]  # `ch * ch_mult`, finest level first
-    num_blocks: int  # residual blocks per decoder level (`num_res_blocks + 1`)
-    phi: str  # `shared`, `partially_shared` or `non_shared`: how scales share the residual convolutions
-    num_phi: int
-    phi_ratio: float = 0.5  # `quant_resi`: share of the convolution in phi; not in the state dict
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], phi_ratio: float = 0.5) -> VQVAEConfig:
-        """Sizes from `vae_ch160v4096z32.pth` or a checkpoint of the same keys.
-
-        Args:
-            state: the flat state dict.
-            phi_ratio: `quant_resi`, which the state dict does not tell; 0.5 in the official files.
-
-        Raises:
-            CheckpointError: keys that name no VQVAE of VAR.
-        """
-        kind = "a VAR VQVAE"
-        embedding = tensor_of(state, "quantize.embedding.weight", kind, num_axes=2)
-        if "quantize.quant_resi.qresi.weight" in state:
-            phi, num_phi = "shared", 1
-        elif any(key.startswith("quantize.quant_resi.qresi_ls.") for key in state):
-            phi, num_phi = "partially_shared", count_indices(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
-        else:
-            phi, num_phi = "non_shared", count_indices(state, r"quantize\.quant_resi\.(\d+)\.")
-            if num_phi == 0:
-                raise CheckpointError(f"not {kind}: key quantize.quant_resi.* is missing")
-        level_channels = []
-        for level in range(count_indices(state, r"decoder\.up\.(\d+)\.")):
-            channels = tensor_of(state, f"decoder.up.{level}.block.0.norm2.weight", kind, num_axes=1).shape[0]
-            if channels == 0 or channels % NORM_GROUPS:
-                raise CheckpointError(
-                    f"decoder.up.{level}.block.0.norm2.weight: got {channels} channels, expected a multiple of "
-                    f"{NORM_GROUPS}, the groups of VAR's GroupNorm"
-                )
-            level_channels.append(channels)
-        if not level_channels:
-            raise CheckpointError(f"not {kind}: key decoder.up.* is missing")
-        if not isinstance(phi_ratio, int | float) or isinstance(phi_ratio, bool) or not 0 <= phi_ratio <= 1:
-            raise CheckpointError(f"quant_resi: got {phi_ratio!r}, expected a number from 0 to 1 (--config)")
-        return cls(
-            vocab_size=embedding.shape[0],
-            code_channels=embedding.shape[1],
-            level_channels=tuple(level_channels),
-            num_blocks=count_indices(state, r"decoder\.up\.0\.block\.(\d+)\."),
-            phi=phi,
-            num_phi=num_phi,
-            phi_ratio=float(phi_ratio),
-        )
-
-    @property
-    def pixels_per_token(self) -> int:
-        """Side of the image patch behind one token of the last scale."""
-        return int(2 ** (len(self.level_channels) - 1))
-
-    def phi_index(self, scale: int, num_scales: int) -> int:
-        """Which residual convolution a scale uses (`PhiPartiallyShared.ticks`)."""
-        if self.phi == "shared":
-            return 0
-        n = self.num_phi
-        margin = 1 / 3 / n if n == 4 else 1 / 2 / n
-        # Two ticks can be equally far but for rounding (scale 2 of 10), so the reference's own arithmetic decides.
-        ticks = np.linspace(margin, 1 - margin, n)
-        return int(np.argmin(np.abs(ticks - scale / max(num_scales - 1, 1))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastvar_trt.export.models.base import BlockSpec, NextScaleModel, Request, block_geometry, l2_normalised
+from fastvar_trt.export.models.base import BlockSpec, block_geometry, l2_normalised
+from fastvar_trt.export.models.codebook import CodeBookModel
 from fastvar_trt.export.models.matrix import linear_names
-from fastvar_trt.export.models.resize import resize_map
-from fastvar_trt.export.models.var.config import VARConfig, VQVAEConfig
-from fastvar_trt.export.models.var.vqvae import ImageDecoder
+from fastvar_trt.export.models.var.config import VARConfig
+from fastvar_trt.export.models.vqvae import VQVAEConfig
 from fastvar_trt.plugins.torch_ops import Selector
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.manifest import Condition, ModelSpec, Role, SamplingSpec, TensorSpec, Tokens
@@ -81,54 +81,14 @@ class VARBlockSpec(BlockSpec):
         return self.attend(tensors, q, k, v)
 
 
-def sample(logits: Tensor, uniform: Tensor, request: Request, rank: Tensor) -> Tensor:
-    """Draw one token per position: top-k, then top-p, then the inverse CDF over the sorted candidates.
-
-    The distribution is that of `sample_with_top_k_top_p_` of VAR, but for exact ties at the k-th value, which
-    the reference keeps all.
-
-    Args:
-        logits: fp32 [B, L, V].
-        uniform: fp32 [B, L], U[0, 1).
-        rank: int64 [max_top_k], 0, 1, ...; its length bounds `request.top_k`.
-
-    Returns:
-        int32 [B, L].
-    """
-    values, order = _top_k(logits, len(rank))  # [B, L, max_top_k], descending
-    values = values / request.temperature[:, None, None]
-    among_top_k = rank < request.top_k[:, None, None]
-    probabilities = values.masked_fill(~among_top_k, float("-inf")).softmax(dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    # A candidate stays while those before it have less than top_p: always the first one, and a prefix.
-    kept = ((cumulative - probabilities) < request.top_p[:, None, None]) & among_top_k
-    mass = (probabilities * kept).sum(dim=-1, keepdim=True)
-    below = (cumulative <= uniform.unsqueeze(-1) * mass) & kept
-    # Rounding may put the draw at the very end of the mass: the last kept candidate then.
-    last = (kept.long().sum(dim=-1, keepdim=True) - 1).clamp_min(0)  # where logits are not finite nothing is kept
-    drawn = torch.minimum(below.long().sum(dim=-1, keepdim=True), last)
-    drawn = drawn.masked_fill(request.greedy[:, None, None], 0)
-    return order.gather(-1, drawn).squeeze(-1).to(torch.int32)
-
-
-def _top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    if torch.onnx.is_in_onnx_export():
-        values, order = torch.topk(logits, count, dim=-1)
-        return values, order
-    # ONNX prefers the lower index among equal values; torch.topk promises no order.
-    values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    return values[..., :count], order[..., :count]
-
-
-class VAR(NextScaleModel):
+class VAR(CodeBookModel):
     """A class-conditional VAR with its decoder, over the deployment tensors of `models.var.checkpoint`."""
 
     sublayers = VARBlockSpec.sublayers
 
     def __init__(self, config: VARConfig, vae_config: VQVAEConfig, precision: Precision) -> None:
-        super().__init__(config.schedule, config.depth, precision)
+        super().__init__(config.patch_nums, config.depth, vae_config, precision)
         self.config = config
-        self.vae_config = vae_config
 
     def model_spec(self) -> ModelSpec:
         """Classes, an index into the code book per position, and sizes."""
@@ -145,11 +105,6 @@ class VAR(NextScaleModel):
             code_channels=config.code_channels,
             num_classes=config.num_classes,
         )
-
-    def image_size(self) -> tuple[int, int]:
-        """Square."""
-        side = self.config.patch_nums[-1] * self.vae_config.pixels_per_token
-        return side, side
 
     def sampling_spec(self) -> SamplingSpec:
         """Sampling limits and defaults for the manifest."""
@@ -191,25 +146,9 @@ class VAR(NextScaleModel):
         """The first classes."""
         return {names.LABELS: torch.arange(batch) % self.config.num_classes}
 
-    def f_hat_shape(self) -> tuple[int, int, int]:
-        """[C_vae, h_K, w_K]."""
-        return (self.config.code_channels, *self.schedule[-1])
-
-    def token_spec(self, scale: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """An index into the code book per position."""
-        return (self.config.patch_nums[scale] ** 2,), torch.int32
-
-    def logits_shape(self, scale: int) -> tuple[int, ...]:
-        """[L, V]."""
-        return self.config.patch_nums[scale] ** 2, self.config.vocab_size
-
     def request_inputs(self, scale: int) -> tuple[str, ...]:
         """All; the guidance ramp starts at 0."""
         return tuple(name for name in GRAPH_INPUTS if scale != 0 or name != "cfg")
-
-    def new_decoder(self) -> nn.Module:
-        """`VQVAE.fhat_to_img`."""
-        return ImageDecoder(self.vae_config)
 
     def condition(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """labels int64 [B] -> start [B2, C], per layer the modulation [B2, 6, C], head modulation [B2, 2, C]; fp32."""
@@ -247,15 +186,7 @@ class VAR(NextScaleModel):
         """The start token, or f_hat area-resized to the scale's map and embedded: fp32 [B2, L, C]."""
         if f_hat is None:
             return condition[names.START].unsqueeze(1) + self.weight("pos.0")
-        side, last = self.config.patch_nums[scale], self.config.patch_nums[-1]
-        if side != last:
-            area = f"resize.area_{side}_{last}"
-            f_hat = resize_map(f_hat, self.weight(area), self.weight(f"{area}_t"))
-        batch, channels = f_hat.shape[:2]
-        tokens = f_hat.view(batch, channels, side * side).transpose(1, 2).reshape(-1, channels)  # [B*L, C_vae]
-        embedded = F.linear(tokens, self.weight("word_embed.weight"), self.weight("word_embed.bias"))
-        embedded = embedded.view(batch, side * side, self.config.width) + self.weight(f"pos.{scale}")
-        return embedded.repeat(2, 1, 1)
+        return (self.embedded(f_hat, scale) + self.weight(f"pos.{scale}")).repeat(2, 1, 1)
 
     def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor) -> Tensor:
         """Guided logits fp32 [B, L, V]: `(1 + t) cond - t uncond` with t = cfg * scale / (K - 1).
@@ -275,20 +206,3 @@ class VAR(NextScaleModel):
             hidden = (1 + t) * hidden[:batch] - t * hidden[batch:]
         hidden = hidden.reshape(-1, channels).to(self.dtype)
         return self.linear("head", hidden).float().view(batch, length, self.config.vocab_size)
-
-    def draw(self, logits: Tensor, uniform: Tensor, request: Request) -> Tensor:
-        """One code per position: int32 [B, L]."""
-        return sample(logits, uniform, request, self.weight("sampling.rank"))
-
-    def accumulate(self, drawn: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
-        """f_hat with this scale's codes added (`get_next_autoregressive_input`)."""
-        config = self.config
-        side, last = config.patch_nums[scale], config.patch_nums[-1]
-        codes = F.embedding(drawn.long(), self.weight("quantize.embedding.weight"))  # [B, L, C_vae]
-        codes = codes.transpose(1, 2).reshape(drawn.shape[0], config.code_channels, side, side)
-        if side != last:
-            bicubic = f"resize.bicubic_{last}_{side}"
-            codes = resize_map(codes, self.weight(bicubic), self.weight(f"{bicubic}_t"))
-        phi = self.vae_config.phi_index(scale, len(config.patch_nums))
-        codes = F.conv2d(codes, self.weight(f"phi.{phi}.weight"), self.weight(f"phi.{phi}.bias"), padding=1)
-        return codes if f_hat is None else f_hat + codes

@@ -12,8 +12,9 @@ from torch import Tensor
 from fastvar_trt.export.models.checkpoint import load_state_dict
 from fastvar_trt.export.models.source import Source, to_meta
 from fastvar_trt.export.models.var.checkpoint import check_checkpoints, deployment_tensors
-from fastvar_trt.export.models.var.config import VARConfig, VQVAEConfig
+from fastvar_trt.export.models.var.config import VARConfig
 from fastvar_trt.export.models.var.model import VAR
+from fastvar_trt.export.models.vqvae import VQVAEConfig
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.precision import Precision
 
