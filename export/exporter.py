@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvar_trt.export.folders import new_folder
 from fastvar_trt.export.known_answer import GreedyChain, text_reference
 from fastvar_trt.export.models.base import NextScaleModel
-from fastvar_trt.export.models.reference import default_request
+from fastvar_trt.export.models.reference import default_request, residual_inputs
 from fastvar_trt.export.models.registry import FAMILIES
 from fastvar_trt.export.models.source import Source
 from fastvar_trt.export.progress import Progress, no_progress
@@ -109,7 +109,7 @@ def export_model(
         PlanError: the plan does not fit the model.
     """
     model = source.new_model(options.check())
-    options.plan.resolve(model.schedule, model.depth)  # an error before anything is written
+    model.resolve(options.plan)  # an error before anything is written
     with _new_bundle(out, force) as folder:
         places = _write_weights(source, folder, options)
         source.copy_files(folder)
@@ -166,7 +166,7 @@ def export_again(
     model, manifest = load_bundle_model(bundle)
     if len(manifest.variants) > 1:
         raise ExportError(f"bundle {bundle}: has {len(manifest.variants)} variants, and another plan is for one")
-    plan.resolve(model.schedule, model.depth)
+    model.resolve(plan)
     options = ExportOptions(
         plan,
         manifest.precision,
@@ -198,7 +198,7 @@ def _write_graphs(
     there: Mapping[str, tuple[GraphFunction, Path]] = MappingProxyType({}),
 ) -> ExportReport:
     """All that a bundle holds besides its weights: graphs, reference, manifest."""
-    plan = options.plan.resolve(model.schedule, model.depth)
+    plan = model.resolve(options.plan)
     batches = tuple(sorted(set(options.batches)))
     writer = _GraphWriter(model, places, folder, progress, there, compare=options.compare)
     auxiliary = writer.write_text_encoder()
@@ -338,7 +338,9 @@ def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyC
         shape = spec.inputs[0].shape
         return {names.F_HAT: torch.randn(shape, generator=torch.Generator().manual_seed(0))}
     request = default_request(model, spec.batch, greedy=False)
-    available = dict(state.condition)
+    available = {**state.condition, **state.handed_on}
+    if spec.kind == names.RESIDUAL:
+        available |= residual_inputs(model, request, [0] * spec.batch)
     if state.f_hat is not None:
         available[names.F_HAT] = state.f_hat
     for i, (k, v) in enumerate(state.past):

@@ -47,6 +47,9 @@ class GreedyChain:
             outputs = self.state.step(model, self._plan, spec.scale, uniform, self._greedy)
             logits = outputs.logits[:, :_REFERENCE_POSITIONS]
             self.drawn |= arrays({spec.name: outputs.tokens, logits_name(spec.scale): logits})
+        elif spec.kind == names.RESIDUAL:
+            assert self.state is not None
+            self.state.finish(model, self._greedy, [0] * self._batch)
         elif spec.kind == names.DECODER:
             assert self.state is not None and self.state.f_hat is not None
             image = model.decode(self.state.f_hat)[0]

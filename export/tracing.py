@@ -84,6 +84,7 @@ class GraphFunction:
     layers: tuple[BlockSpec, ...] = ()  # the block of every layer; empty where there are none
     # Of a step: f_hat after other tokens than its own, which differ where rounding decides.
     accumulate: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None
+    is_diffusion: bool = False  # it magnifies rounding: a share of its result is not comparable
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -121,7 +122,27 @@ def chain_functions(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> li
         ],
     )
     steps = [_step_function(model, plan, scale, batch) for scale in plan.steps]
-    return [GraphFunction(condition, run_condition), *steps, GraphFunction(decoder, run_decoder)]
+    return [
+        GraphFunction(condition, run_condition),
+        *steps,
+        *_residual_function(model, batch),
+        GraphFunction(decoder, run_decoder),
+    ]
+
+
+def _residual_function(model: NextScaleModel, batch: int) -> list[GraphFunction]:
+    """The graph after the last step, of models that have one."""
+    specs = model.residual_specs(batch)
+    if specs is None:
+        return []
+    graph = _graph_spec(
+        names.RESIDUAL,
+        batch,
+        None,
+        [_f_hat_spec(model, batch, names.F_HAT), *specs],
+        [_f_hat_spec(model, batch, names.F_HAT_OUT)],
+    )
+    return [GraphFunction(graph, lambda tensors, _: {names.F_HAT_OUT: model.residual(tensors)}, is_diffusion=True)]
 
 
 def text_function(model: NextScaleModel) -> GraphFunction | None:
@@ -174,6 +195,7 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             names.F_HAT_OUT: result.f_hat,
             names.LOGITS: result.logits,
             names.FINITE: result.finite,
+            **result.handed_on,
         }
         for i, (k, v) in enumerate(result.new_kv):
             by_name |= {names.new_k(i): k, names.new_v(i): v}
@@ -200,6 +222,7 @@ def _step_spec(
         _f_hat_spec(model, batch, names.F_HAT_OUT),
         TensorSpec(names.LOGITS, (batch, *model.logits_shape(scale)), "float32", Role.LOGITS, scale=scale),
         TensorSpec(names.FINITE, (batch,), "bool", Role.FINITE, scale=scale),
+        *model.handed_on_specs(scale, batch),
     ]
     for layer, spec in enumerate(specs):
         read, written = _layer_tensors(layer, spec)

@@ -208,9 +208,10 @@ class Chain:
             values = inputs.request[spec.name]
             of_scale = values if spec.scale is None else np.ascontiguousarray(values[:, spec.scale])
             self._backend.upload(self._buffers[key], of_scale)
-        for key, spec in self._layout.by_role[Role.NOISE].items():
-            assert spec.scale is not None
-            self._backend.upload(self._buffers[key], inputs.noise[spec.scale])
+        for role in (Role.NOISE, Role.NORMAL):
+            for key, spec in self._layout.by_role[role].items():
+                assert spec.scale is not None
+                self._backend.upload(self._buffers[key], inputs.noise[role, spec.scale])
 
     def _preview(self, scale: int) -> NDArray[Any]:
         """What the decoder makes of `f_hat` after a step: uint8 [B, H, W, 3]."""

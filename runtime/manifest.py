@@ -34,6 +34,7 @@ ENGINES_FILE = "engines.json"
 TEXT_ENCODER = "text_encoder"
 CONDITION_GRAPH = "condition"
 STEP = "step"
+RESIDUAL = "residual"  # after the last step: what of the token features no code says (HART)
 DECODER = "decoder"
 
 
@@ -43,6 +44,7 @@ class Role(enum.StrEnum):
     CONDITION = "condition"  # input: what the image is of; set by the request
     REQUEST = "request"  # input: a run-time value [B], by its name in `runtime.request.Request`; of a scale or of all
     NOISE = "noise"  # input: U[0, 1), one number per draw; of a scale
+    NORMAL = "normal"  # input: N(0, 1); of a scale
     F_HAT = "f_hat"  # what the graph before wrote; as an output, the same after this graph
     KEYS = "keys"  # of a layer: those of all graphs before; as an output, those that this graph adds
     VALUES = "values"  # likewise
@@ -59,11 +61,21 @@ class Role(enum.StrEnum):
     PIXELS = "pixels"
 
 
-_PER_SCALE = (Role.NOISE, Role.TOKENS, Role.LOGITS, Role.FINITE)  # every step has its own
+_PER_SCALE = (Role.NOISE, Role.NORMAL, Role.TOKENS, Role.LOGITS, Role.FINITE)  # every step has its own
 _PER_LAYER = (Role.KEYS, Role.VALUES)
 OPTIONAL_ROLES = (Role.LOGITS, Role.IMAGE)
 _HANDED_ON = (Role.F_HAT, Role.STATE, Role.MODULATION, Role.TEXT, Role.CACHE)  # a graph reads what one before wrote
-_OF_BATCH = (Role.REQUEST, Role.NOISE, Role.F_HAT, Role.TOKENS, Role.LOGITS, Role.FINITE, Role.IMAGE, Role.PIXELS)
+_OF_BATCH = (
+    Role.REQUEST,
+    Role.NOISE,
+    Role.NORMAL,
+    Role.F_HAT,
+    Role.TOKENS,
+    Role.LOGITS,
+    Role.FINITE,
+    Role.IMAGE,
+    Role.PIXELS,
+)
 
 # Graph inputs and outputs.
 LABELS = "labels"  # int64 [B], class indices
@@ -71,13 +83,15 @@ TEXT_FEATURES = "text_features"  # fp32 [B2, T, C_text], the text encoder's last
 TEXT_LENGTHS = "text_lengths"  # int64 [B2], how many of the T are tokens
 NEGATIVE = "negative"  # bool [B], whether the unconditional row has text of its own, or the model's learnt one
 TEXT_MASK = "text_mask"  # [B2, 1, 1, T], added to the attention scores: 0, or very low at padding
-START = "start"  # [B2, C], condition embedding: the first token map before positions
+START = "start"  # [B2, C] or [B2, T, C], condition embedding: what the first step starts from, before positions
 HEAD_MODULATION = "head_modulation"  # [B2, 2, C]
 F_HAT = "f_hat"  # fp32 [B, C_vae, h_K, w_K], accumulated token features
 F_HAT_OUT = "f_hat_out"  # the same after this step (a graph's input and output cannot share one name)
 TOKEN_IDS = "token_ids"  # int64 [1, T], of one prompt, padded
 TOKEN_COUNT = "token_count"  # int64 [1], how many of them are tokens
 ENCODED = "encoded"  # fp32 [1, T, C_text], what the text encoder makes of them
+HIDDEN = "hidden"  # [B2, L, C], what the last step hands on to the residual diffusion
+NORMAL = "normal"  # fp32 [B, S, L, C_vae], N(0, 1): where the residual diffusion starts, and what its steps add
 UNIFORM = "uniform"  # fp32 [B, L] or [B, L, bits], U(0, 1), one per draw
 TOKENS = "tokens"  # int32 [B, L], or bits uint8 [B, L, bits]
 LOGITS = "logits"  # fp32 [B, L, V] or [B, L, bits, 2], after guidance, before temperature
@@ -295,16 +309,21 @@ class ModelSpec:
     num_classes: int = 0  # where the condition is a class
     text_width: int = 0  # C_text, where it is text
     text_length: int = 0  # T, the longest prompt in tokens
+    is_gated: bool = False  # whether the feed-forward layers have a gate, a third matrix
+    context_tokens: int = 0  # T where the text, padding included, is a prefix of the keys; 0 where it is not
 
     def _check(self) -> None:
         wanted = {Condition.CLASS: ("num_classes",), Condition.TEXT: ("text_width", "text_length")}
         elsewhere = {name for condition, names in wanted.items() if condition is not self.condition for name in names}
+        elsewhere.add("context_tokens")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type != "int" or field.name in elsewhere:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"model.{field.name}: got {value!r}, expected a positive whole number")
+        if self.context_tokens not in (0, self.text_length):
+            raise ValueError(f"model.context_tokens: got {self.context_tokens!r}, expected 0 or {self.text_length}")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
@@ -395,9 +414,13 @@ class Variant:
         """Height over width of the pictures."""
         return self.image_height / self.image_width
 
-    def resolve(self, depth: int) -> ResolvedPlan:
-        """The plan for a model of that many layers."""
-        return self.plan.resolve(self.schedule, depth)
+    def resolve(self, model: ModelSpec, plan: PruningPlan | None = None) -> ResolvedPlan:
+        """A plan for the model at this size; default: the variant's own.
+
+        Raises:
+            PlanError: it does not fit.
+        """
+        return (plan or self.plan).resolve(self.schedule, model.depth, model.context_tokens)
 
     @functools.cached_property
     def computed_scales(self) -> tuple[int, ...]:
@@ -447,14 +470,14 @@ class Variant:
             raise ValueError(f"image: got {variant.image_width}x{variant.image_height}")
         return variant
 
-    def check(self, depth: int, batches: tuple[int, ...]) -> None:
+    def check(self, model: ModelSpec, batches: tuple[int, ...]) -> None:
         """That graphs, schedule and plan fit together, so that nothing later has to doubt it.
 
         Raises:
             ValueError: what does not.
             PlanError: the plan does not fit the schedule.
         """
-        plan = self.resolve(depth)
+        plan = self.resolve(model)
         of_one_batch = [(CONDITION_GRAPH, None), *((STEP, k) for k in plan.steps), (DECODER, None)]
         known = {kind for kind, _ in of_one_batch}
         for batch in {*batches, *(graph.batch for graph in self.graphs)}:
@@ -544,7 +567,7 @@ class Manifest:
     @functools.cached_property
     def resolved_plan(self) -> ResolvedPlan:
         """The default variant's plan in absolute terms."""
-        return self.default.resolve(self.model.depth)
+        return self.default.resolve(self.model)
 
     @functools.cached_property
     def graphs(self) -> tuple[GraphSpec, ...]:
@@ -577,7 +600,7 @@ class Manifest:
         if not self.variants or len({variant.name for variant in self.variants}) != len(self.variants):
             raise ValueError("variants: expected one or more, each with a name of its own")
         for variant in self.variants:
-            variant.check(self.model.depth, self.batches)
+            variant.check(self.model, self.batches)
         tokenizer = () if self.text_encoder is None else (TOKENIZER_FILE,)
         for name in (WEIGHTS_FILE, *tokenizer, *(graph.file for graph in self.graphs)):
             if name not in self.files:

@@ -425,13 +425,13 @@ class Pipeline:
         ids, negative_ids = token_ids
         if ids is None:
             return request
-        return dataclasses.replace(
-            request,
-            prompt=None,
-            negative_prompt=None,
-            text_features=self.encode_tokens(ids),
-            negative_text_features=None if negative_ids is None else self.encode_tokens(negative_ids),
-        )
+        encoded: dict[str, Any] = {"prompt": None, "negative_prompt": None}
+        for prefix, tokens in (("", ids), ("negative_", negative_ids)):
+            if tokens is not None:
+                encoded[f"{prefix}text_features"] = self.encode_tokens(tokens)
+                if self.manifest.model.context_tokens:
+                    encoded[f"{prefix}text_tokens"] = len(tokens)
+        return dataclasses.replace(request, **encoded)
 
     def encode(
         self, prompts: Sequence[str], negative_prompts: Sequence[str | None] | None = None

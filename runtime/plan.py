@@ -49,6 +49,7 @@ class ResolvedPlan:
     cache_scale: int | None  # scale whose sublayer outputs are cached; None where no scale is pruned
     first_layer: int
     last_layer: int  # inclusive
+    context_tokens: int = 0  # what the first scale computes in place of its map, of models whose text is a prefix
 
     def num_tokens(self, scale: int) -> int:
         """L, the tokens of the map at `scale`."""
@@ -62,7 +63,7 @@ class ResolvedPlan:
             return LayerWork(Work.SKIPPED, 0)
         if kept < length and self._in_pruned_layers(layer):
             return LayerWork(Work.PRUNED, kept)
-        return LayerWork(Work.FULL, length)
+        return LayerWork(Work.FULL, self.context_tokens or length if scale == 0 else length)
 
     def _in_pruned_layers(self, layer: int) -> bool:
         return self.first_layer <= layer <= self.last_layer
@@ -113,8 +114,13 @@ class PruningPlan:
     first_layer: int = 0
     last_layer: int = -1
 
-    def resolve(self, schedule: Sequence[tuple[int, int]], depth: int) -> ResolvedPlan:
-        """This plan for one model: `schedule` lists (height, width) per scale, `depth` counts layers.
+    def resolve(self, schedule: Sequence[tuple[int, int]], depth: int, context_tokens: int = 0) -> ResolvedPlan:
+        """This plan for one model.
+
+        Args:
+            schedule: (height, width) per scale.
+            depth: layers.
+            context_tokens: of the text, where it comes as a prefix in place of the first scale's map; else 0.
 
         Raises:
             PlanError: a scale or layer that the model has not, a fraction outside [0, 1], a cache scale
@@ -148,6 +154,8 @@ class PruningPlan:
             raise PlanError(f"plan {self.name!r}: every scale is skipped; keep at least the first")
         if running[0] != 0:
             raise PlanError(f"plan {self.name!r}: scale 0 is skipped; it is what the condition enters by")
+        if context_tokens and num_kept[0] < lengths[0]:
+            raise PlanError(f"plan {self.name!r}: scale 0 is pruned; it is the text, all of which is computed")
         pruned = [k for k in running if num_kept[k] < lengths[k]]
         cache_scale = None
         if pruned:
@@ -171,6 +179,7 @@ class PruningPlan:
             cache_scale=cache_scale,
             first_layer=first_layer,
             last_layer=last_layer,
+            context_tokens=context_tokens,
         )
 
     def _place(self, what: str, place: int, count: int) -> int:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import BundleError, RequestError
-from fastvar_trt.runtime.manifest import Condition, Manifest, Tokens, Variant
-from fastvar_trt.runtime.noise import MAX_SEED, uniform_noise
+from fastvar_trt.runtime.manifest import Condition, Manifest, TensorSpec, Tokens, Variant
+from fastvar_trt.runtime.noise import MAX_SEED, normal_noise, uniform_noise
 
 # A character that can be seen: spelt out, as the languages of regular expressions differ in what is a space.
 VISIBLE = r"[^\s\x1c-\x1f\x85]"
@@ -74,8 +74,9 @@ def _parameter(kind: Kind, description: str, *, value: Any = None, **rest: Any) 
 class Request:
     """One picture. None is the bundle's default; what a bundle does not take must be left out.
 
-    cfg and temperature may be one value per scale. `noise`, for tests and comparisons, is in place of what the seed
-    gives: scale -> U[0, 1) float32 [tokens] or [tokens, bits].
+    cfg and temperature may be one value per scale. `noise` and `normal_noise`, for tests and comparisons, are in place
+    of what the seed gives: scale -> U[0, 1) float32 [tokens] or [tokens, bits]; scale -> N(0, 1) float32, as the graph
+    that takes it says.
     """
 
     label: int | None = _parameter("integer", "Class index.", condition=True)
@@ -86,6 +87,16 @@ class Request:
     )
     negative_text_features: NDArray[Any] | None = _parameter(
         "features", "The same of a negative prompt.", condition=True, needs="text_features"
+    )
+    text_tokens: int | None = _parameter(
+        "integer",
+        "How many of the text features are tokens; the others are padding.",
+        condition=True,
+        needs="text_features",
+        minimum=1,
+    )
+    negative_text_tokens: int | None = _parameter(
+        "integer", "The same of a negative prompt.", condition=True, needs="negative_text_features", minimum=1
     )
     seed: int = _parameter("integer", "Of the noise.", value=0, minimum=0, maximum=MAX_SEED)
     cfg: Any = _parameter("number", "Guidance scale.", dtype="float32", per_scale=True)
@@ -98,6 +109,7 @@ class Request:
     )
     greedy: bool = _parameter("boolean", "Take the likeliest token instead of drawing.", value=False, dtype="bool")
     noise: Mapping[int, NDArray[Any]] | None = None
+    normal_noise: Mapping[int, NDArray[Any]] | None = None
 
 
 TABLE: Mapping[str, Parameter] = {
@@ -120,6 +132,8 @@ def parameters(manifest: Manifest) -> dict[str, Parameter]:
         "label": {"minimum": 0, "maximum": model.num_classes - 1},
         "text_features": {"minimum": 1, "maximum": model.text_length, "width": model.text_width},
         "negative_text_features": {"minimum": 1, "maximum": model.text_length, "width": model.text_width},
+        "text_tokens": {"maximum": model.text_length},
+        "negative_text_tokens": {"maximum": model.text_length},
         "top_k": {"minimum": least_top_k, "maximum": sampling.max_top_k},
     }
     absent: set[str] = set()
@@ -127,6 +141,8 @@ def parameters(manifest: Manifest) -> dict[str, Parameter]:
         absent.add("label")
     if model.condition is not Condition.TEXT:
         absent |= {"text_features", "negative_text_features"}
+    if not model.context_tokens:  # padding is not read
+        absent |= {"text_tokens", "negative_text_tokens"}
     if manifest.text_encoder is None:
         absent |= {"prompt", "negative_prompt"}
     if model.tokens is not Tokens.INDEX:
@@ -185,7 +201,7 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
     for name, parameter in known.items():
         if _is_given(request, parameter):
             _check_value(parameter, getattr(request, name), len(variant.schedule), manifest, greedy=request.greedy)
-    if request.noise is not None:
+    if request.noise is not None or request.normal_noise is not None:
         _noise(variant, manifest.batches[0], [request])
 
 
@@ -374,12 +390,12 @@ class BatchInputs:
     Attributes:
         condition: inputs of the condition graph, each [B or B2, ...].
         request: the inputs of `GRAPH_INPUTS`: those per scale [B, scales], the others [B].
-        noise: scale -> fp32 [B, L] or [B, L, bits], U[0, 1).
+        noise: the role, `NOISE` or `NORMAL`, and scale -> fp32 [B, ...].
     """
 
     condition: dict[str, NDArray[Any]]
     request: dict[str, NDArray[Any]]
-    noise: dict[int, NDArray[Any]]
+    noise: dict[tuple[names.Role, int], NDArray[Any]]
 
 
 def batch_inputs(manifest: Manifest, variant: Variant, requests: Sequence[Request]) -> BatchInputs:
@@ -431,33 +447,44 @@ def _of_text(manifest: Manifest, requests: Sequence[Request]) -> dict[str, NDArr
         for row, array in rows.items():
             if array is not None:
                 features[row, : len(array)], lengths[row] = array, len(array)
+        if model.context_tokens:
+            for row, tokens in ((i, request.text_tokens), (count + i, request.negative_text_tokens)):
+                lengths[row] = lengths[row] if tokens is None else tokens
         if not negative[i]:
             lengths[count + i] = lengths[i]  # the model's own text is as long as the prompt
     return {names.TEXT_FEATURES: features, names.TEXT_LENGTHS: lengths, names.NEGATIVE: negative}
 
 
-def _noise(variant: Variant, batch: int, requests: Sequence[Request]) -> dict[int, NDArray[Any]]:
-    noise = {}
+def _noise(variant: Variant, batch: int, requests: Sequence[Request]) -> dict[tuple[names.Role, int], NDArray[Any]]:
+    noise: dict[tuple[names.Role, int], NDArray[Any]] = {}
     for graph in variant.chain(batch):
         for spec in graph.inputs:
-            if spec.role is names.Role.NOISE and spec.scale is not None:
-                rows = [_noise_of(request, spec.scale, spec.shape[1:]) for request in requests]
-                noise[spec.scale] = np.stack(rows)
+            if spec.role in (names.Role.NOISE, names.Role.NORMAL) and spec.scale is not None:
+                rows = [_noise_of(request, spec) for request in requests]
+                noise[spec.role, spec.scale] = np.stack(rows)
     return noise
 
 
-def _noise_of(request: Request, scale: int, shape: tuple[int, ...]) -> NDArray[Any]:
-    if request.noise is None:
-        return uniform_noise(TABLE["seed"].minimum if request.seed is None else request.seed, scale, shape)
-    if not isinstance(request.noise, Mapping):
-        raise RequestError(f"noise: got {type(request.noise).__name__}, expected arrays by scale")
-    if scale not in request.noise:
-        raise RequestError(f"noise: scale {scale} is missing")
-    array = _numbers(f"noise[{scale}]", request.noise[scale])
+def _noise_of(request: Request, spec: TensorSpec) -> NDArray[Any]:
+    scale, shape = spec.scale, spec.shape[1:]
+    assert scale is not None
+    name, draw = {names.Role.NOISE: ("noise", uniform_noise), names.Role.NORMAL: ("normal_noise", normal_noise)}[
+        spec.role
+    ]
+    given = getattr(request, name)
+    if given is None:
+        return draw(TABLE["seed"].minimum if request.seed is None else request.seed, scale, shape)
+    if not isinstance(given, Mapping):
+        raise RequestError(f"{name}: got {type(given).__name__}, expected arrays by scale")
+    if scale not in given:
+        raise RequestError(f"{name}: scale {scale} is missing")
+    array = _numbers(f"{name}[{scale}]", given[scale])
     if array.shape != shape:
-        raise RequestError(f"noise[{scale}]: got shape {list(array.shape)}, expected {list(shape)}")
-    if not ((array >= 0) & (array < 1)).all():
-        raise RequestError(f"noise[{scale}]: got {array.min():g} to {array.max():g}, expected 0 to below 1")
+        raise RequestError(f"{name}[{scale}]: got shape {list(array.shape)}, expected {list(shape)}")
+    if spec.role is names.Role.NOISE and not ((array >= 0) & (array < 1)).all():
+        raise RequestError(f"{name}[{scale}]: got {array.min():g} to {array.max():g}, expected 0 to below 1")
+    if not np.isfinite(array).all():
+        raise RequestError(f"{name}[{scale}]: expected finite numbers")
     return array
 
 

@@ -36,12 +36,16 @@ class PromptTokenizer:
     def token_ids(self, prompt: str, name: str = "prompt") -> list[int]:
         """The tokens of a prompt that is some text, the end mark included.
 
+        Models that read padding were trained on prompts that were cut off, so theirs are, too.
+
         Raises:
             RequestError: it is too long.
         """
         self.load()
         ids = list(self._tokenizer.encode(prompt).ids)
         longest = self._manifest.model.text_length
+        if len(ids) > longest and self._manifest.model.context_tokens:
+            return ids[:longest]
         if len(ids) > longest:
             raise RequestError(
                 f"{name}: got {len(ids)} tokens, this bundle takes up to {longest}; shorten it, or export "
@@ -58,6 +62,7 @@ class TextEncoder:
         assert graph is not None
         self._backend = backend
         self._text_length = manifest.model.text_length
+        self._gives_padding = manifest.model.context_tokens > 0
         check_unreplaced(bundle, manifest)
         backend.load(graph)
         self._buffers = {
@@ -75,7 +80,7 @@ class TextEncoder:
         return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
 
     def encode(self, ids: Sequence[int]) -> NDArray[Any]:
-        """The features of one prompt: fp32 [tokens, C_text]."""
+        """The features of one prompt: fp32 [tokens, C_text], or [T, C_text] where padding is read."""
         padded = np.zeros((1, self._text_length), dtype=np.int64)
         padded[0, : len(ids)] = ids
         backend = self._backend
@@ -83,7 +88,7 @@ class TextEncoder:
         backend.upload(self._buffers[names.TOKEN_IDS], padded)
         backend.upload(self._buffers[names.TOKEN_COUNT], np.array([len(ids)], dtype=np.int64))
         self._bound.enqueue()
-        return backend.download(self._buffers[names.ENCODED])[0, : len(ids)].copy()
+        return backend.download(self._buffers[names.ENCODED])[0, : None if self._gives_padding else len(ids)].copy()
 
 
 def check_unreplaced(bundle: Path, manifest: Manifest) -> None:

@@ -27,7 +27,7 @@ from fastvar_trt.export.models.matrix import torch_dtype
 from fastvar_trt.plugins.torch_ops import Selector, gather_tokens, pivotal_tokens, restore_tokens
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.manifest import ModelSpec, SamplingSpec, TensorSpec
-from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
 from fastvar_trt.runtime.precision import Precision
 
 BLOCK_DOMAIN = "fastvar.block"  # only inside the exporter: block functions are inlined before a graph is written
@@ -235,6 +235,7 @@ class StepOutputs:
     finite: Tensor  # bool [B], whether all logits of an image are
     new_kv: list[tuple[Tensor, Tensor]]  # [K, B2, H, D]
     caches: dict[int, tuple[Tensor, ...]]  # layer -> per sublayer [B2, T, C]
+    handed_on: dict[str, Tensor]  # `handed_on_specs`
 
 
 class NextScaleModel(nn.Module, abc.ABC):
@@ -245,12 +246,23 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     sublayers: ClassVar[tuple[str, ...]]
 
-    def __init__(self, schedule: tuple[tuple[int, int], ...], depth: int, precision: Precision) -> None:
+    def __init__(
+        self, schedule: tuple[tuple[int, int], ...], depth: int, precision: Precision, context_tokens: int = 0
+    ) -> None:
         super().__init__()
         self.schedule = schedule  # (height, width) of the token map per scale
+        self.context_tokens = context_tokens  # of the text, where it is a prefix in place of the first map
         self.depth = depth
         self.precision = precision
         self.image_decoder: nn.Module
+
+    def resolve(self, plan: PruningPlan) -> ResolvedPlan:
+        """A plan for this model.
+
+        Raises:
+            PlanError: it does not fit.
+        """
+        return plan.resolve(self.schedule, self.depth, self.context_tokens)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -330,6 +342,14 @@ class NextScaleModel(nn.Module, abc.ABC):
     def example_condition(self, batch: int) -> dict[str, Tensor]:
         """Inputs of the condition graph to compare graphs with, the same in every run."""
 
+    def handed_on_specs(self, scale: int, batch: int) -> tuple[TensorSpec, ...]:
+        """What a step leaves for the graph after the last one, besides f_hat."""
+        return ()
+
+    def residual_specs(self, batch: int) -> tuple[TensorSpec, ...] | None:
+        """Inputs of the graph after the last step besides f_hat, of models that have one."""
+        return None
+
     @abc.abstractmethod
     def f_hat_shape(self) -> tuple[int, int, int]:
         """[C_vae, h_K, w_K]."""
@@ -360,6 +380,10 @@ class NextScaleModel(nn.Module, abc.ABC):
     def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> BlockSpec:
         """The static part of one layer of one step."""
 
+    def step_condition(self, condition: Mapping[str, Tensor], scale: int) -> Mapping[str, Tensor]:
+        """The condition with what all blocks of a step need of it."""
+        return condition
+
     def block_condition(self, condition: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
         """What a block takes of the condition."""
         return {"modulation": condition[names.modulation(layer)]}
@@ -373,12 +397,20 @@ class NextScaleModel(nn.Module, abc.ABC):
         """Guided logits fp32 [B, *logits_shape] of [B2, L, C]."""
 
     @abc.abstractmethod
-    def draw(self, logits: Tensor, uniform: Tensor, request: Request) -> Tensor:
+    def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         """One draw per position, in any dtype."""
 
     @abc.abstractmethod
     def accumulate(self, drawn: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
         """f_hat with this scale's codes added."""
+
+    def handed_on(self, x: Tensor, drawn: Tensor, scale: int) -> dict[str, Tensor]:
+        """`handed_on_specs`, of the last block's output [B2, L, C]."""
+        return {}
+
+    def residual(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """f_hat with what no code says added: f_hat and `residual_specs` -> fp32 [B, C_vae, h_K, w_K]."""
+        raise NotImplementedError
 
     def step(
         self,
@@ -409,6 +441,7 @@ class NextScaleModel(nn.Module, abc.ABC):
             block_names: while tracing, the name of the custom node that stands for each block.
         """
         x = self.embed(condition, f_hat, scale)
+        condition = self.step_condition(condition, scale)
         new_kv: list[tuple[Tensor, Tensor]] = []
         new_caches: dict[int, tuple[Tensor, ...]] = {}
         for layer in range(self.depth):
@@ -431,11 +464,19 @@ class NextScaleModel(nn.Module, abc.ABC):
                 new_caches[layer] = outputs[-len(spec.sublayers) :]
 
         logits = self.logits(x, condition, scale, request.cfg)
-        drawn = self.draw(logits, uniform, request)
+        drawn = self.draw(logits, uniform, request, scale)
         f_hat = self.accumulate(drawn, f_hat, scale)
         # A token looks sound whatever it was drawn from. One sum tells: it is not finite where a logit is not.
         finite = logits.flatten(1).sum(dim=1).abs() <= torch.finfo(torch.float32).max
-        return StepOutputs(drawn.to(self.token_spec(scale)[1]), f_hat, logits, finite, new_kv, new_caches)
+        return StepOutputs(
+            tokens=drawn.to(self.token_spec(scale)[1]),
+            f_hat=f_hat,
+            logits=logits,
+            finite=finite,
+            new_kv=new_kv,
+            caches=new_caches,
+            handed_on=self.handed_on(x, drawn, scale),
+        )
 
     def run_block(self, spec: BlockSpec, tensors: Mapping[str, Tensor], select: Selector) -> tuple[Tensor, ...]:
         """`BlockSpec.run`; in eager mode a place to compile."""

@@ -55,6 +55,39 @@ def load_state_dict(path: Path, nested: Sequence[str] = ()) -> dict[str, Tensor]
     return dict(state)
 
 
+def read_config(folder: Path, option: str, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of a Hugging Face folder.
+
+    Args:
+        folder: the folder.
+        option: that named it, for errors.
+        name: of the file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{option} {folder}: {name} is missing; give the folder as it was published")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{option} {folder}: {name} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{option} {folder}: {name}: got a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def load_folder(folder: Path) -> dict[str, Tensor]:
+    """The state dict of a Hugging Face folder: safetensors, shards or not, or `pytorch_model.bin`.
+
+    Raises:
+        CheckpointError: none of them, or damaged.
+    """
+    has_safetensors = any(folder.glob("*.safetensors"))
+    return load_state_dict(folder if has_safetensors else folder / "pytorch_model.bin", ("state_dict",))
+
+
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:

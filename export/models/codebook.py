@@ -57,8 +57,15 @@ def _top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class CodeBookModel(NextScaleModel):
     """What its kind shares: square maps, an index per position, and f_hat from the code book."""
 
-    def __init__(self, patch_nums: tuple[int, ...], depth: int, vae_config: VQVAEConfig, precision: Precision) -> None:
-        super().__init__(tuple((side, side) for side in patch_nums), depth, precision)
+    def __init__(
+        self,
+        patch_nums: tuple[int, ...],
+        depth: int,
+        vae_config: VQVAEConfig,
+        precision: Precision,
+        context_tokens: int = 0,
+    ) -> None:
+        super().__init__(tuple((side, side) for side in patch_nums), depth, precision, context_tokens)
         self.patch_nums = patch_nums  # side of the token map per scale
         self.vae_config = vae_config
 
@@ -94,7 +101,7 @@ class CodeBookModel(NextScaleModel):
         embedded = F.linear(tokens, self.weight("word_embed.weight"), self.weight("word_embed.bias"))
         return embedded.view(batch, side * side, -1)
 
-    def draw(self, logits: Tensor, uniform: Tensor, request: Request) -> Tensor:
+    def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         """One code per position: int32 [B, L]."""
         return sample(logits, uniform, request, self.weight("sampling.rank"))
 

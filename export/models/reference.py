@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastvar_trt.export.models.base import NextScaleModel, Request, StepOutputs
+from fastvar_trt.runtime import manifest as names
+from fastvar_trt.runtime.manifest import Role
+from fastvar_trt.runtime.noise import normal_noise
 from fastvar_trt.runtime.plan import ResolvedPlan
 from fastvar_trt.runtime.request import GRAPH_INPUTS, TABLE
 
@@ -40,6 +44,7 @@ class ChainState:
     f_hat: Tensor | None  # fp32 [B, C_vae, h_K, w_K]
     past: list[tuple[Tensor, Tensor]]  # per layer [S, B2, H, D]
     caches: dict[int, tuple[Tensor, ...]]  # per layer and sublayer [B2, T, C]
+    handed_on: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # for the graph after the last step
 
     @classmethod
     def begin(cls, model: NextScaleModel, inputs: Mapping[str, Tensor]) -> ChainState:
@@ -68,7 +73,33 @@ class ChainState:
                 for i, new in enumerate(outputs.new_kv)
             ]
         self.caches.update(outputs.caches)
+        self.handed_on.update(outputs.handed_on)
         return outputs
+
+    def finish(self, model: NextScaleModel, request: Request, seeds: Sequence[int]) -> None:
+        """Run what comes after the last step, of models that have it.
+
+        Args:
+            model: which.
+            request: guidance.
+            seeds: of the noise, one per image.
+        """
+        if self.handed_on:
+            assert self.f_hat is not None
+            inputs = residual_inputs(model, request, seeds)
+            self.f_hat = model.residual({**self.handed_on, **inputs, names.F_HAT: self.f_hat})
+
+
+def residual_inputs(model: NextScaleModel, request: Request, seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Guidance and noise of the graph after the last step; arguments as for `ChainState.finish`."""
+    inputs = {}
+    for spec in model.residual_specs(len(seeds)) or ():
+        if spec.role is Role.REQUEST:
+            inputs[spec.name] = getattr(request, spec.name)
+        elif spec.role is Role.NORMAL and spec.scale is not None:
+            noise = np.stack([normal_noise(seed, spec.scale, spec.shape[1:]) for seed in seeds])
+            inputs[spec.name] = torch.from_numpy(noise).to(request.cfg.device)
+    return inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +119,7 @@ def generate(
     inputs: Mapping[str, Tensor],
     noise: Mapping[int, Tensor],
     request: Request,
+    seeds: Sequence[int] | None = None,
 ) -> ReferenceResult:
     """One batch with KV cache and SDPA, without the decoder.
 
@@ -97,6 +129,7 @@ def generate(
         inputs: of the condition graph.
         noise: scale -> fp32, `UNIFORM` of each step.
         request: guidance and sampling.
+        seeds: one per image, of noise that is not uniform; default: 0.
     """
     state = ChainState.begin(model, inputs)
     tokens, logits, step_ms = {}, {}, {}
@@ -106,4 +139,5 @@ def generate(
         step_ms[scale] = (time.perf_counter() - begin) * 1e3
         tokens[scale], logits[scale] = outputs.tokens, outputs.logits
     assert state.f_hat is not None
+    state.finish(model, request, seeds or [0] * len(state.f_hat))
     return ReferenceResult(tokens, logits, state.f_hat, step_ms)

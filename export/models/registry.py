@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 from fastvar_trt.export.models.family import Family
+from fastvar_trt.export.models.hart.family import HART
 from fastvar_trt.export.models.infinity.family import INFINITY
 from fastvar_trt.export.models.var.family import VAR
 from fastvar_trt.runtime.errors import PlanError
 from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.registry import Registry
 
-FAMILIES: Registry[Family] = Registry(VAR, INFINITY)
+FAMILIES: Registry[Family] = Registry(VAR, INFINITY, HART)
 
 
 def presets() -> dict[str, PruningPlan]:

@@ -7,7 +7,6 @@ weight into the graph. Parameter names are the official ones; `tests/test_text.p
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvar_trt.export.models.checkpoint import key_problems, load_state_dict
+from fastvar_trt.export.models.checkpoint import key_problems, load_folder, read_config
 from fastvar_trt.export.models.matrix import FORMATS, MatrixFormat, matrix_format, torch_dtype
+from fastvar_trt.export.models.text import TEXT_PREFIX, TextEncoderConfig
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.manifest import TOKENIZER_FILE
 from fastvar_trt.runtime.precision import Precision
 
-PREFIX = "text_encoder."
 _EMBEDDING = "shared.weight"
 _MASKED = -3e4
 _ACTIVATIONS = {"gated-gelu": "tanh", "gated-gelu_new": "tanh"}  # Hugging Face maps the first to the second
@@ -31,7 +30,7 @@ _UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.")
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(TextEncoderConfig):
     """Sizes of the encoder."""
 
     width: int  # `d_model`
@@ -39,11 +38,14 @@ class T5Config:
     num_heads: int
     mlp_width: int  # `d_ff`
     depth: int
-    vocab_size: int
     num_buckets: int  # of relative positions
     max_distance: int
     norm_eps: float
     text_length: int  # T, of the graph
+
+    def encode(self, weights: Mapping[str, Tensor], ids: Tensor, length: Tensor, precision: Precision) -> Tensor:
+        """See `TextEncoderConfig.encode`."""
+        return encode(self, weights, ids, length, precision)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], text_length: int, where: str) -> T5Config:
@@ -52,8 +54,6 @@ class T5Config:
         Raises:
             CheckpointError: not a T5 with gated GELU.
         """
-        if not isinstance(data, Mapping):
-            raise CheckpointError(f"{where}: got a JSON {type(data).__name__}, expected an object")
         if data.get("model_type") != "t5" or data.get("feed_forward_proj") not in _ACTIVATIONS:
             raise CheckpointError(
                 f"{where}: got model_type {data.get('model_type')!r} with feed_forward_proj "
@@ -96,21 +96,18 @@ class T5Source:
         Raises:
             CheckpointError: a file that is missing or damaged, another kind of model, another width.
         """
-        for name in ("config.json", TOKENIZER_FILE):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"--text-encoder {folder}: {name} is missing; give a Hugging Face folder of T5")
-        try:
-            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"--text-encoder {folder}: config.json cannot be read: {error}") from error
+        data = read_config(folder, "--text-encoder")
+        if not (folder / TOKENIZER_FILE).is_file():
+            raise CheckpointError(
+                f"--text-encoder {folder}: {TOKENIZER_FILE} is missing; give a Hugging Face folder of T5"
+            )
         config = T5Config.from_json(data, text_length, f"--text-encoder {folder / 'config.json'}")
         if config.width != text_width:
             raise CheckpointError(
                 f"--text-encoder {folder}: its features are {config.width} wide, the model takes {text_width}; give "
                 "the encoder that the model was trained with"
             )
-        has_shards = any(folder.glob("*.safetensors"))
-        state = load_state_dict(folder if has_shards else folder / "pytorch_model.bin", ("state_dict",))
+        state = load_folder(folder)
         if "shared.weight" not in state and "encoder.embed_tokens.weight" in state:
             state["shared.weight"] = state["encoder.embed_tokens.weight"]
         problems = key_problems(state, expected_keys(config), _UNUSED)
@@ -122,15 +119,15 @@ class T5Source:
         """The deployment tensors, one at a time; normalisation and position biases are fp32."""
         for key in expected_keys(self.config):
             if "relative_attention_bias" in key:
-                yield f"{PREFIX}position_bias", position_bias(self.config, self.state[key].float())
+                yield f"{TEXT_PREFIX}position_bias", position_bias(self.config, self.state[key].float())
             elif "layer_norm" in key:
-                yield PREFIX + key, self.state[key].float()
+                yield TEXT_PREFIX + key, self.state[key].float()
             elif key == _EMBEDDING:
-                yield PREFIX + key, self.state[key].to(torch_dtype(precision.computed))
+                yield TEXT_PREFIX + key, self.state[key].to(torch_dtype(precision.computed))
             else:
                 linear = key.removesuffix(".weight")
-                yield from _format(precision, linear).write(PREFIX + linear, self.state[key])
-        yield f"{PREFIX}position", torch.arange(self.config.text_length)
+                yield from _format(precision, linear).write(TEXT_PREFIX + linear, self.state[key])
+        yield f"{TEXT_PREFIX}position", torch.arange(self.config.text_length)
 
 
 def expected_keys(config: T5Config) -> dict[str, tuple[int, ...]]:
@@ -184,7 +181,7 @@ def encode(
         precision: of the bundle.
 
     Returns:
-        fp32 [1, T, width]; rows of padding mean nothing.
+        fp32 [1, T, width]; the rows of padding are zeros.
     """
     dtype = torch_dtype(precision.computed)
     heads = (config.num_heads, config.text_length, config.head_dim)
@@ -215,4 +212,5 @@ def encode(
         up = linear(f"{ffn}DenseReluDense.wi_1", hidden)
         wide = torch.float32 if _format(precision, f"{ffn}DenseReluDense.wo") is FORMATS["float32"] else dtype
         x = x + linear(f"{ffn}DenseReluDense.wo", gate.to(wide) * up.to(wide)).float()
-    return normed(x, "encoder.final_layer_norm").unsqueeze(0)
+    is_token = (weights["position"] < length).float().unsqueeze(-1)
+    return (normed(x, "encoder.final_layer_norm") * is_token).unsqueeze(0)

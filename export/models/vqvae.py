@@ -130,6 +130,20 @@ def vae_problems(config: VQVAEConfig, state: Mapping[str, Tensor]) -> list[str]:
     return key_problems(state, expected_vae_keys(config), _UNUSED)
 
 
+def check_book(config: VQVAEConfig, vocab_size: int, code_channels: int) -> None:
+    """That the VQVAE's code book is that of a transformer.
+
+    Raises:
+        CheckpointError: the size in which they differ.
+    """
+    for what, ours in (("vocab_size", vocab_size), ("code_channels", code_channels)):
+        vae = getattr(config, what)
+        if ours != vae:
+            raise CheckpointError(
+                f"--vae: {what}: the VAE has {vae}, the transformer {ours}; give the VAE that it was trained with"
+            )
+
+
 def vqvae_tensors(
     vae_config: VQVAEConfig, patch_nums: tuple[int, ...], vae_state: Mapping[str, Tensor], precision: Precision
 ) -> Iterator[tuple[str, Tensor]]:

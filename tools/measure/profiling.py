@@ -18,7 +18,12 @@ from fastvar_trt.runtime.backends.onnxruntime import cpu_fields, num_cores
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, Role
 from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
-from fastvar_trt.tools.measure.work import output_bytes, step_multiply_adds
+from fastvar_trt.tools.measure.work import (
+    has_cross_attention,
+    layer_weights,
+    output_bytes,
+    step_multiply_adds,
+)
 from fastvar_trt.tools.tables import format_table
 
 FORMAT_VERSION = 1
@@ -113,13 +118,11 @@ def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
     """What a step moves at least: its matrices once, keys and values of the past read, new ones written."""
     model, plan = manifest.model, manifest.resolved_plan
     precision = PRECISIONS[manifest.precision]
-    per_layer = 4 * model.width**2 + 2 * model.width * model.mlp_width
-    if model.text_length:
-        per_layer += 2 * model.width**2
+    per_layer = layer_weights(model) + (2 * model.width**2 if has_cross_attention(model) else 0)
     matrices = model.depth * per_layer + model.width * model.vocab_size
     rows = 2 * batch
     keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in range(model.depth))
-    text = model.depth * model.text_length
+    text = model.depth * model.text_length if has_cross_attention(model) else 0
     kv_bytes = DTYPES[precision.kv].num_bytes * 2 * rows * model.width * (keys + text)
     return round(precision.bytes_per_weight * matrices) + kv_bytes
 

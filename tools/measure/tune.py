@@ -111,7 +111,8 @@ class _Drawer:
     """A batch of images by eager PyTorch; what plans share is computed once."""
 
     def __init__(self, model: NextScaleModel, inputs: Mapping[str, Tensor], seeds: Sequence[int], cfg: float) -> None:
-        self._model, self._inputs, self._seeds, self._cfg = model, inputs, seeds, cfg
+        self._model, self._inputs, self._seeds = model, inputs, seeds
+        self._request = default_request(model, len(seeds), greedy=False, cfg=cfg)
         self._prefixes: dict[tuple[int, int], ChainState] = {}
 
     @torch.inference_mode()
@@ -121,6 +122,7 @@ class _Drawer:
         state = self._after_prefix(plan, end)
         for scale in (k for k in plan.steps if k >= end):
             self._step(state, plan, scale)
+        state.finish(self._model, self._request, self._seeds)
         assert state.f_hat is not None
         return self._model.decode(state.f_hat)[1].numpy()
 
@@ -132,7 +134,7 @@ class _Drawer:
         if key not in self._prefixes:
             self._prefixes[key] = self._run_prefix(plan, end)
         state = self._prefixes[key]
-        return dataclasses.replace(state, past=list(state.past), caches=dict(state.caches))
+        return dataclasses.replace(state, past=list(state.past), caches=dict(state.caches), handed_on={})
 
     def _run_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
         state = ChainState.begin(self._model, self._inputs)
@@ -144,8 +146,7 @@ class _Drawer:
     def _step(self, state: ChainState, plan: ResolvedPlan, scale: int) -> None:
         shape = self._model.token_spec(scale)[0]
         noise = np.stack([uniform_noise(seed, scale, shape) for seed in self._seeds])
-        request = default_request(self._model, len(self._seeds), greedy=False, cfg=self._cfg)
-        state.step(self._model, plan, scale, torch.from_numpy(noise), request)
+        state.step(self._model, plan, scale, torch.from_numpy(noise), self._request)
 
 
 def check(bundle: Path, plans: Sequence[PruningPlan], pictures: Pictures) -> None:
@@ -159,7 +160,7 @@ def check(bundle: Path, plans: Sequence[PruningPlan], pictures: Pictures) -> Non
         raise PlanError("no candidate: the cache scale must come before the pruned scales; give other --cache-scales")
     manifest = read_manifest(bundle)
     for plan in plans:
-        plan.resolve(manifest.default.schedule, manifest.model.depth)
+        manifest.default.resolve(manifest.model, plan)
     with Pipeline.load(bundle, engines="off") as pipe:
         pipe.check(pictures.requests())
 
@@ -212,8 +213,8 @@ def sweep(
     model, manifest = load_bundle_model(bundle)
     plans = list(dict.fromkeys([*marked, *plans]))
     tokenizer = PromptTokenizer(bundle, manifest)
-    resolved = [plan.resolve(manifest.default.schedule, manifest.model.depth) for plan in plans]
-    everything = DENSE.resolve(manifest.default.schedule, manifest.model.depth)
+    resolved = [manifest.default.resolve(manifest.model, plan) for plan in plans]
+    everything = manifest.default.resolve(manifest.model, DENSE)
     metrics: list[list[ImageMetrics]] = [[] for _ in plans]
     against_photographs: list[list[ReferenceMetrics]] = [[] for _ in range(len(plans) + 1)]
     sizes = []

@@ -12,13 +12,23 @@ def output_bytes(manifest: Manifest, batch: int, *roles: Role) -> int:
     return sum(t.num_bytes for g in manifest.default.chain(batch) for t in g.outputs if t.role in roles)
 
 
+def layer_weights(model: ModelSpec) -> int:
+    """Elements of the matrices of a layer, without those of cross-attention."""
+    return 4 * model.width**2 + (3 if model.is_gated else 2) * model.width * model.mlp_width
+
+
+def has_cross_attention(model: ModelSpec) -> bool:
+    """Whether layers look text up; it may be a prefix instead."""
+    return model.text_length > 0 and not model.context_tokens
+
+
 def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
     """Multiply-adds of one step for one image with guidance.
 
     Counts the matrix products of the transformer. Per kept token of the two rows that guidance needs: q, k, v and
-    output projections (4 C^2), the feed-forward layers (2 C * mlp_width), attention (2 C per query and key) and, where
-    there is text, cross-attention (2 C^2, and 2 C per query and token of the text). Once per token, as guidance is
-    applied before the head: embedding and head.
+    output projections (4 C^2), the feed-forward layers (2 C * mlp_width, 3 with a gate), attention (2 C per query and
+    key) and, where text is looked up, cross-attention (2 C^2, and 2 C per query and token of the text). Once per token,
+    as guidance is applied before the head: embedding and head.
 
     Args:
         model: sizes.
@@ -32,8 +42,8 @@ def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
     for layer in range(model.depth):
         kept = plan.kept(scale, layer)
         keys = plan.num_past(scale, layer) + kept
-        total += 2 * kept * (4 * model.width**2 + 2 * model.width * model.mlp_width + 2 * model.width * keys)
-        if model.text_length:
+        total += 2 * kept * (layer_weights(model) + 2 * model.width * keys)
+        if has_cross_attention(model):
             total += 2 * kept * (2 * model.width**2 + 2 * model.width * model.text_length)
     return total
 
@@ -45,7 +55,7 @@ def chain_multiply_adds(model: ModelSpec, plan: ResolvedPlan) -> int:
 
 def relative_work(manifest: Manifest, plan: ResolvedPlan) -> float:
     """The transformer's arithmetic under a plan as a share of the dense chain's."""
-    dense = DENSE.resolve(manifest.default.schedule, manifest.model.depth)
+    dense = manifest.default.resolve(manifest.model, DENSE)
     return chain_multiply_adds(manifest.model, plan) / chain_multiply_adds(manifest.model, dense)
 
 

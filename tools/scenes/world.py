@@ -17,6 +17,7 @@ _SIDE = {"left": -1, "middle": 0, "right": 1}
 # By how many solids there are: from the middle to those at the sides, and their radius. They do not touch.
 _SPACING = {1: 1.75, 2: 1.8, 3: 2.4}
 _RADIUS = {1: 1.35, 2: 1.15, 3: 0.78}
+_TURN = 0.5  # radians: cubes show two sides
 # One of so many combinations of (shape, colour, ground) never occurs in training.
 _HELD_OUT_SHARE = 8
 
@@ -72,6 +73,9 @@ def is_held_out(solid: Solid, ground: str) -> bool:
 def random_scene(rng: np.random.Generator, num_solids: int | None = None, *, held_out: bool | None = False) -> Scene:
     """A scene.
 
+    What a caption does not say varies little: a next-scale model draws the tokens of a scale independently of each
+    other, and where places and outlines vary, it mixes them.
+
     Args:
         rng: which.
         num_solids: 1 to 3; default: any.
@@ -90,18 +94,18 @@ def random_scene(rng: np.random.Generator, num_solids: int | None = None, *, hel
             Solid(
                 *(kinds[0] if alike else kind),
                 slot,
-                _SIDE[slot] * (spacing if near is None else 0.75 * spacing) + float(rng.uniform(-0.1, 0.1)),
-                (0.0 if near is None else -1.6 if near == i else 1.2) + float(rng.uniform(-0.2, 0.2)),
-                radius * float(rng.uniform(0.9, 1.1)),
-                float(rng.uniform(0, np.pi / 2)),
+                _SIDE[slot] * (spacing if near is None else 0.75 * spacing) + float(rng.uniform(-0.03, 0.03)),
+                (0.0 if near is None else -1.6 if near == i else 1.2) + float(rng.uniform(-0.05, 0.05)),
+                radius * float(rng.uniform(0.97, 1.03)),
+                _TURN + float(rng.uniform(-0.1, 0.1)),
                 near == i,
             )
             for i, (slot, kind) in enumerate(zip(slots, kinds, strict=True))
         )
         found = any(is_held_out(solid, ground) for solid in solids)
         if held_out is None or found == held_out:
-            light = (float(rng.uniform(-0.9, 0.9)), float(rng.uniform(0.75, 1.1)))
-            moon = (float(rng.uniform(-0.7, 0.7)), float(rng.uniform(0.74, 0.84)))
+            light = (float(rng.uniform(0.5, 0.7)), float(rng.uniform(0.85, 0.95)))
+            moon = (float(rng.uniform(0.45, 0.55)), float(rng.uniform(0.77, 0.81)))
             return Scene(ground, str(rng.choice(SKIES)), solids, light, moon)
 
 

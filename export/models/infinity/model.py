@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models import t5
-from fastvar_trt.export.models.base import BlockSpec, NextScaleModel, Request, block_geometry, l2_normalised
+from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised
 from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
 from fastvar_trt.export.models.infinity.vae import BSQDecoder
 from fastvar_trt.export.models.matrix import linear_names
 from fastvar_trt.export.models.resize import resize_map
 from fastvar_trt.export.models.t5 import T5Config
+from fastvar_trt.export.models.text import TextModel
 from fastvar_trt.plugins.torch_ops import Selector
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.manifest import Condition, ModelSpec, Role, SamplingSpec, TensorSpec, Tokens
@@ -130,7 +130,7 @@ class InfinityBlockSpec(BlockSpec):
         return attended.transpose(1, 2).reshape(self.rows * self.num_computed, self.channels)
 
 
-class Infinity(NextScaleModel):
+class Infinity(TextModel):
     """An Infinity with its decoder, over the deployment tensors of `models.infinity.checkpoint`."""
 
     sublayers = InfinityBlockSpec.sublayers
@@ -190,44 +190,6 @@ class Infinity(NextScaleModel):
         vae_config = BSQVAEConfig(**{**vae, "level_channels": tuple(vae["level_channels"])})
         text = configs.get("text_encoder")
         return cls(InfinityConfig(**config), vae_config, None if text is None else T5Config(**text), precision)
-
-    def text_specs(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None:
-        """Inputs and outputs of the text encoder, where there is one."""
-        if self.text_config is None:
-            return None
-        length = self.config.text_length
-        return (
-            (TensorSpec(names.TOKEN_IDS, (1, length), "int64"), TensorSpec(names.TOKEN_COUNT, (1,), "int64")),
-            (TensorSpec(names.ENCODED, (1, length, self.config.text_width), "float32"),),
-        )
-
-    def example_text(self) -> dict[str, Tensor]:
-        """Some tokens and padding."""
-        assert self.text_config is not None
-        length = self.config.text_length
-        ids = torch.arange(length)[None] * 31 % self.text_config.vocab_size
-        return {names.TOKEN_IDS: ids, names.TOKEN_COUNT: torch.tensor([max(length // 2, 1)])}
-
-    def encode_text(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tokens to features; the rows of padding are zeros."""
-        assert self.text_config is not None
-        weights = {
-            name.removeprefix(t5.PREFIX): parameter
-            for name, parameter in self.named_parameters()
-            if name.startswith(t5.PREFIX)
-        }
-        count = inputs[names.TOKEN_COUNT]
-        encoded = t5.encode(self.text_config, weights, inputs[names.TOKEN_IDS], count, self.precision)
-        return {names.ENCODED: encoded * (weights["position"] < count).float().unsqueeze(-1)}
-
-    def condition_inputs(self, batch: int) -> tuple[TensorSpec, ...]:
-        """Features of the text encoder."""
-        rows, config = 2 * batch, self.config
-        return (
-            TensorSpec(names.TEXT_FEATURES, (rows, config.text_length, config.text_width), "float32", Role.CONDITION),
-            TensorSpec(names.TEXT_LENGTHS, (rows,), "int64", Role.CONDITION),
-            TensorSpec(names.NEGATIVE, (batch,), "bool", Role.CONDITION),
-        )
 
     def condition_outputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Start token, modulations, keys and values of the text."""
@@ -383,7 +345,7 @@ class Infinity(NextScaleModel):
         logits = self.linear("head", hidden.reshape(-1, channels).to(self.dtype))
         return logits.float().view(batch, length, self.config.bits, 2)
 
-    def draw(self, logits: Tensor, uniform: Tensor, request: Request) -> Tensor:
+    def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         """One value per bit, 0 or 1: fp32 [B, L, bits].
 
         Top-p over two values (`sample_with_top_k_top_p_also_inplace_modifying_logits_`): the less likely one is out

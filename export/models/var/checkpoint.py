@@ -14,8 +14,7 @@ from fastvar_trt.export.models.base import MAX_Q_SCALE
 from fastvar_trt.export.models.checkpoint import check_keys, key_problems
 from fastvar_trt.export.models.matrix import matrix_format, write_linear
 from fastvar_trt.export.models.var.config import VARConfig
-from fastvar_trt.export.models.vqvae import VQVAEConfig, vae_problems, vqvae_tensors
-from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.export.models.vqvae import VQVAEConfig, check_book, vae_problems, vqvae_tensors
 from fastvar_trt.runtime.precision import Precision
 
 # Buffers that training leaves in a checkpoint and inference does not read.
@@ -74,12 +73,7 @@ def check_checkpoints(
         "--vae": vae_problems(vae_config, vae_state),
     }
     check_keys(problems)
-    for what in ("vocab_size", "code_channels"):
-        ours, vae = getattr(config, what), getattr(vae_config, what)
-        if ours != vae:
-            raise CheckpointError(
-                f"--vae: {what}: the VAE has {vae}, the transformer {ours}; give the VAE that it was trained with"
-            )
+    check_book(vae_config, config.vocab_size, config.code_channels)
 
 
 def deployment_tensors(

@@ -1,0 +1,182 @@
+"""HART: the goldens through exported graphs and the runtime, and what is particular to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import Qwen2Config, Qwen2Model
+
+from conftest import Golden
+from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.models.hart.source import HARTSource
+from fastvar_trt.export.models.registry import load_plan
+from fastvar_trt.runtime import GenerationResult, Pipeline, Request
+from fastvar_trt.runtime.verify import verify_bundle
+
+PROBED = 64  # positions of the logits that a golden holds
+PLANS = {"hart_d4_dense": load_plan("none"), "hart_d6_1024_fastvar": load_plan("fastvar-hart")}
+Export = Callable[..., tuple[Path, ExportReport]]
+
+
+def golden_requests(golden: Golden) -> list[Request]:
+    """Its texts and its noise, which comes in the order in which the reference draws it."""
+    case, expected = golden.case, golden.expected
+    batch, last = case["batch"], len(case["patch_nums"]) - 1
+    steps = [expected["noise_init"], *expected["noise_steps"][:-1]]  # the last step adds none
+    noise = np.stack([step.reshape(batch, -1, case["cvae"]) for step in steps], axis=1).astype(np.float32)
+    return [
+        Request(
+            text_features=expected["text_features"][i].astype(np.float32),
+            text_tokens=int(expected["text_lens"][i]),
+            cfg=case["cfg"],
+            greedy=True,
+            normal_noise={last: noise[i]},
+        )
+        for i in range(batch)
+    ]
+
+
+@pytest.fixture(params=sorted(PLANS))
+def drawn(request: pytest.FixtureRequest, export_once: Export) -> tuple[Golden, list[GenerationResult]]:
+    """All pictures of a golden in one batch, and one by one."""
+    golden = Golden(request.param)
+    batches = tuple(sorted({1, golden.case["batch"]}))
+    source = HARTSource.from_folders(golden.folder / "llm")
+    bundle, _ = export_once(request.param, source, ExportOptions(plan=PLANS[request.param], batches=batches))
+    requests = golden_requests(golden)
+    with Pipeline.load(bundle) as pipe:
+        options = {"return_logits": True, "return_float_images": True}
+        results = [pipe.draw(requests, **options)]  # type: ignore[arg-type]
+        if len(requests) > 1:
+            results += [pipe.draw([one], **options) for one in requests]  # type: ignore[arg-type]
+    return golden, results
+
+
+def test_the_reference_is_reproduced(drawn: tuple[Golden, list[GenerationResult]]) -> None:
+    golden, results = drawn
+    together, singles = results[0], results[1:]
+    check_golden(golden, together, slice(None))
+    for i, single in enumerate(singles):
+        check_golden(golden, single, slice(i, i + 1))
+
+
+def check_golden(golden: Golden, result: GenerationResult, rows: slice) -> None:
+    expected, batch = golden.expected, golden.case["batch"]
+    assert result.logits is not None and result.float_images is not None
+    for k, (tokens, logits) in enumerate(zip(result.tokens, result.logits, strict=True)):
+        np.testing.assert_array_equal(tokens, expected[f"tokens_s{k:02d}"][rows], err_msg=f"scale {k}")
+        np.testing.assert_allclose(logits[:, :PROBED], expected[f"logits_s{k:02d}"][rows], atol=1e-3, rtol=0)
+    discrete = expected["f_hat_discrete"][rows]
+    residual = expected["residual"].reshape(batch, -1, golden.case["cvae"])[rows].transpose(0, 2, 1)
+    errors = np.abs(result.f_hat - discrete - residual.reshape(discrete.shape))
+    assert (errors <= 1e-3).mean() >= 0.999
+    truncated = (result.float_images * 255).astype(np.uint8)  # as the reference makes its pixels
+    off = np.abs(truncated.astype(int) - expected["image_u8"][rows].astype(int))
+    assert (off <= 1).mean() >= 0.999
+
+
+def test_a_bundle_verifies(export_once: Export) -> None:
+    golden = Golden("hart_d4_dense")
+    source = HARTSource.from_folders(golden.folder / "llm")
+    bundle, _ = export_once("hart_d4_dense", source, ExportOptions(batches=(1, 2)))
+    with Pipeline.load(bundle) as pipe:
+        found = verify_bundle(pipe)
+    assert not found.failures and found.num_images_equal == found.num_images == 3
+
+
+def test_noise_is_the_seeds(export_once: Export) -> None:
+    """A picture is that of its seed, whatever its neighbours; another seed gives another residual."""
+    golden = Golden("hart_d4_dense")
+    source = HARTSource.from_folders(golden.folder / "llm")
+    bundle, _ = export_once("hart_d4_dense", source, ExportOptions(batches=(1, 2)))
+    features = golden.expected["text_features"][0].astype(np.float32)
+
+    def f_hat(pipe: Pipeline, *seeds: int) -> NDArray[np.float32]:
+        return pipe.draw([Request(text_features=features, text_tokens=5, seed=s, greedy=True) for s in seeds]).f_hat
+
+    with Pipeline.load(bundle) as pipe:
+        both, second = f_hat(pipe, 1, 2), f_hat(pipe, 2)
+    assert (np.abs(both[1] - second[0]) <= 1e-3).mean() > 0.999
+    assert (np.abs(both[0] - both[1]) > 0.05).mean() > 0.5
+
+
+SYSTEM = "draw what the user says :"
+WORDS = f"{SYSTEM} a red fox in the snow <pad> <unk>".split()
+
+
+def qwen2_folder(folder: Path, side: str, prefix: str) -> Path:
+    """A small random Qwen2 with a tokenizer of whole words, in a layout of Hugging Face."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(WORDS) + 3,
+        hidden_size=160,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=1e6,
+    )
+    model = Qwen2Model(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms and biases, which begin as ones and zeros
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    state = {f"{prefix}{key}": value for key, value in load_file(folder / "model.safetensors").items()}
+    if prefix:
+        state |= {"visual.patch_embed.weight": torch.zeros(1), "lm_head.weight": torch.zeros(1)}
+    save_file(state, folder / "model.safetensors")
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(dict.fromkeys(WORDS))}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", "padding_side": side}))
+    return folder
+
+
+def transformers_features(folder: Path, source: HARTSource, prompt: str) -> NDArray[Any]:
+    """As HART's `encode_prompts` has them: system prompt, padded prompt, no position ids, the last positions kept."""
+    assert source.text is not None
+    config, tokenizer = source.text.config, Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = Qwen2Model(Qwen2Config.from_pretrained(folder)).eval()
+    model.load_state_dict({key: source.text.state[key] for key in model.state_dict()})
+    ids = tokenizer.encode(prompt).ids[: config.text_length]
+    count = config.text_length - len(ids)
+    padding, tokens = ([config.pad_id] * count, [0] * count), (ids, [1] * len(ids))
+    first, second = (padding, tokens) if config.pads_left else (tokens, padding)
+    system = tokenizer.encode(SYSTEM).ids
+    with torch.inference_mode():
+        states = model(
+            input_ids=torch.tensor([[*system, *first[0], *second[0]]]),
+            attention_mask=torch.tensor([[*[1] * len(system), *first[1], *second[1]]]),
+            output_hidden_states=True,
+        ).hidden_states
+    return np.asarray(states[-1][0, len(system) :].numpy())
+
+
+@pytest.mark.parametrize(("side", "prefix"), [("right", ""), ("left", "model.language_model.")])
+def test_text_features_are_those_of_transformers(side: str, prefix: str, tmp_path: Path, export_once: Export) -> None:
+    golden = Golden("hart_d4_dense")
+    folder = qwen2_folder(tmp_path / "qwen", side, prefix)
+    source = HARTSource.from_folders(golden.folder / "llm", None, folder, SYSTEM)
+    bundle, _ = export_once(f"hart_text_{side}", source, ExportOptions())
+    prompt = "a red fox in the snow"
+    expected = transformers_features(folder, source, prompt)
+    with Pipeline.load(bundle) as pipe:
+        assert not verify_bundle(pipe).failures
+        (features,), _ = pipe.encode([prompt])
+        np.testing.assert_allclose(features, expected, atol=2e-5)
+        drawn = pipe.generate(prompts=[prompt], seeds=3)
+        same = pipe.draw([Request(text_features=expected, text_tokens=6, seed=3)])
+        np.testing.assert_array_equal(drawn.tokens[-1], same.tokens[-1])
+        long, _ = pipe.encode(["a " * 50])  # cut off, as the reference does
+        np.testing.assert_allclose(long[0], transformers_features(folder, source, "a " * 50), atol=2e-5)
