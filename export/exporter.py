@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvar_trt.export.folders import new_folder
 from fastvar_trt.export.known_answer import GreedyChain, text_reference
 from fastvar_trt.export.models.base import NextScaleModel
-from fastvar_trt.export.models.reference import default_request, residual_inputs
+from fastvar_trt.export.models.reference import default_request, gumbel_of, residual_inputs
 from fastvar_trt.export.models.registry import FAMILIES
 from fastvar_trt.export.models.source import Source
 from fastvar_trt.export.progress import Progress, no_progress
@@ -340,7 +340,7 @@ def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyC
     request = default_request(model, spec.batch, greedy=False)
     available = {**state.condition, **state.handed_on}
     if spec.kind == names.RESIDUAL:
-        available |= residual_inputs(model, request, [0] * spec.batch)
+        available |= residual_inputs(model, request, state.seeds)
     if state.f_hat is not None:
         available[names.F_HAT] = state.f_hat
     for i, (k, v) in enumerate(state.past):
@@ -348,6 +348,9 @@ def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyC
     for i, outputs in state.caches.items():
         available |= {names.cache(i, sub): y for sub, y in zip(model.sublayers, outputs, strict=True)}
     available |= {name: getattr(request, name) for name in GRAPH_INPUTS}
+    if spec.scale is not None:
+        gumbel = gumbel_of(model, spec.scale, state.seeds, torch.device("cpu"))
+        available |= {} if gumbel is None else {names.GUMBEL: gumbel}
     noise = spec.input(Role.NOISE)
     if noise is not None and noise.scale is not None:
         rows = [uniform_noise(image, noise.scale, noise.shape[1:]) for image in range(spec.batch)]

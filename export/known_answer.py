@@ -40,7 +40,7 @@ class GreedyChain:
         """Run what a graph computes."""
         model = self._model
         if spec.kind == names.CONDITION_GRAPH:
-            self.state = ChainState.begin(model, self._there(self.condition))
+            self.state = ChainState.begin(model, self._there(self.condition), [0] * self._batch)
         elif spec.kind == names.STEP and spec.scale is not None:
             assert self.state is not None
             uniform = torch.zeros(self._batch, *model.token_spec(spec.scale)[0], device=self._device)
@@ -49,7 +49,7 @@ class GreedyChain:
             self.drawn |= arrays({spec.name: outputs.tokens, logits_name(spec.scale): logits})
         elif spec.kind == names.RESIDUAL:
             assert self.state is not None
-            self.state.finish(model, self._greedy, [0] * self._batch)
+            self.state.finish(model, self._greedy)
         elif spec.kind == names.DECODER:
             assert self.state is not None and self.state.f_hat is not None
             image = model.decode(self.state.f_hat)[0]

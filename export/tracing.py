@@ -84,7 +84,7 @@ class GraphFunction:
     layers: tuple[BlockSpec, ...] = ()  # the block of every layer; empty where there are none
     # Of a step: f_hat after other tokens than its own, which differ where rounding decides.
     accumulate: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None
-    is_diffusion: bool = False  # it magnifies rounding: a share of its result is not comparable
+    magnifies: bool = False  # rounding, in f_hat: a share of its elements is not comparable
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -142,7 +142,7 @@ def _residual_function(model: NextScaleModel, batch: int) -> list[GraphFunction]
         [_f_hat_spec(model, batch, names.F_HAT), *specs],
         [_f_hat_spec(model, batch, names.F_HAT_OUT)],
     )
-    return [GraphFunction(graph, lambda tensors, _: {names.F_HAT_OUT: model.residual(tensors)}, is_diffusion=True)]
+    return [GraphFunction(graph, lambda tensors, _: {names.F_HAT_OUT: model.residual(tensors)}, magnifies=True)]
 
 
 def text_function(model: NextScaleModel) -> GraphFunction | None:
@@ -187,6 +187,7 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             },
             uniform=tensors[names.UNIFORM],
             request=Request(**{name: request(name) for name in GRAPH_INPUTS}),
+            gumbel=tensors.get(names.GUMBEL),
             select=tracing.select,
             block_names=tracing.block_names,
         )
@@ -206,7 +207,8 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
     def accumulate(tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         return model.accumulate(tokens, tensors.get(names.F_HAT), scale)
 
-    return GraphFunction(graph, run, tuple(specs), accumulate)
+    blends = model.gumbel_shape(scale) is not None  # f_hat is then no function of the tokens
+    return GraphFunction(graph, run, tuple(specs), None if blends else accumulate, magnifies=blends)
 
 
 def _step_spec(
@@ -229,6 +231,9 @@ def _step_spec(
         inputs += read
         outputs += written
     inputs.append(TensorSpec(names.UNIFORM, (batch, *token_shape), "float32", Role.NOISE, scale=scale))
+    gumbel_shape = model.gumbel_shape(scale)
+    if gumbel_shape is not None:
+        inputs.append(TensorSpec(names.GUMBEL, (batch, *gumbel_shape), "float32", Role.GUMBEL, scale=scale))
     for name in model.request_inputs(scale):
         parameter = GRAPH_INPUTS[name]
         of_scale = scale if parameter.per_scale else None

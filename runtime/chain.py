@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, CapturedChain, View
 from fastvar_trt.runtime.errors import BackendError, BundleError, CancelledError
-from fastvar_trt.runtime.manifest import DECODER, OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
+from fastvar_trt.runtime.manifest import DECODER, NOISES, OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
 from fastvar_trt.runtime.precision import Tolerance
 from fastvar_trt.runtime.request import BatchInputs
 
@@ -208,7 +208,7 @@ class Chain:
             values = inputs.request[spec.name]
             of_scale = values if spec.scale is None else np.ascontiguousarray(values[:, spec.scale])
             self._backend.upload(self._buffers[key], of_scale)
-        for role in (Role.NOISE, Role.NORMAL):
+        for role in NOISES:
             for key, spec in self._layout.by_role[role].items():
                 assert spec.scale is not None
                 self._backend.upload(self._buffers[key], inputs.noise[role, spec.scale])

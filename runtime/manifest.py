@@ -45,6 +45,7 @@ class Role(enum.StrEnum):
     REQUEST = "request"  # input: a run-time value [B], by its name in `runtime.request.Request`; of a scale or of all
     NOISE = "noise"  # input: U[0, 1), one number per draw; of a scale
     NORMAL = "normal"  # input: N(0, 1); of a scale
+    GUMBEL = "gumbel"  # input: Gumbel(0, 1); of a scale
     F_HAT = "f_hat"  # what the graph before wrote; as an output, the same after this graph
     KEYS = "keys"  # of a layer: those of all graphs before; as an output, those that this graph adds
     VALUES = "values"  # likewise
@@ -61,14 +62,14 @@ class Role(enum.StrEnum):
     PIXELS = "pixels"
 
 
-_PER_SCALE = (Role.NOISE, Role.NORMAL, Role.TOKENS, Role.LOGITS, Role.FINITE)  # every step has its own
+NOISES = (Role.NOISE, Role.NORMAL, Role.GUMBEL)
+_PER_SCALE = (*NOISES, Role.TOKENS, Role.LOGITS, Role.FINITE)  # every step has its own
 _PER_LAYER = (Role.KEYS, Role.VALUES)
 OPTIONAL_ROLES = (Role.LOGITS, Role.IMAGE)
 _HANDED_ON = (Role.F_HAT, Role.STATE, Role.MODULATION, Role.TEXT, Role.CACHE)  # a graph reads what one before wrote
 _OF_BATCH = (
     Role.REQUEST,
-    Role.NOISE,
-    Role.NORMAL,
+    *NOISES,
     Role.F_HAT,
     Role.TOKENS,
     Role.LOGITS,
@@ -92,6 +93,7 @@ TOKEN_COUNT = "token_count"  # int64 [1], how many of them are tokens
 ENCODED = "encoded"  # fp32 [1, T, C_text], what the text encoder makes of them
 HIDDEN = "hidden"  # [B2, L, C], what the last step hands on to the residual diffusion
 NORMAL = "normal"  # fp32 [B, S, L, C_vae], N(0, 1): where the residual diffusion starts, and what its steps add
+GUMBEL = "gumbel"  # fp32 [B, L, M], Gumbel(0, 1) of the M likeliest codes, the likeliest first
 UNIFORM = "uniform"  # fp32 [B, L] or [B, L, bits], U(0, 1), one per draw
 TOKENS = "tokens"  # int32 [B, L], or bits uint8 [B, L, bits]
 LOGITS = "logits"  # fp32 [B, L, V] or [B, L, bits, 2], after guidance, before temperature

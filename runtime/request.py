@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import BundleError, RequestError
 from fastvar_trt.runtime.manifest import Condition, Manifest, TensorSpec, Tokens, Variant
-from fastvar_trt.runtime.noise import MAX_SEED, normal_noise, uniform_noise
+from fastvar_trt.runtime.noise import MAX_SEED, gumbel_noise, normal_noise, uniform_noise
 
 # A character that can be seen: spelt out, as the languages of regular expressions differ in what is a space.
 VISIBLE = r"[^\s\x1c-\x1f\x85]"
@@ -74,9 +74,9 @@ def _parameter(kind: Kind, description: str, *, value: Any = None, **rest: Any) 
 class Request:
     """One picture. None is the bundle's default; what a bundle does not take must be left out.
 
-    cfg and temperature may be one value per scale. `noise` and `normal_noise`, for tests and comparisons, are in place
-    of what the seed gives: scale -> U[0, 1) float32 [tokens] or [tokens, bits]; scale -> N(0, 1) float32, as the graph
-    that takes it says.
+    cfg and temperature may be one value per scale. `noise`, `normal_noise` and `gumbel_noise`, for tests and
+    comparisons, are in place of what the seed gives: scale -> U[0, 1) float32 [tokens] or [tokens, bits]; scale ->
+    N(0, 1) or Gumbel(0, 1) float32, of the shape that the graph takes.
     """
 
     label: int | None = _parameter("integer", "Class index.", condition=True)
@@ -110,6 +110,7 @@ class Request:
     greedy: bool = _parameter("boolean", "Take the likeliest token instead of drawing.", value=False, dtype="bool")
     noise: Mapping[int, NDArray[Any]] | None = None
     normal_noise: Mapping[int, NDArray[Any]] | None = None
+    gumbel_noise: Mapping[int, NDArray[Any]] | None = None
 
 
 TABLE: Mapping[str, Parameter] = {
@@ -120,6 +121,12 @@ TABLE: Mapping[str, Parameter] = {
 _CONDITION_INPUTS: Mapping[Condition, tuple[str, ...]] = {
     Condition.CLASS: (names.LABELS,),
     Condition.TEXT: (names.TEXT_FEATURES, names.TEXT_LENGTHS, names.NEGATIVE),
+}
+# The field of `Request` that is in place of the seed's, and what the seed gives.
+_NOISES: Mapping[names.Role, tuple[str, Callable[..., NDArray[Any]]]] = {
+    names.Role.NOISE: ("noise", uniform_noise),
+    names.Role.NORMAL: ("normal_noise", normal_noise),
+    names.Role.GUMBEL: ("gumbel_noise", gumbel_noise),
 }
 GRAPH_INPUTS: Mapping[str, Parameter] = {name: p for name, p in TABLE.items() if p.dtype}
 
@@ -201,7 +208,7 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
     for name, parameter in known.items():
         if _is_given(request, parameter):
             _check_value(parameter, getattr(request, name), len(variant.schedule), manifest, greedy=request.greedy)
-    if request.noise is not None or request.normal_noise is not None:
+    if any(getattr(request, name) is not None for name, _ in _NOISES.values()):
         _noise(variant, manifest.batches[0], [request])
 
 
@@ -390,7 +397,7 @@ class BatchInputs:
     Attributes:
         condition: inputs of the condition graph, each [B or B2, ...].
         request: the inputs of `GRAPH_INPUTS`: those per scale [B, scales], the others [B].
-        noise: the role, `NOISE` or `NORMAL`, and scale -> fp32 [B, ...].
+        noise: the role, of `NOISES`, and scale -> fp32 [B, ...].
     """
 
     condition: dict[str, NDArray[Any]]
@@ -459,7 +466,7 @@ def _noise(variant: Variant, batch: int, requests: Sequence[Request]) -> dict[tu
     noise: dict[tuple[names.Role, int], NDArray[Any]] = {}
     for graph in variant.chain(batch):
         for spec in graph.inputs:
-            if spec.role in (names.Role.NOISE, names.Role.NORMAL) and spec.scale is not None:
+            if spec.role in _NOISES and spec.scale is not None:
                 rows = [_noise_of(request, spec) for request in requests]
                 noise[spec.role, spec.scale] = np.stack(rows)
     return noise
@@ -468,9 +475,7 @@ def _noise(variant: Variant, batch: int, requests: Sequence[Request]) -> dict[tu
 def _noise_of(request: Request, spec: TensorSpec) -> NDArray[Any]:
     scale, shape = spec.scale, spec.shape[1:]
     assert scale is not None
-    name, draw = {names.Role.NOISE: ("noise", uniform_noise), names.Role.NORMAL: ("normal_noise", normal_noise)}[
-        spec.role
-    ]
+    name, draw = _NOISES[spec.role]
     given = getattr(request, name)
     if given is None:
         return draw(TABLE["seed"].minimum if request.seed is None else request.seed, scale, shape)

@@ -342,6 +342,10 @@ class NextScaleModel(nn.Module, abc.ABC):
     def example_condition(self, batch: int) -> dict[str, Tensor]:
         """Inputs of the condition graph to compare graphs with, the same in every run."""
 
+    def gumbel_shape(self, scale: int) -> tuple[int, ...] | None:
+        """Shape per image of the noise `GUMBEL` that a step takes, of models that blend codes."""
+        return None
+
     def handed_on_specs(self, scale: int, batch: int) -> tuple[TensorSpec, ...]:
         """What a step leaves for the graph after the last one, besides f_hat."""
         return ()
@@ -379,6 +383,10 @@ class NextScaleModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> BlockSpec:
         """The static part of one layer of one step."""
+
+    def blend(self, logits: Tensor, gumbel: Tensor, f_hat: Tensor | None, scale: int, request: Request) -> Tensor:
+        """f_hat with a blend of codes added in place of the drawn ones; of models with a `gumbel_shape`."""
+        raise NotImplementedError
 
     def step_condition(self, condition: Mapping[str, Tensor], scale: int) -> Mapping[str, Tensor]:
         """The condition with what all blocks of a step need of it."""
@@ -423,6 +431,7 @@ class NextScaleModel(nn.Module, abc.ABC):
         caches: Mapping[int, tuple[Tensor, ...]],
         uniform: Tensor,
         request: Request,
+        gumbel: Tensor | None = None,
         select: Selector = pivotal_tokens,
         block_names: Mapping[BlockSpec, str] | None = None,
     ) -> StepOutputs:
@@ -437,6 +446,7 @@ class NextScaleModel(nn.Module, abc.ABC):
             caches: per pruned layer the sublayers' outputs at the cache scale [B2, T, C]; pruned scales only.
             uniform: fp32 [B, *token shape].
             request: guidance and sampling.
+            gumbel: fp32 [B, *gumbel_shape]; None where that is.
             select: which tokens a pruned sublayer computes.
             block_names: while tracing, the name of the custom node that stands for each block.
         """
@@ -465,7 +475,10 @@ class NextScaleModel(nn.Module, abc.ABC):
 
         logits = self.logits(x, condition, scale, request.cfg)
         drawn = self.draw(logits, uniform, request, scale)
-        f_hat = self.accumulate(drawn, f_hat, scale)
+        if gumbel is None:
+            f_hat = self.accumulate(drawn, f_hat, scale)
+        else:
+            f_hat = self.blend(logits, gumbel, f_hat, scale, request)
         # A token looks sound whatever it was drawn from. One sum tells: it is not finite where a logit is not.
         finite = logits.flatten(1).sum(dim=1).abs() <= torch.finfo(torch.float32).max
         return StepOutputs(

@@ -29,7 +29,7 @@ def sample(logits: Tensor, uniform: Tensor, request: Request, rank: Tensor) -> T
     Returns:
         int32 [B, L].
     """
-    values, order = _top_k(logits, len(rank))  # [B, L, max_top_k], descending
+    values, order = top_k(logits, len(rank))  # [B, L, max_top_k], descending
     values = values / request.temperature[:, None, None]
     among_top_k = rank < request.top_k[:, None, None]
     probabilities = values.masked_fill(~among_top_k, float("-inf")).softmax(dim=-1)
@@ -45,7 +45,8 @@ def sample(logits: Tensor, uniform: Tensor, request: Request, rank: Tensor) -> T
     return order.gather(-1, drawn).squeeze(-1).to(torch.int32)
 
 
-def _top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def top_k(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of [..., V] and where they are: [..., count], descending."""
     if torch.onnx.is_in_onnx_export():
         values, order = torch.topk(logits, count, dim=-1)
         return values, order
@@ -103,16 +104,24 @@ class CodeBookModel(NextScaleModel):
 
     def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         """One code per position: int32 [B, L]."""
-        return sample(logits, uniform, request, self.weight("sampling.rank"))
+        return sample(logits, uniform, request, self.rank(scale))
+
+    def rank(self, scale: int) -> Tensor:
+        """int64 [M], 0, 1, ...: as long as top-k may be at a scale."""
+        return self.weight("sampling.rank")
 
     def codes(self, drawn: Tensor) -> Tensor:
         """The code book's rows: int [B, L] -> fp32 [B, L, C_vae]."""
         return F.embedding(drawn.long(), self.weight("quantize.embedding.weight"))
 
     def accumulate(self, drawn: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
-        """f_hat with this scale's codes added (`get_next_autoregressive_input`)."""
+        """f_hat with this scale's codes added."""
+        return self.add_codes(self.codes(drawn), f_hat, scale)
+
+    def add_codes(self, codes: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
+        """f_hat with codes fp32 [B, L, C_vae] added (`get_next_autoregressive_input`)."""
         side, last = self.patch_nums[scale], self.patch_nums[-1]
-        codes = self.codes(drawn).transpose(1, 2).reshape(drawn.shape[0], self.vae_config.code_channels, side, side)
+        codes = codes.transpose(1, 2).reshape(codes.shape[0], self.vae_config.code_channels, side, side)
         if side != last:
             bicubic = f"resize.bicubic_{last}_{side}"
             codes = resize_map(codes, self.weight(bicubic), self.weight(f"{bicubic}_t"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvar_trt.export.models.base import NextScaleModel, Request, StepOutputs
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.manifest import Role
-from fastvar_trt.runtime.noise import normal_noise
+from fastvar_trt.runtime.noise import gumbel_noise, normal_noise
 from fastvar_trt.runtime.plan import ResolvedPlan
 from fastvar_trt.runtime.request import GRAPH_INPUTS, TABLE
 
@@ -44,12 +44,13 @@ class ChainState:
     f_hat: Tensor | None  # fp32 [B, C_vae, h_K, w_K]
     past: list[tuple[Tensor, Tensor]]  # per layer [S, B2, H, D]
     caches: dict[int, tuple[Tensor, ...]]  # per layer and sublayer [B2, T, C]
-    handed_on: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # for the graph after the last step
+    handed_on: dict[str, Tensor]  # for the graph after the last step
+    seeds: Sequence[int]  # one per image, of noise that is not uniform
 
     @classmethod
-    def begin(cls, model: NextScaleModel, inputs: Mapping[str, Tensor]) -> ChainState:
+    def begin(cls, model: NextScaleModel, inputs: Mapping[str, Tensor], seeds: Sequence[int]) -> ChainState:
         """The state before the first step, for inputs of the condition graph."""
-        return cls(model.condition(inputs), None, [], {})
+        return cls(model.condition(inputs), None, [], {}, {}, seeds)
 
     def step(
         self, model: NextScaleModel, plan: ResolvedPlan, scale: int, uniform: Tensor, request: Request
@@ -65,6 +66,7 @@ class ChainState:
             caches=self.caches,
             uniform=uniform,
             request=request,
+            gumbel=gumbel_of(model, scale, self.seeds, uniform.device),
         )
         self.f_hat = outputs.f_hat
         if outputs.new_kv:
@@ -76,22 +78,24 @@ class ChainState:
         self.handed_on.update(outputs.handed_on)
         return outputs
 
-    def finish(self, model: NextScaleModel, request: Request, seeds: Sequence[int]) -> None:
-        """Run what comes after the last step, of models that have it.
-
-        Args:
-            model: which.
-            request: guidance.
-            seeds: of the noise, one per image.
-        """
+    def finish(self, model: NextScaleModel, request: Request) -> None:
+        """Run what comes after the last step, of models that have it; of the request it takes guidance."""
         if self.handed_on:
             assert self.f_hat is not None
-            inputs = residual_inputs(model, request, seeds)
+            inputs = residual_inputs(model, request, self.seeds)
             self.f_hat = model.residual({**self.handed_on, **inputs, names.F_HAT: self.f_hat})
 
 
+def gumbel_of(model: NextScaleModel, scale: int, seeds: Sequence[int], device: torch.device) -> Tensor | None:
+    """The noise `GUMBEL` of a step for these images, where it takes any."""
+    shape = model.gumbel_shape(scale)
+    if shape is None:
+        return None
+    return torch.from_numpy(np.stack([gumbel_noise(seed, scale, shape) for seed in seeds])).to(device)
+
+
 def residual_inputs(model: NextScaleModel, request: Request, seeds: Sequence[int]) -> dict[str, Tensor]:
-    """Guidance and noise of the graph after the last step; arguments as for `ChainState.finish`."""
+    """Guidance and noise of the graph after the last step for these images."""
     inputs = {}
     for spec in model.residual_specs(len(seeds)) or ():
         if spec.role is Role.REQUEST:
@@ -131,7 +135,7 @@ def generate(
         request: guidance and sampling.
         seeds: one per image, of noise that is not uniform; default: 0.
     """
-    state = ChainState.begin(model, inputs)
+    state = ChainState.begin(model, inputs, seeds or [0] * len(request.cfg))
     tokens, logits, step_ms = {}, {}, {}
     for scale in plan.steps:
         begin = time.perf_counter()
@@ -139,5 +143,5 @@ def generate(
         step_ms[scale] = (time.perf_counter() - begin) * 1e3
         tokens[scale], logits[scale] = outputs.tokens, outputs.logits
     assert state.f_hat is not None
-    state.finish(model, request, seeds or [0] * len(state.f_hat))
+    state.finish(model, request)
     return ReferenceResult(tokens, logits, state.f_hat, step_ms)

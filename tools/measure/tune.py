@@ -122,7 +122,7 @@ class _Drawer:
         state = self._after_prefix(plan, end)
         for scale in (k for k in plan.steps if k >= end):
             self._step(state, plan, scale)
-        state.finish(self._model, self._request, self._seeds)
+        state.finish(self._model, self._request)
         assert state.f_hat is not None
         return self._model.decode(state.f_hat)[1].numpy()
 
@@ -137,7 +137,7 @@ class _Drawer:
         return dataclasses.replace(state, past=list(state.past), caches=dict(state.caches), handed_on={})
 
     def _run_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
-        state = ChainState.begin(self._model, self._inputs)
+        state = ChainState.begin(self._model, self._inputs, self._seeds)
         full = dataclasses.replace(plan, first_layer=0, last_layer=plan.depth - 1)
         for scale in range(end):
             self._step(state, full, scale)

@@ -105,6 +105,7 @@ def deployment_tensors(
         yield f"{name}.bias", state[f"{source}.bias"].float() + ones
 
     yield "sampling.rank", torch.arange(max_top_k)
+    yield "sampling.narrow_rank", torch.arange((max_top_k + 1) // 2)
     if config.has_context_norm:
         yield "context.norm.weight", state["context_norm.weight"].float()
     yield from linear("context.embed", "context_embed")

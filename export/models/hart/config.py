@@ -51,6 +51,7 @@ class HARTConfig:
     diffusion_depth: int
     diffusion_steps: int
     norm_eps: float = 1e-6
+    more_smooth: bool = False  # blend codes in place of drawn ones
     pads_left: bool = False  # the side of the tokenizer's padding
 
     @property

@@ -22,11 +22,16 @@ _FASTVAR_HART = PruningPlan("fastvar-hart", ((-2, 0.5), (-1, 0.75)), cache_scale
 
 
 def _load(
-    checkpoint: Path, vae: Path | None, text_encoder: Path | None, system_prompt: Path | None, text_padding: str
+    checkpoint: Path,
+    vae: Path | None,
+    text_encoder: Path | None,
+    system_prompt: Path | None,
+    text_padding: str,
+    more_smooth: bool,
 ) -> HARTSource:
     from fastvar_trt.export.models.hart.source import HARTSource
 
-    return HARTSource.from_folders(checkpoint, vae, text_encoder, _read_text(system_prompt), text_padding)
+    return HARTSource.from_folders(checkpoint, vae, text_encoder, _read_text(system_prompt), text_padding, more_smooth)
 
 
 def _read_text(path: Path | None) -> str:
@@ -85,6 +90,12 @@ _FOLDERS = SourceCommand(
             default="right",
             show_default=True,
             help="Side of the padding in text features; that of a text encoder is its own.",
+        ),
+        click.Option(
+            ["--more-smooth/--no-more-smooth"],
+            default=True,
+            show_default=True,
+            help="Blend the likeliest codes in place of one that is drawn.",
         ),
     ),
     load=_load,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised
-from fastvar_trt.export.models.codebook import CodeBookModel
+from fastvar_trt.export.models.codebook import CodeBookModel, top_k
 from fastvar_trt.export.models.hart.config import HARTConfig
 from fastvar_trt.export.models.hart.diffusion import DiffusionStep, diffusion_steps
 from fastvar_trt.export.models.matrix import linear_names, matrix_format
@@ -289,20 +289,48 @@ class HART(CodeBookModel, TextModel):
 
     def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         """One code per position: int32 [B, L]; from the eighth scale on of half as many candidates (600 and 300)."""
-        if scale >= _WIDE_SCALES:
-            request = dataclasses.replace(request, top_k=(request.top_k + 1) // 2)
-        return super().draw(logits, uniform, request, scale)
+        return super().draw(logits, uniform, self._narrowed(request, scale), scale)
+
+    def rank(self, scale: int) -> Tensor:
+        """See `CodeBookModel.rank`."""
+        return super().rank(scale) if scale < _WIDE_SCALES else self.weight("sampling.narrow_rank")
+
+    def _narrowed(self, request: Request, scale: int) -> Request:
+        if scale < _WIDE_SCALES:
+            return request
+        return dataclasses.replace(request, top_k=(request.top_k + 1) // 2)
+
+    def gumbel_shape(self, scale: int) -> tuple[int, ...] | None:
+        """Per position and candidate."""
+        return (self.patch_nums[scale] ** 2, len(self.rank(scale))) if self.config.more_smooth else None
+
+    def blend(self, logits: Tensor, gumbel: Tensor, f_hat: Tensor | None, scale: int, request: Request) -> Tensor:
+        """`gumbel_softmax_with_rng` over the candidates of top-k: the codes' mean, near the likeliest one's later on.
+
+        Noise is by rank and not by code, which is the same distribution and a tenth of the numbers. Greedy requests
+        have it, too.
+        """
+        ratio = self._ramp(scale)
+        warmth = max(0.27 * (1 - 0.95 * ratio), 0.005)
+        rank = self.rank(scale)
+        values, order = top_k(logits, len(rank))
+        among_top_k = rank < self._narrowed(request, scale).top_k[:, None, None]
+        noisy = ((values * (1 + ratio) + gumbel) / warmth).masked_fill(~among_top_k, float("-inf"))
+        # Not zeros, which would be a constant of this size in the graph.
+        weights = (logits * 0).scatter(-1, order, noisy.softmax(dim=-1))
+        codes = weights.flatten(0, 1) @ self.weight("quantize.embedding.weight")
+        return self.add_codes(codes.view(*logits.shape[:2], -1), f_hat, scale)
 
     def _ramp(self, scale: int) -> float:
         """Guidance grows linearly; the last scale has that of the one before."""
         last = len(self.patch_nums) - 1
         return min(scale, last - 1) / last
 
-    def accumulate(self, drawn: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
-        """f_hat with this scale's codes added; those of the last scale as they are, without its convolution."""
+    def add_codes(self, codes: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
+        """f_hat with codes added; those of the last scale as they are, without its convolution."""
         if f_hat is None or scale != len(self.patch_nums) - 1:
-            return super().accumulate(drawn, f_hat, scale)
-        return f_hat + self.codes(drawn).transpose(1, 2).reshape(f_hat.shape)
+            return super().add_codes(codes, f_hat, scale)
+        return f_hat + codes.transpose(1, 2).reshape(f_hat.shape)
 
     # The residual diffusion.
 

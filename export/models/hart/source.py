@@ -42,6 +42,7 @@ class HARTSource(Source):
         text_encoder: Path | None = None,
         system_prompt: str = "",
         text_padding: str = "right",
+        more_smooth: bool = True,
     ) -> HARTSource:
         """The official folders, memory-mapped and checked.
 
@@ -52,6 +53,7 @@ class HARTSource(Source):
             text_encoder: Hugging Face folder of the Qwen2 that the model was trained with; without it, the bundle takes
                 text features.
             system_prompt: what the text encoder sees before every prompt.
+            more_smooth: as published: f_hat takes a blend of codes in place of the drawn ones.
             text_padding: `left` or `right`, the side of padding in text features; that of a text encoder is its own.
 
         Raises:
@@ -68,7 +70,7 @@ class HARTSource(Source):
         }
         if not vae_state:
             raise CheckpointError(f"--vae {folder}: no key begins with {_VAE_PREFIX}: no image tokenizer of HART")
-        config = HARTConfig.from_files(data, state)
+        config = dataclasses.replace(HARTConfig.from_files(data, state), more_smooth=more_smooth)
         vae_config = VQVAEConfig.from_state_dict(vae_state, vae_data.get("quant_resi", 0.5))
         check_checkpoints(config, vae_config, state, vae_state)
         if text_encoder is None:
