@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -24,8 +26,12 @@ from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.hart.source import HARTSource
 from fastvar_trt.export.models.registry import load_plan
 from fastvar_trt.runtime import GenerationResult, Pipeline, Request
+from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.manifest import Role, TensorSpec
 from fastvar_trt.runtime.verify import verify_bundle
+from fastvar_trt.tools.cli import main
+from fastvar_trt.tools.cli.export import main as export_main
+from fastvar_trt.tools.random_checkpoints import random_hart_folders
 
 PROBED = 64  # positions of the logits that a golden holds
 PLANS = {"hart_d4_dense": load_plan("none"), "hart_d6_1024_fastvar": load_plan("fastvar-hart")}
@@ -220,3 +226,77 @@ def test_smooth_codes_are_those_of_the_reference(smooth_bundle: Path) -> None:
 def gumbel_specs(pipe: Pipeline) -> list[TensorSpec]:
     """That noise of every step."""
     return [spec for graph in pipe.manifest.default.steps(2) if (spec := graph.input(Role.GUMBEL)) is not None]
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> Path:
+    """A tiny HART with random weights, whose map is 80 pixels wide."""
+    return random_hart_folders(
+        tmp_path / "hart",
+        depth=1,
+        width=64,
+        num_heads=2,
+        patch_nums=(1, 2, 3, 5),
+        context_tokens=12,
+        text_width=48,
+        vocab_size=32,
+        attn_l2_norm=True,
+    )
+
+
+def test_folders_that_are_not_a_hart_are_named(llm: Path, tmp_path: Path) -> None:
+    vae = llm.parent / "tokenizer"
+
+    def refused(match: str, *arguments: Any) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            HARTSource.from_folders(*arguments)
+
+    refused(r"--checkpoint .*: config\.json is missing", tmp_path)
+    refused(r"attn_type: got None, expected 'llama'", vae)  # a VAE in place of an llm
+    refused(r"--vae .*: no key begins with vae\.: no image tokenizer", llm, llm_as_safetensors(llm))
+    refused(r"--text-encoder .*: config\.json is missing", llm, vae, tmp_path)
+    wide = qwen2_folder(tmp_path / "qwen", "right", "")
+    refused("its features are 160 wide, the model takes 48", llm, vae, wide)
+    (wide / "config.json").write_text('{"model_type": "t5"}')
+    refused("got model_type 't5', expected qwen2 or qwen2_vl", llm, vae, wide)
+
+    state = torch.load(llm / "ema_model.bin", weights_only=True)
+    del state["decoder_norm.weight"]
+    state["blocks.0.attn.proj.bias"] = torch.zeros(3)
+    state["surplus"] = torch.zeros(1)
+    torch.save(state, llm / "ema_model.bin")
+    refused(r"1 missing: decoder_norm\.weight; 1 unexpected: surplus; 1 mis-shaped: blocks\.0\.attn\.proj\.bias", llm)
+    data = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(data | {"patch_nums": [2, 3]}))
+    refused(r"patch_nums: got \[2, 3\]", llm)
+
+
+def llm_as_safetensors(llm: Path) -> Path:
+    """The llm in the place of its image tokenizer."""
+    folder = llm.parent / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text((llm / "config.json").read_text())
+    save_file(torch.load(llm / "ema_model.bin", weights_only=True), folder / "model.safetensors")
+    return folder
+
+
+def test_the_commands_work(llm: Path, tmp_path: Path) -> None:
+    """From folders to a picture and back, pruned, in half precision, with normalised attention."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"pruned": [{"scale": -1, "fraction": 0.5}], "cache_scale": -2}))
+    bundle, features = tmp_path / "bundle", tmp_path / "features.npz"
+    command = ["hart", "--checkpoint", llm, "--prune", plan, "--precision", "fp16", "--max-top-k", "8", "--out", bundle]
+    done = CliRunner().invoke(export_main, [*map(str, command), "--target", "cpu"])
+    assert done.exit_code == 0, done.output
+    np.savez(features, **{"0": np.random.default_rng(0).standard_normal((12, 48)).astype(np.float32)})
+    for arguments in (
+        ["generate", bundle, "--text-features", features, "-o", tmp_path / "a.png"],
+        ["inspect", bundle],
+        ["verify", bundle],
+        ["profile", bundle, "--runs", "1", "--out", tmp_path / "profile"],
+    ):
+        done = CliRunner().invoke(main, list(map(str, arguments)))
+        assert done.exit_code == 0, f"{arguments[0]}: {done.output}"
+    assert Image.open(tmp_path / "a.png").size == (80, 80)
+    with Pipeline.load(bundle) as pipe:
+        assert [graph.name for graph in pipe.manifest.default.chain(1)][-2:] == ["residual", "decoder"]

@@ -6,12 +6,17 @@ so that an error inside a block would not show in the output.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastvar_trt.export.models.hart.checkpoint import expected_keys as expected_hart_keys
+from fastvar_trt.export.models.hart.config import HARTConfig
 from fastvar_trt.export.models.infinity.checkpoint import expected_keys as expected_infinity_keys
 from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
 from fastvar_trt.export.models.infinity.vae import official_keys
@@ -55,21 +60,24 @@ def random_checkpoint(
         shared_aln=shared_aln,
         attn_l2_norm=attn_l2_norm,
     )
-    multipliers = (1, 1, 2, 2, 4)  # `ch_mult` of the official VQVAE
-    vae_config = VQVAEConfig(
-        vocab_size=vocab_size,
-        code_channels=code_channels,
-        level_channels=tuple(vae_channels * m for m in multipliers),
-        num_blocks=3,
-        phi="partially_shared",
-        num_phi=4,
-    )
+    vae_config = _vqvae(vocab_size, code_channels, vae_channels)
     generator = torch.Generator().manual_seed(seed)
     state = {key: _tensor(key, shape, generator) for key, shape in expected_var_keys(config).items()}
     levels = [torch.full((side * side,), k) for k, side in enumerate(patch_nums)]
     state["lvl_1L"] = torch.cat(levels).unsqueeze(0)
     vae_state = {key: _tensor(key, shape, generator) for key, shape in expected_vae_keys(vae_config).items()}
     return state, vae_state
+
+
+def _vqvae(vocab_size: int, code_channels: int, channels: int) -> VQVAEConfig:
+    return VQVAEConfig(
+        vocab_size=vocab_size,
+        code_channels=code_channels,
+        level_channels=tuple(channels * m for m in (1, 1, 2, 2, 4)),  # `ch_mult` of the official one
+        num_blocks=3,
+        phi="partially_shared",
+        num_phi=4,
+    )
 
 
 def _tensor(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -86,6 +94,8 @@ def _tensor(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
     if key == "head.weight":
         return 4.0 / math.sqrt(shape[1]) * normal  # logits far enough apart for a stable greedy choice
     fan_in = math.prod(shape[1:])
+    if "final_layer.linear" in key:  # a diffusion's predicted variance, of which exp() is taken
+        return 0.1 / math.sqrt(fan_in) * normal
     return normal / math.sqrt(fan_in)
 
 
@@ -138,3 +148,73 @@ def random_infinity_checkpoint(
         for (official, _), shape in official_keys(vae_config).values()
     }
     return state, vae_state
+
+
+def random_hart_folders(
+    folder: Path,
+    *,
+    depth: int,
+    width: int,
+    num_heads: int,
+    patch_nums: Iterable[int],
+    context_tokens: int,
+    text_width: int,
+    vocab_size: int = 512,
+    code_channels: int = 32,
+    vae_channels: int = 32,
+    diffusion_width: int = 64,
+    diffusion_depth: int = 2,
+    attn_l2_norm: bool = False,
+    seed: int = 0,
+) -> Path:
+    """The folders `llm` and `tokenizer` of a HART, as published, in `folder`.
+
+    HART-0.7B at 1024 pixels has 24 layers x 1536, 24 heads, 300 tokens of text 1536 wide, a vocabulary of 4096, a VQVAE
+    of 160 channels, and 6 layers x 1024 in its diffusion.
+
+    Returns:
+        the folder `llm`.
+    """
+    patch_nums = tuple(patch_nums)
+    config = HARTConfig(
+        depth=depth,
+        width=width,
+        num_heads=num_heads,
+        mlp_width=(8 * width // 3 + 255) // 256 * 256,
+        vocab_size=vocab_size,
+        code_channels=code_channels,
+        patch_nums=patch_nums,
+        context_tokens=context_tokens,
+        text_width=text_width,
+        has_context_norm=True,
+        has_timestep_embed=True,
+        attn_l2_norm=attn_l2_norm,
+        diffusion_width=diffusion_width,
+        diffusion_depth=diffusion_depth,
+        diffusion_steps=8,
+    )
+    vae_config = _vqvae(vocab_size, code_channels, vae_channels)
+    generator = torch.Generator().manual_seed(seed)
+    state = {key: _tensor(key, shape, generator) for key, shape in expected_hart_keys(config).items()}
+    vae_state = {f"vae.{key}": _tensor(key, shape, generator) for key, shape in expected_vae_keys(vae_config).items()}
+    data = {
+        "model_type": "hart_transformer_t2i",
+        "attn_type": "llama",
+        "mlp_type": "llama",
+        "disable_aln": True,
+        "use_cross_attn": False,
+        "sampler": "iddpm",
+        "num_heads": num_heads,
+        "num_sampling_steps": "8",
+        "patch_nums": list(patch_nums),
+        "context_token": context_tokens,
+    }
+    for name, content in (
+        ("llm", data),
+        ("tokenizer", {"model_type": "hart_autoencoder_with_disc", "quant_resi": 0.5}),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    torch.save(state, folder / "llm" / "ema_model.bin")
+    save_file(vae_state, folder / "tokenizer" / "model.safetensors")
+    return folder / "llm"
