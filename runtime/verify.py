@@ -166,8 +166,10 @@ def _verify_batch(pipeline: Pipeline, batch: int, images: Mapping[str, NDArray[A
 
 
 def largest_error(difference: NDArray[Any], share_off: float) -> float:
-    """The largest magnitude, of all elements but the largest ones, of which a share may be off; NaN is the largest."""
+    """The largest magnitude, of all elements but the largest ones, of which a share may be off; NaN where one is."""
     errors = np.abs(difference).ravel()
+    if np.isnan(errors).any():
+        return float("nan")
     last = errors.size - 1 - int(share_off * errors.size)
     return float(np.partition(errors, last)[last])
 

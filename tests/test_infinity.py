@@ -162,10 +162,10 @@ def test_bits_are_drawn_as_the_reference_draws() -> None:
             torch.ones(1), torch.tensor([tau]), torch.ones(1), torch.tensor([top_p]), torch.tensor([False])
         )
         grid = (torch.arange(400) + 0.5) / 400
-        drawn = torch.stack([model.draw(logits, u.expand(1, 6, 8), request) for u in grid]).mean(0)
+        drawn = torch.stack([model.draw(logits, u.expand(1, 6, 8), request, 1) for u in grid]).mean(0)
         torch.testing.assert_close(drawn, expected, atol=1 / 399, rtol=0)
     greedy = Request(torch.ones(1), torch.ones(1), torch.ones(1), torch.ones(1), torch.tensor([True]))
-    assert (model.draw(logits, torch.rand(1, 6, 8), greedy) == logits.argmax(-1)).all()
+    assert (model.draw(logits, torch.rand(1, 6, 8), greedy, 1) == logits.argmax(-1)).all()
 
 
 def test_another_plan_on_the_same_weights(bundle: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_help_needs_only_what_the_runtime_needs(command: str) -> None:
     ("code", "message"),
     [
         (
-            "from fastvar_trt.tools.cli.export import main\nmain(['demo', '--out', 'unused'])",
+            "from fastvar_trt.tools.cli.export import main\nmain(['scenes', '--out', 'unused'])",
             "pip install 'fastvar-trt[export",
         ),
         ("from fastvar_trt.tools.cli import main\nmain(['build', 'unused', '--target', 'cpu'])", "fastvar-trt[export"),

@@ -135,7 +135,7 @@ class Toy(NextScaleModel):
         logits = self.linear("head", hidden.reshape(-1, WIDTH).to(self.dtype)).float()
         return logits.view(batch, *self.logits_shape(scale))
 
-    def draw(self, logits: Tensor, uniform: Tensor, request: Request) -> Tensor:
+    def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         margin = logits[..., 1] - logits[..., 0]
         likeliest = (margin > 0).float()
         drawn = (uniform >= torch.sigmoid(-margin)).float()
