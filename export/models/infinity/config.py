@@ -85,6 +85,7 @@ class InfinityConfig:
     num_levels: int  # rows of the level embedding
     block_prefixes: tuple[str, ...]  # of the official keys, per layer
     has_cross_gain: bool = False  # `ca_gamma`, a learnt gain on the cross-attention's output
+    cfg: float = 4.0  # guidance where a request names none: that of scripts/infer.sh
     norm_eps: float = 1e-6
 
     @property

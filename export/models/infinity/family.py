@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fastvar_trt.export.models.infinity.source import InfinitySource
 
 DEFAULT_SIZE = "1M"
+_SCENE_CFG = 2.5  # at 4, solids lose their shapes
 SCENE_FOLDER = Path(str(importlib.resources.files("fastvar_trt.export"))) / "scene_model"
 
 
@@ -80,7 +82,8 @@ def load_scenes(pn: str, h_div_w: float | None = None, aspect: float | None = No
         CheckpointError: the package was installed without its data.
     """
     checkpoint, vae, text = (SCENE_FOLDER / name for name in ("infinity.safetensors", "vae.safetensors", "t5"))
-    return _load(checkpoint, vae, pn, h_div_w, aspect, None, text)
+    source = _load(checkpoint, vae, pn, h_div_w, aspect, None, text)
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, cfg=_SCENE_CFG))
 
 
 def _from_configs(configs: Mapping[str, Any], precision: Precision) -> Model:

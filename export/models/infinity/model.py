@@ -32,8 +32,7 @@ from fastvar_trt.runtime.plan import ResolvedPlan
 from fastvar_trt.runtime.precision import Precision
 from fastvar_trt.runtime.request import GRAPH_INPUTS
 
-DEFAULT_CFG = 4.0  # scripts/infer.sh
-DEFAULT_TAU = 0.5
+DEFAULT_TAU = 0.5  # scripts/infer.sh
 DEFAULT_TOP_P = 0.97  # gen_one_img
 _MASKED = -3e4  # in every precision finite, and low enough that exp() gives 0
 
@@ -167,7 +166,7 @@ class Infinity(TextModel):
 
     def sampling_spec(self) -> SamplingSpec:
         """Sampling defaults for the manifest; a bit has two values."""
-        return SamplingSpec(2, DEFAULT_CFG, 2, DEFAULT_TOP_P, DEFAULT_TAU)
+        return SamplingSpec(2, self.config.cfg, 2, DEFAULT_TOP_P, DEFAULT_TAU)
 
     def configs(self) -> dict[str, Any]:
         """The configurations of transformer, VAE and text encoder."""
