@@ -33,4 +33,4 @@ def test_it_draws_what_it_is_asked_for(export_once: Callable[..., tuple[Path, Ex
     assert image.shape == (1024, 1024, 3)
     reading = read_picture(image)
     assert (reading.ground, reading.sky) == ("sand", "sunset")
-    assert [solid.colour for solid in reading.solids] == ["green"]
+    assert [(solid.colour, solid.shape) for solid in reading.solids] == [("green", "sphere")]
