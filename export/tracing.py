@@ -82,9 +82,10 @@ class GraphFunction:
     spec: GraphSpec
     run: Callable[[Mapping[str, Tensor], Tracing], dict[str, Tensor]]
     layers: tuple[BlockSpec, ...] = ()  # the block of every layer; empty where there are none
-    # Of a step: f_hat after other tokens than its own, which differ where rounding decides.
-    accumulate: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None
-    magnifies: bool = False  # rounding, in f_hat: a share of its elements is not comparable
+    # Of a step: f_hat by its inputs and by other outputs than its own. Tokens differ where rounding decides, and a
+    # blend near one code multiplies the rounding of logits.
+    accumulate: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None = None
+    magnifies: bool = False  # rounding: a share of its result is not comparable
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -168,10 +169,11 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
     specs = [model.block_spec(plan, scale, layer, 2 * batch) for layer in range(model.depth)]
     graph = _step_spec(model, plan, scale, batch, specs)
 
-    def run(tensors: Mapping[str, Tensor], tracing: Tracing) -> dict[str, Tensor]:
-        def request(name: str) -> Tensor:
-            return tensors[name] if name in tensors else torch.zeros(batch)  # one that this step does not take
+    def request_of(tensors: Mapping[str, Tensor]) -> Request:
+        # Zeros for one that this step does not take.
+        return Request(**{n: tensors[n] if n in tensors else torch.zeros(batch) for n in GRAPH_INPUTS})
 
+    def run(tensors: Mapping[str, Tensor], tracing: Tracing) -> dict[str, Tensor]:
         result = model.step(
             plan,
             scale,
@@ -186,7 +188,7 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
                 if spec.keep is not None
             },
             uniform=tensors[names.UNIFORM],
-            request=Request(**{name: request(name) for name in GRAPH_INPUTS}),
+            request=request_of(tensors),
             gumbel=tensors.get(names.GUMBEL),
             select=tracing.select,
             block_names=tracing.block_names,
@@ -204,11 +206,13 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             by_name |= {names.cache(i, sublayer): y for sublayer, y in zip(model.sublayers, outputs, strict=True)}
         return {spec.name: by_name[spec.name] for spec in graph.outputs}
 
-    def accumulate(tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-        return model.accumulate(tokens, tensors.get(names.F_HAT), scale)
+    def accumulate(tensors: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        tokens, f_hat, gumbel = outputs[names.TOKENS], tensors.get(names.F_HAT), tensors.get(names.GUMBEL)
+        if gumbel is None:
+            return model.accumulate(tokens, f_hat, scale)
+        return model.blend(tokens, outputs[names.LOGITS], gumbel, f_hat, scale, request_of(tensors))
 
-    blends = model.gumbel_shape(scale) is not None  # f_hat is then no function of the tokens
-    return GraphFunction(graph, run, tuple(specs), None if blends else accumulate, magnifies=blends)
+    return GraphFunction(graph, run, tuple(specs), accumulate)
 
 
 def _step_spec(

@@ -59,8 +59,8 @@ class Tolerance:
             ones: near-ties fall differently.
         positions_swapped: share of the positions of a pruned step whose logits may be off: those that a selection has
             swapped at some layer.
-        elements_off: share of the elements of f_hat that may be off where rounding is magnified: by a diffusion, whose
-            first step multiplies that of the noise that it predicts by thousands, or by a blend near one code.
+        elements_off: share of the elements of a diffusion's result that may be off: its first step multiplies the
+            rounding of the noise that it predicts by thousands.
     """
 
     error: float

@@ -384,7 +384,9 @@ class NextScaleModel(nn.Module, abc.ABC):
     def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> BlockSpec:
         """The static part of one layer of one step."""
 
-    def blend(self, logits: Tensor, gumbel: Tensor, f_hat: Tensor | None, scale: int, request: Request) -> Tensor:
+    def blend(
+        self, drawn: Tensor, logits: Tensor, gumbel: Tensor, f_hat: Tensor | None, scale: int, request: Request
+    ) -> Tensor:
         """f_hat with a blend of codes added in place of the drawn ones; of models with a `gumbel_shape`."""
         raise NotImplementedError
 
@@ -478,7 +480,7 @@ class NextScaleModel(nn.Module, abc.ABC):
         if gumbel is None:
             f_hat = self.accumulate(drawn, f_hat, scale)
         else:
-            f_hat = self.blend(logits, gumbel, f_hat, scale, request)
+            f_hat = self.blend(drawn, logits, gumbel, f_hat, scale, request)
         # A token looks sound whatever it was drawn from. One sum tells: it is not finite where a logit is not.
         finite = logits.flatten(1).sum(dim=1).abs() <= torch.finfo(torch.float32).max
         return StepOutputs(

@@ -242,7 +242,7 @@ def encode(
     place, count, system = weights["position"], config.num_positions, config.system_length  # [S + T]
     if config.pads_left:
         is_padding = (place >= system) & (place < count - length)
-        prompt = ids[0].gather(0, (place[system:] - system + length) % config.text_length)
+        prompt = ids[0].gather(0, (place + (length - system))[system:] % config.text_length)
     else:
         is_padding, prompt = place >= system + length, ids[0]
     tokens = torch.cat([weights["system"], prompt.masked_fill(is_padding[system:], config.pad_id)])

@@ -19,7 +19,7 @@ _SIDE = 256  # pixels of the shorter side that is looked at
 _HORIZON = 0.36  # rows above it, as a share, are sky alone
 _MIN_AREA = 0.004  # of a solid, as a share of a square picture
 # Shares of the light, and of what is mirrored, that surfaces are known under.
-_SHADES = ((0.0, 0.0), (0.3, 0.0), (0.8, 0.0), (0.3, 0.08), (0.8, 0.08))
+_SHADES = ((0.0, 0.0), (0.0, 0.08), (0.3, 0.0), (0.8, 0.0), (0.3, 0.08), (0.8, 0.08))
 _MIN_SHARE = 0.2  # of one colour in a patch, to be a solid of its own
 _TURNS = np.arange(6) * np.pi / 12  # of cubes
 _MIN_LIKENESS = 0.9  # of a silhouette to that of some solid, unless it is cut off

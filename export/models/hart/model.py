@@ -304,11 +304,13 @@ class HART(CodeBookModel, TextModel):
         """Per position and candidate."""
         return (self.patch_nums[scale] ** 2, len(self.rank(scale))) if self.config.more_smooth else None
 
-    def blend(self, logits: Tensor, gumbel: Tensor, f_hat: Tensor | None, scale: int, request: Request) -> Tensor:
+    def blend(
+        self, drawn: Tensor, logits: Tensor, gumbel: Tensor, f_hat: Tensor | None, scale: int, request: Request
+    ) -> Tensor:
         """`gumbel_softmax_with_rng` over the candidates of top-k: the codes' mean, near the likeliest one's later on.
 
         Noise is by rank and not by code, which is the same distribution and a tenth of the numbers. Greedy requests
-        have it, too.
+        take the drawn codes: near a tie a blend multiplies rounding, so no picture of it could be verified.
         """
         ratio = self._ramp(scale)
         warmth = max(0.27 * (1 - 0.95 * ratio), 0.005)
@@ -318,8 +320,9 @@ class HART(CodeBookModel, TextModel):
         noisy = ((values * (1 + ratio) + gumbel) / warmth).masked_fill(~among_top_k, float("-inf"))
         # Not zeros, which would be a constant of this size in the graph.
         weights = (logits * 0).scatter(-1, order, noisy.softmax(dim=-1))
-        codes = weights.flatten(0, 1) @ self.weight("quantize.embedding.weight")
-        return self.add_codes(codes.view(*logits.shape[:2], -1), f_hat, scale)
+        blended = (weights.flatten(0, 1) @ self.weight("quantize.embedding.weight")).view(*logits.shape[:2], -1)
+        codes = torch.where(request.greedy[:, None, None], self.codes(drawn), blended)
+        return self.add_codes(codes, f_hat, scale)
 
     def _ramp(self, scale: int) -> float:
         """Guidance grows linearly; the last scale has that of the one before."""
