@@ -49,7 +49,6 @@ from fastvar_trt.runtime.request import GRAPH_INPUTS
 from fastvar_trt.runtime.weights import TensorPlace, plan_layout, read_layout
 
 PHASES = ("trace", "check", "compare", "done")
-DEFAULT_TOP_K = 900  # bound of top-k in the graphs: that of VAR's sampling
 _FREE_SPACE_MARGIN = 64 << 20  # graphs, reference and manifest
 
 
@@ -60,7 +59,7 @@ class ExportOptions:
     plan: PruningPlan = DENSE
     precision: str = "fp32"
     batches: tuple[int, ...] = (1,)
-    max_top_k: int = DEFAULT_TOP_K  # static bound of top-k in the graphs; 0: the whole vocabulary
+    max_top_k: int = 900  # static bound of top-k in the graphs; 0: the whole vocabulary
     compare: bool = True  # run every graph and PyTorch beside it; without, nothing is left for `fastvar verify`
 
     def check(self) -> Precision:

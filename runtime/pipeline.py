@@ -26,7 +26,7 @@ from fastvar_trt.runtime.request import (
     example_requests,
     requests_of,
 )
-from fastvar_trt.runtime.text import PromptTokenizer, TextEncoder
+from fastvar_trt.runtime.text import PromptTokenizer, PromptTokens, TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class GenerationResult:
         timings: graph name -> ms, summed over the batches that the images were split into.
         logits: per step, fp32 [N, L, V] or [N, L, bits, 2], after guidance; None unless asked for.
         float_images: fp32 [N, 3, H, W] in [0, 1], RGB; None unless asked for.
+        warnings: what was not drawn as asked, per image: of prompts that were cut off.
     """
 
     images: NDArray[Any]
@@ -48,6 +49,7 @@ class GenerationResult:
     timings: dict[str, float]
     logits: list[NDArray[Any]] | None = None
     float_images: NDArray[Any] | None = None
+    warnings: Sequence[Sequence[str]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +188,8 @@ class Pipeline:
         negative_prompts: Sequence[str | None] | None = None,
         text_features: Sequence[NDArray[Any]] | None = None,
         negative_text_features: Sequence[NDArray[Any] | None] | None = None,
+        text_tokens: Sequence[int] | None = None,
+        negative_text_tokens: Sequence[int | None] | None = None,
         seeds: int | Sequence[int] = 0,
         cfg: float | Sequence[float | None] | NDArray[Any] | None = None,
         temperature: float | Sequence[float | None] | NDArray[Any] | None = None,
@@ -206,6 +210,7 @@ class Pipeline:
             text_features: in place of prompts: N arrays [tokens, width], the text encoder's last hidden state without
                 padding.
             negative_text_features: the same of N negative prompts; None, for all or for one: the model's own.
+            text_tokens, negative_text_tokens: of models that read padding, how many of each one's features are none.
             seeds: one per image, or one for all: then image i gets seed + i.
             cfg: guidance scale; default: the manifest's. VAR ramps it linearly over the scales; it may be an array
                 [N, scales].
@@ -234,6 +239,8 @@ class Pipeline:
                 "negative_prompt": negative_prompts,
                 "text_features": text_features,
                 "negative_text_features": negative_text_features,
+                "text_tokens": text_tokens,
+                "negative_text_tokens": negative_text_tokens,
             },
             seeds,
             {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p, "greedy": greedy},
@@ -274,8 +281,8 @@ class Pipeline:
             CancelledError: `should_stop` said so.
         """
         chosen = self._variant(variant)
-        token_ids = self._checked(requests, chosen, preview_scales)
-        encoded = [self._encoded(request, ids) for request, ids in zip(requests, token_ids, strict=True)]
+        prompts = self._checked(requests, chosen, preview_scales)
+        encoded = [self._encoded(request, tokens) for request, tokens in zip(requests, prompts, strict=True)]
         wanted = [role for role, asked in ((Role.LOGITS, return_logits), (Role.IMAGE, return_float_images)) if asked]
         outputs: list[ChainOutputs] = []
         start = 0
@@ -299,7 +306,8 @@ class Pipeline:
                     f"image {i}: the model's logits are not finite: cfg {cfg:g} is too large, or its activations "
                     f"exceed {self.manifest.precision}"
                 )
-        return _merge(outputs, len(encoded))
+        warnings = [[tokens.warning for tokens in pair if tokens and tokens.warning] for pair in prompts]
+        return dataclasses.replace(_merge(outputs, len(encoded)), warnings=warnings)
 
     def stream(self, *arguments: Any, preview_scales: Collection[int], **options: Any) -> Iterator[Preview]:
         """Draw as `generate` does, and hand out the images in the making.
@@ -396,21 +404,21 @@ class Pipeline:
 
     def _checked(
         self, requests: Sequence[Request], variant: Variant, preview_scales: Collection[int]
-    ) -> list[tuple[list[int] | None, list[int] | None]]:
+    ) -> list[tuple[PromptTokens | None, PromptTokens | None]]:
         """Check requests, and give the tokens of each one's prompt and negative prompt, where it has them."""
         if not requests:
             raise RequestError("requests: got none, expected at least one")
-        token_ids = []
+        found = []
         for i, request in enumerate(requests):
             try:
                 check_request(self.manifest, variant, request)
                 prompts = ((name, getattr(request, name)) for name in ("prompt", "negative_prompt"))
-                ids, negative_ids = (self._tokenizer.token_ids(text, name) if text else None for name, text in prompts)
+                tokens, negative = (self._tokenizer.tokens(text, name) if text else None for name, text in prompts)
             except RequestError as error:
                 if len(requests) == 1:
                     raise
                 raise RequestError(f"image {i}: {error}") from error
-            token_ids.append((ids, negative_ids))
+            found.append((tokens, negative))
         allowed = variant.preview_scales
         wrong = [scale for scale in preview_scales if scale not in allowed or isinstance(scale, bool)]
         if wrong:
@@ -418,19 +426,18 @@ class Pipeline:
                 f"preview_scales: got {wrong[0]!r}, expected of {', '.join(map(str, allowed))} (the computed scales "
                 "before the last)"
             )
-        return token_ids
+        return found
 
-    def _encoded(self, request: Request, token_ids: tuple[list[int] | None, list[int] | None]) -> Request:
+    def _encoded(self, request: Request, prompts: tuple[PromptTokens | None, PromptTokens | None]) -> Request:
         """The request with the text encoder's features in place of its prompts."""
-        ids, negative_ids = token_ids
-        if ids is None:
+        if prompts[0] is None:
             return request
         encoded: dict[str, Any] = {"prompt": None, "negative_prompt": None}
-        for prefix, tokens in (("", ids), ("negative_", negative_ids)):
+        for prefix, tokens in zip(("", "negative_"), prompts, strict=True):
             if tokens is not None:
-                encoded[f"{prefix}text_features"] = self.encode_tokens(tokens)
+                encoded[f"{prefix}text_features"] = self.encode_tokens(tokens.ids)
                 if self.manifest.model.context_tokens:
-                    encoded[f"{prefix}text_tokens"] = len(tokens)
+                    encoded[f"{prefix}text_tokens"] = len(tokens.ids)
         return dataclasses.replace(request, **encoded)
 
     def encode(
@@ -446,8 +453,8 @@ class Pipeline:
         """
         conditions = {"prompt": prompts, "negative_prompt": negative_prompts}
         requests = requests_of(len(self.manifest.default.schedule), conditions, 0, {})
-        token_ids = self._checked(requests, self.manifest.default, ())
-        encoded = [self._encoded(request, ids) for request, ids in zip(requests, token_ids, strict=True)]
+        tokens = self._checked(requests, self.manifest.default, ())
+        encoded = [self._encoded(request, own) for request, own in zip(requests, tokens, strict=True)]
         return [r.text_features for r in encoded if r.text_features is not None], [
             r.negative_text_features for r in encoded
         ]

@@ -208,6 +208,10 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
     for name, parameter in known.items():
         if _is_given(request, parameter):
             _check_value(parameter, getattr(request, name), len(variant.schedule), manifest, greedy=request.greedy)
+    for name in ("text", "negative_text"):
+        tokens, features = (getattr(request, f"{name}_{of}") for of in ("tokens", "features"))
+        if tokens is not None and tokens > len(features):
+            raise RequestError(f"{name}_tokens: got {tokens}, {name}_features has {len(features)}")
     if any(getattr(request, name) is not None for name, _ in _NOISES.values()):
         _noise(variant, manifest.batches[0], [request])
 
@@ -357,9 +361,12 @@ def _plural(name: str) -> str:
     return name if name.endswith("s") else f"{name}s"
 
 
+_ONE_OF = {"integer": "whole number", "text": "text", "features": "array [tokens, width]"}
+
+
 def _listed(name: str, value: Any) -> list[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray) or len(value) == 0:
-        what = {"label": "class index", "prompt": "text", "negative_prompt": "text"}.get(name, "array [tokens, width]")
+        what = _ONE_OF[TABLE[name].kind]
         raise RequestError(f"{_plural(name)}: got {value!r}, expected a list of at least one {what}")
     return list(value)
 

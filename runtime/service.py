@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
 from typing import Any
@@ -54,6 +54,7 @@ class ImageResult:
         queued_ms: from submission to the start of its batch.
         total_ms: from submission to the picture.
         batch: how many requests travelled together.
+        warnings: as in `GenerationResult`, of this image.
     """
 
     image: NDArray[Any]
@@ -61,6 +62,7 @@ class ImageResult:
     queued_ms: float
     total_ms: float
     batch: int
+    warnings: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,6 +381,7 @@ class Service:
                 queued_ms=(begin - entry.submitted) * 1e3,
                 total_ms=(end - entry.submitted) * 1e3,
                 batch=len(batch),
+                warnings=result.warnings[i],
             )
             for i, entry in enumerate(batch)
         ]

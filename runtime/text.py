@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,19 @@ from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.backends import Backend
 from fastvar_trt.runtime.errors import BundleError, RequestError, UnavailableError
 from fastvar_trt.runtime.manifest import Manifest, TensorSpec, read_manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTokens:
+    """A prompt for the text encoder.
+
+    Attributes:
+        ids: the end mark included, where the model has one.
+        warning: what of the prompt was left out; empty where nothing was.
+    """
+
+    ids: list[int]
+    warning: str = ""
 
 
 class PromptTokenizer:
@@ -33,10 +47,10 @@ class PromptTokenizer:
             check_unreplaced(self._bundle, self._manifest)
             self._tokenizer = _load_tokenizer(self._bundle / names.TOKENIZER_FILE)
 
-    def token_ids(self, prompt: str, name: str = "prompt") -> list[int]:
-        """The tokens of a prompt that is some text, the end mark included.
+    def tokens(self, prompt: str, name: str = "prompt") -> PromptTokens:
+        """The tokens of a prompt that is some text.
 
-        Models that read padding were trained on prompts that were cut off, so theirs are, too.
+        Models that read padding were trained on prompts that were cut off, so theirs are, too, with a warning.
 
         Raises:
             RequestError: it is too long.
@@ -45,13 +59,13 @@ class PromptTokenizer:
         ids = list(self._tokenizer.encode(prompt).ids)
         longest = self._manifest.model.text_length
         if len(ids) > longest and self._manifest.model.context_tokens:
-            return ids[:longest]
+            return PromptTokens(ids[:longest], f"{name}: has {len(ids)} tokens; the model reads the first {longest}")
         if len(ids) > longest:
             raise RequestError(
                 f"{name}: got {len(ids)} tokens, this bundle takes up to {longest}; shorten it, or export "
                 "with a larger --text-length"
             )
-        return ids
+        return PromptTokens(ids)
 
 
 class TextEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file as load_arrays
@@ -28,7 +30,9 @@ from fastvar_trt.export.models.registry import load_plan
 from fastvar_trt.runtime import GenerationResult, Pipeline, Request
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.manifest import Role, TensorSpec
+from fastvar_trt.runtime.service import Service
 from fastvar_trt.runtime.verify import verify_bundle
+from fastvar_trt.serving.http.app import create_app
 from fastvar_trt.tools.cli import main
 from fastvar_trt.tools.cli.export import main as export_main
 from fastvar_trt.tools.random_checkpoints import random_hart_folders
@@ -99,38 +103,43 @@ def check_golden(golden: Golden, result: GenerationResult, rows: slice) -> None:
 def smooth_bundle(export_once: Export) -> Path:
     """The dense golden's model as published: with blended codes."""
     source = HARTSource.from_folders(Golden("hart_d4_dense").folder / "llm")
-    return export_once("hart_smooth", source, ExportOptions(batches=(1, 2), max_top_k=600))[0]
+    return export_once("hart_smooth", source, ExportOptions(batches=(1, 4), max_top_k=600))[0]
 
 
 def test_a_bundle_verifies(smooth_bundle: Path) -> None:
     with Pipeline.load(smooth_bundle) as pipe:
         found = verify_bundle(pipe)
-    assert not found.failures and found.num_images_equal == found.num_images == 3
+    assert not found.failures and found.num_images_equal == found.num_images == 5
 
 
-def test_noise_is_the_seeds(smooth_bundle: Path) -> None:
-    """A picture is that of its seed, whatever its neighbours; another seed gives another residual."""
-    features = Golden("hart_d4_dense").expected["text_features"][0].astype(np.float32)
-
-    def f_hat(pipe: Pipeline, *seeds: int) -> NDArray[np.float32]:
-        return pipe.draw([Request(text_features=features, text_tokens=5, seed=s, greedy=True) for s in seeds]).f_hat
-
+def test_a_batch_of_four_is_four_single_runs(smooth_bundle: Path) -> None:
+    """A picture is that of its seed, whatever its neighbours; another seed gives another."""
+    features = Golden("hart_d4_dense").expected["text_features"].astype(np.float32)
+    requests = [Request(text_features=features[i % 2], text_tokens=5 + i, seed=i, greedy=i < 3) for i in range(4)]
     with Pipeline.load(smooth_bundle) as pipe:
-        both, second = f_hat(pipe, 1, 2), f_hat(pipe, 2)
-    assert (np.abs(both[1] - second[0]) <= 1e-3).mean() > 0.999
-    assert (np.abs(both[0] - both[1]) > 0.05).mean() > 0.5
+        together = pipe.draw(requests)
+        for i, request in enumerate(requests):
+            alone = pipe.draw([request])
+            pairs = zip(alone.tokens, together.tokens, strict=True)
+            equal = np.concatenate([own[0] == other[i] for own, other in pairs]).mean()
+            close = (np.abs(alone.f_hat[0] - together.f_hat[i]) <= 1e-3).mean()
+            # Without `greedy`, blends multiply the rounding of logits: see below.
+            least = (1.0, 0.99) if request.greedy else (0.99, 0.8)
+            assert equal >= least[0] and close >= least[1]
+        same_text = pipe.draw([dataclasses.replace(requests[0], seed=9)])
+    assert (np.abs(same_text.f_hat[0] - together.f_hat[0]) > 0.05).mean() > 0.5  # by the residual's noise alone
 
 
 SYSTEM = "draw what the user says :"
 WORDS = f"{SYSTEM} a red fox in the snow <pad> <unk>".split()
 
 
-def qwen2_folder(folder: Path, side: str, prefix: str) -> Path:
+def qwen2_folder(folder: Path, side: str, prefix: str, width: int = 160) -> Path:
     """A small random Qwen2 with a tokenizer of whole words, in a layout of Hugging Face."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(WORDS) + 3,
-        hidden_size=160,
+        hidden_size=width,
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -227,7 +236,7 @@ def test_smooth_codes_are_those_of_the_reference(smooth_bundle: Path) -> None:
 
 def gumbel_specs(pipe: Pipeline) -> list[TensorSpec]:
     """That noise of every step."""
-    return [spec for graph in pipe.manifest.default.steps(2) if (spec := graph.input(Role.GUMBEL)) is not None]
+    return [spec for graph in pipe.manifest.default.steps(4) if (spec := graph.input(Role.GUMBEL)) is not None]
 
 
 @pytest.fixture
@@ -283,22 +292,57 @@ def llm_as_safetensors(llm: Path) -> Path:
 
 
 def test_the_commands_work(llm: Path, tmp_path: Path) -> None:
-    """From folders to a picture and back, pruned, in half precision, with normalised attention."""
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"pruned": [{"scale": -1, "fraction": 0.5}], "cache_scale": -2}))
-    bundle, features = tmp_path / "bundle", tmp_path / "features.npz"
-    command = ["hart", "--checkpoint", llm, "--prune", plan, "--precision", "fp16", "--max-top-k", "8", "--out", bundle]
-    done = CliRunner().invoke(export_main, [*map(str, command), "--target", "cpu"])
-    assert done.exit_code == 0, done.output
-    np.savez(features, **{"0": np.random.default_rng(0).standard_normal((12, 48)).astype(np.float32)})
-    for arguments in (
-        ["generate", bundle, "--text-features", features, "-o", tmp_path / "a.png"],
-        ["inspect", bundle],
-        ["verify", bundle],
-        ["profile", bundle, "--runs", "1", "--out", tmp_path / "profile"],
-    ):
-        done = CliRunner().invoke(main, list(map(str, arguments)))
-        assert done.exit_code == 0, f"{arguments[0]}: {done.output}"
+    """From folders to a picture and back, pruned, in half precision, with normalised attention, by words."""
+    plan, half = tmp_path / "plan.json", {"pruned": [{"scale": -1, "fraction": 0.5}], "cache_scale": -2}
+    plan.write_text(json.dumps(half))
+    text = qwen2_folder(tmp_path / "qwen", "right", "", width=48)
+    (tmp_path / "system.txt").write_text(SYSTEM)
+    dense, pruned, features = tmp_path / "dense", tmp_path / "pruned", tmp_path / "features.npz"
+    command = ["hart", "--checkpoint", llm, "--max-top-k", "8", "--target", "cpu"]
+    command += ["--text-encoder", text, "--system-prompt", tmp_path / "system.txt"]
+    prompts = ["--prompt", "a red fox", "--prompt", "the snow"]
+    invoke(export_main, *command, "--prune", "none", "--no-compare", "--out", dense)
+    invoke(export_main, *command, "--prune", plan, "--precision", "fp16", "--out", pruned)
+    np.savez(features, **{"0": np.random.default_rng(0).standard_normal((12, 48)).astype(np.float32), "tokens": [5]})
+    invoke(main, "generate", pruned, "--text-features", features, "-o", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (80, 80)
-    with Pipeline.load(bundle) as pipe:
+    told = invoke(main, "generate", pruned, "--prompt", "snow " * 13, "-o", tmp_path / "b.png")
+    assert "warning: image 0: prompt: has 13 tokens; the model reads the first 12" in told
+    np.savez(features, **{"0": np.zeros((12, 48), np.float32), "tokens": [13]})
+    done = CliRunner().invoke(main, ["generate", str(pruned), "--text-features", str(features), "-o", "c.png"])
+    assert done.exit_code == 1 and "text_tokens: got 13, expected 1 to 12" in done.output
+    invoke(main, "inspect", pruned)
+    invoke(main, "verify", pruned)
+    invoke(main, "profile", pruned, "--runs", "1", "--out", tmp_path / "profile")
+    invoke(main, "compare", dense, pruned, *prompts, "--seeds", "1", "--json", tmp_path / "compare.json")
+    per_prompt = json.loads((tmp_path / "compare.json").read_text())["prompts"]
+    assert per_prompt["a red fox"]["ssim"] < 1 and len(per_prompt) == 2
+    axes = ["--fractions", "0.5", "--cache-scales", "-2", "--first-layers", "0"]
+    invoke(main, "tune", dense, *prompts, "--seeds", "1", *axes, "--out", tmp_path / "tune")
+    with Pipeline.load(pruned) as pipe:
         assert [graph.name for graph in pipe.manifest.default.chain(1)][-2:] == ["residual", "decoder"]
+        app = create_app(Service(pipe))
+        with TestClient(app) as client:
+            check_answers(client, pipe)
+
+
+def invoke(command: Any, *arguments: object) -> str:
+    done = CliRunner().invoke(command, list(map(str, arguments)))
+    assert done.exit_code == 0, f"{arguments[0]}: {done.output}"
+    return done.output
+
+
+def check_answers(client: TestClient, pipe: Pipeline) -> None:
+    """What is served is what the pipeline draws; prompts that are cut off are told."""
+    features = np.random.default_rng(0).standard_normal((12, 48)).astype(np.float32)
+    expected = pipe.draw([Request(text_features=features, text_tokens=5, seed=2)]).images[0]
+    answer = client.post("/v1/images", json={"text_features": features.tolist(), "text_tokens": 5, "seed": 2})
+    assert answer.status_code == 200, answer.text
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), expected)
+    assert "x-fastvar-warning" not in answer.headers
+    answer = client.post("/v1/images", json={"prompt": "snow " * 13})
+    assert answer.headers["x-fastvar-warning"] == "prompt: has 13 tokens; the model reads the first 12"
+    events = client.post("/v1/images/stream", json={"prompt": "snow " * 13, "preview_scales": []}).text
+    assert '"warnings": ["prompt: has 13 tokens; the model reads the first 12"]' in events
+    refused = client.post("/v1/images", json={"text_features": features[:3].tolist(), "text_tokens": 4})
+    assert refused.status_code == 422 and "text_features has 3" in refused.text

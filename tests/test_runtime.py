@@ -212,7 +212,7 @@ def test_pipelines_of_one_process_do_not_disturb_each_other(tiny_bundle: Path, p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": []}, r"labels: got \[\], expected a list of at least one class index"),
+        ({"labels": []}, r"labels: got \[\], expected a list of at least one whole number"),
         ({"labels": 3}, "labels: got 3, expected a list"),
         ({"labels": [1.7]}, r"label: got 1.7, expected a whole number"),
         ({"labels": ["a"]}, "label: got 'a', expected a whole number"),

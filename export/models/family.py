@@ -27,7 +27,8 @@ class SourceCommand:
         options: its own, besides those that all have.
         load: their values, by name, to the model to export.
         default_plan: their values to the preset that is taken where no plan is asked for.
-        has_top_k: whether the model draws from a vocabulary, whose top-k the graphs bound.
+        top_k: what the graphs bound top-k by unless asked for another, as published; 0 where the model draws from no
+            vocabulary.
     """
 
     name: str
@@ -36,7 +37,7 @@ class SourceCommand:
     options: tuple[click.Option, ...]
     load: Callable[..., Source]
     default_plan: Callable[..., str]
-    has_top_k: bool
+    top_k: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,8 +152,8 @@ def _add_pictures(app: FastAPI, service: Service, options: ServerOptions) -> Non
         response_class=StreamingResponse,
         responses={
             200: {
-                "description": "Server-sent events: `preview` (scale, image), `image` (image, seed, total_ms, batch) "
-                "or `error` (type, message); images are base64.",
+                "description": "Server-sent events: `preview` (scale, image), `image` (image, seed, total_ms, batch, "
+                "warnings) or `error` (type, message); images are base64.",
                 "content": {"text/event-stream": {}},
             },
             **_ERROR_RESPONSES,
@@ -373,7 +373,13 @@ async def _events(
             yield _event("error", _error(error)[1]["error"])
             return
         data = await _encoded(result.image, body.format, body.quality)
-        details = {"image": data, "seed": wanted.seed, "total_ms": round(result.total_ms, 1), "batch": result.batch}
+        details = {
+            "image": data,
+            "seed": wanted.seed,
+            "total_ms": round(result.total_ms, 1),
+            "batch": result.batch,
+            "warnings": list(result.warnings),
+        }
         yield _event("image", details)
     finally:
         drawing.cancel()
@@ -394,6 +400,7 @@ def _headers(result: ImageResult, wanted: ImageRequest) -> dict[str, str]:
         "x-fastvar-queued-ms": f"{result.queued_ms:.1f}",
         "x-fastvar-total-ms": f"{result.total_ms:.1f}",
         "x-fastvar-batch": str(result.batch),
+        **({"x-fastvar-warning": "; ".join(result.warnings)} if result.warnings else {}),
     }
 
 

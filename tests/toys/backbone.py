@@ -192,7 +192,7 @@ FAMILY = Family(
             options=(click.Option(["--sides"], type=_sides, default="1,2,4", help="Of the token maps."),),
             load=lambda sides: ToySource(sides),
             default_plan=lambda **_: _PLAN.name,
-            has_top_k=False,
+            top_k=0,
         ),
     ),
     from_configs=lambda configs, precision: Toy(tuple(configs["sides"]), precision),

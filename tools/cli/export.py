@@ -62,21 +62,26 @@ def _source_command(command: SourceCommand) -> click.Command:
         triton: Path | None,
         force: bool,
         compare: bool,
-        max_top_k: int | None = None,
+        max_top_k: int = 0,
         **own: Any,
     ) -> None:
         plan = load_plan(prune or command.default_plan(**own))
 
         def export(out: Path, progress: ProgressBar) -> Any:
-            from fastvar_trt.export.exporter import DEFAULT_TOP_K, ExportOptions, export_model
+            from fastvar_trt.export.exporter import ExportOptions, export_model
 
-            top_k = DEFAULT_TOP_K if max_top_k is None else max_top_k
-            options = ExportOptions(plan, precision, batches or (1,), top_k, compare)
+            options = ExportOptions(plan, precision, batches or (1,), max_top_k, compare)
             return export_model(command.load(**own), out, options, force=force, progress=progress)
 
         _run(export, out, targets, triton, force=force)
 
-    top_k = click.Option(["--max-top-k"], type=click.IntRange(0), help="Bound of top-k; 0: no bound. Default: 900.")
+    top_k = click.Option(
+        ["--max-top-k"],
+        type=click.IntRange(0),
+        default=command.top_k,
+        show_default=True,
+        help="Bound of top-k; 0: no bound.",
+    )
     params: list[click.Parameter] = [
         *command.options,
         _prune(),
@@ -89,7 +94,7 @@ def _source_command(command: SourceCommand) -> click.Command:
             default=True,
             help="Compare every graph with PyTorch, most of an export's time; `fastvar verify` needs it. Default: do.",
         ),
-        *([top_k] if command.has_top_k else []),
+        *([top_k] if command.top_k else []),
         *_destinations(),
     ]
     epilog = examples(*command.examples)

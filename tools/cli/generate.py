@@ -56,7 +56,8 @@ def _value_option(parameter: Parameter) -> Callable[..., Any]:
 @click.option(
     "--text-features",
     type=click.Path(path_type=Path),
-    help="In place of prompts: NPZ with the text encoder's features, arrays 0, 1, ... [tokens, width].",
+    help="In place of prompts: NPZ with the text encoder's features, arrays 0, 1, ... [tokens, width]; and, where "
+    "padding is read, an array `tokens`: how many of each are no padding.",
 )
 @click.option("--h-div-w", type=float, help="Height over width; one that the bundle holds.")
 @click.option(
@@ -93,13 +94,16 @@ def generate(
             labels or None,
             prompts=prompts or None,
             negative_prompts=negative_prompts * (len(prompts) if len(negative_prompts) == 1 else 1) or None,
-            text_features=None if text_features is None else _read_features(text_features),
+            **({} if text_features is None else _read_features(text_features)),
             h_div_w=h_div_w,
             seeds=seed,
             return_float_images=save_tokens is not None,
             **sampling,
         )
         manifest = pipe.manifest
+    for i, warnings in enumerate(result.warnings):
+        for warning in warnings:
+            click.echo(f"warning: image {i}: {warning}", err=True)
     save_png(result, out)
     if save_tokens is not None:
         _save_tokens(result, manifest, save_tokens)
@@ -122,17 +126,26 @@ def _per_scale(values: tuple[float, ...]) -> float | Any:
     return values[0] if len(values) == 1 else np.array([values], dtype=np.float32)
 
 
-def _read_features(path: Path) -> list[Any]:
-    """The arrays `0`, `1`, ... of an NPZ."""
+def _read_features(path: Path) -> dict[str, Any]:
+    """The arrays `0`, `1`, ... of an NPZ, and how many tokens each has where it says so."""
     try:
         with np.load(path, allow_pickle=False) as data:
             arrays = dict(data)
     except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         raise RequestError(f"--text-features {path}: not a readable NPZ: {error}") from error
+    tokens = arrays.pop("tokens", None)
     expected = [str(i) for i in range(len(arrays))]
     if not arrays or set(arrays) != set(expected):
         raise RequestError(f"--text-features {path}: got the arrays {', '.join(arrays)}, expected 0, 1, ...")
-    return [arrays[name] for name in expected]
+    found: dict[str, Any] = {"text_features": [arrays[name] for name in expected]}
+    if tokens is not None:
+        if tokens.shape != (len(arrays),) or tokens.dtype.kind not in "iu":
+            raise RequestError(
+                f"--text-features {path}: tokens: got {tokens.dtype} {list(tokens.shape)}, expected integers "
+                f"[{len(arrays)}], one of each array"
+            )
+        found["text_tokens"] = tokens.tolist()
+    return found
 
 
 def save_png(result: GenerationResult, path: Path) -> None:

@@ -173,7 +173,7 @@ def condition_inputs(model: NextScaleModel, tokenizer: PromptTokenizer, pictures
     length = model.model_spec().text_length
     encoded = {}
     for prompt in dict.fromkeys(pictures.subjects):  # one prompt is drawn with many seeds
-        ids = tokenizer.token_ids(str(prompt))
+        ids = tokenizer.tokens(str(prompt)).ids
         padded = torch.zeros(1, length, dtype=torch.int64)
         padded[0, : len(ids)] = torch.tensor(ids)
         count = torch.tensor([len(ids)])

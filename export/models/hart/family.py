@@ -100,6 +100,6 @@ _FOLDERS = SourceCommand(
     ),
     load=_load,
     default_plan=lambda **_: _FASTVAR_HART.name,
-    has_top_k=True,
+    top_k=600,
 )
 HART = Family("hart", (_FOLDERS,), _from_configs, (_FASTVAR_HART,))

@@ -126,7 +126,7 @@ _FILES = SourceCommand(
     ),
     load=_load,
     default_plan=lambda pn, **_: PLAN_OF_SIZE[pn].name,
-    has_top_k=False,
+    top_k=0,
 )
 _SCENES = SourceCommand(
     name="scenes",
@@ -138,7 +138,7 @@ _SCENES = SourceCommand(
     options=_SIZE_OPTIONS,
     load=load_scenes,
     default_plan=lambda pn, **_: PLAN_OF_SIZE[pn].name,
-    has_top_k=False,
+    top_k=0,
 )
 INFINITY = Family(
     "infinity", (_SCENES, _FILES), _from_configs, tuple(p for p in PLAN_OF_SIZE.values() if p is not DENSE)

@@ -69,6 +69,6 @@ _FILES = SourceCommand(
     ),
     load=_load_files,
     default_plan=lambda **_: _FASTVAR_VAR.name,
-    has_top_k=True,
+    top_k=900,
 )
 VAR = Family("var", (_FILES,), _from_configs, (_FASTVAR_VAR,))
