@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from fastvar_trt.tools.scenes.renderer import COLOURS, ground_point, render, silhouette, surface_colour
-from fastvar_trt.tools.scenes.world import GROUNDS, SKIES, Scene, Solid
+from fastvar_trt.tools.scenes.world import GROUNDS, SHAPES, SKIES, Scene, Solid
 
 Array = NDArray[np.float64]
 
@@ -23,6 +23,7 @@ _SHADES = ((0.0, 0.0), (0.0, 0.08), (0.3, 0.0), (0.8, 0.0), (0.3, 0.08), (0.8, 0
 _MIN_SHARE = 0.2  # of one colour in a patch, to be a solid of its own
 _TURNS = np.arange(6) * np.pi / 12  # of cubes
 _MIN_LIKENESS = 0.9  # of a silhouette to that of some solid, unless it is cut off
+_MIN_JOINED = 0.85  # of that of several patches, or of several colours, to be one solid
 _MIN_DISTANCE = {"day": 0.075, "sunset": 0.075, "night": 0.1}  # of a solid's chroma to the ground's
 
 
@@ -171,18 +172,41 @@ def _solids(image: Array, ground: str, sky: str) -> list[Found]:
     mask = ndimage.binary_closing(ndimage.binary_opening(mask, iterations=2), iterations=4)  # gleams are no gaps
     colours, light = _colour_map(image, sky), image.mean(axis=-1)
     labels, count = ndimage.label(mask)
+    patches: dict[int, list[NDArray[np.bool_]]] = {}
+    for label in range(1, count + 1):
+        for part, colour in _split(labels == label, colours):
+            if part.sum() >= _MIN_AREA * _SIDE * _SIDE:
+                patches.setdefault(colour, []).append(part)
     found = []
-    for label, box in zip(range(1, count + 1), ndimage.find_objects(labels), strict=True):
-        if box[0].stop < _HORIZON * height:  # in the sky
-            continue
-        for part, colour in _split(labels[box] == label, colours[box]):
-            if part.sum() < _MIN_AREA * _SIDE * _SIDE:
-                continue
-            whole = np.zeros((height, width), bool)
-            whole[box] = part
+    for colour, own in patches.items():
+        for whole in _joined(own):
             _, bottom, middle = _extent(whole)
-            found.append(Found(_shape_of(whole, light), list(COLOURS)[colour], middle / width, bottom / height))
+            if bottom >= _HORIZON * height:  # not in the sky
+                found.append(Found(_shape_of(whole, light), list(COLOURS)[colour], middle / width, bottom / height))
     return found
+
+
+def _joined(patches: list[NDArray[np.bool_]]) -> list[NDArray[np.bool_]]:
+    """The solids of one colour: patches that look like one solid together are one, which a gleam or the sky's own
+    colour parts."""
+    if len(patches) > 1:
+        together = _convex(np.logical_or.reduce(patches))
+        if _is_one(together):
+            return [together]
+    return patches
+
+
+def _is_one(mask: NDArray[np.bool_]) -> bool:
+    """Whether it looks like one solid."""
+    return max(_likenesses(mask).values()) >= _MIN_JOINED
+
+
+def _convex(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """With what lies between two of its pixels of a row or of a column, as all solids have it."""
+    for axis in (1, 0):
+        before, after = (np.logical_or.accumulate(np.flip(mask, flip), axis=axis) for flip in ((), axis))
+        mask = before & np.flip(after, axis)
+    return mask
 
 
 def _split(mask: NDArray[np.bool_], colours: NDArray[np.int64]) -> list[tuple[NDArray[np.bool_], int]]:
@@ -195,7 +219,7 @@ def _split(mask: NDArray[np.bool_], colours: NDArray[np.int64]) -> list[tuple[ND
         own = _span(mask & (colours == colour))
         if all(_overlap(own, _span(mask & (colours == other))) < 0.6 for other in kept):
             kept.append(int(colour))
-    if len(kept) < 2:
+    if len(kept) < 2 or _is_one(_convex(mask)):
         return [(ndimage.binary_fill_holes(mask), int(counts.argmax()))]
     parts = []
     for colour in kept:
@@ -233,7 +257,12 @@ def _colour_map(image: Array, sky: str) -> NDArray[np.int64]:
 
 
 def _shape_of(mask: NDArray[np.bool_], light: Array) -> str:
-    """From the silhouette; where it is cut off, and might be a cube's or a cylinder's, from how the light runs."""
+    """The one with the likest silhouette; where that is cut off, from its outline and from how the light runs."""
+    for outline in (mask, _convex(mask)):
+        likeness = _likenesses(outline)
+        best = max(likeness, key=lambda shape: likeness[shape])
+        if likeness[best] >= _MIN_LIKENESS:
+            return best
     (box,) = ndimage.find_objects(mask.astype(int))
     widths = mask[box].sum(axis=1) / mask[box].sum(axis=1).max()
     height = len(widths)
@@ -245,13 +274,13 @@ def _shape_of(mask: NDArray[np.bool_], light: Array) -> str:
         return "cone"
     if width_at(0.07) < 0.75 and width_at(0.93) < 0.8 and width_at(0.5) > 0.9:
         return "sphere"
-    likeness = {
-        "cylinder": _likeness(mask, "cylinder", 0.0),
-        "cube": max(_likeness(mask, "cube", turn) for turn in _TURNS),
-    }
-    if max(likeness.values()) < _MIN_LIKENESS:
-        return "cube" if _is_flat(mask[box], light[box]) else "cylinder"
-    return max(likeness, key=lambda shape: likeness[shape])
+    return "cube" if _is_flat(mask[box], light[box]) else "cylinder"
+
+
+def _likenesses(mask: NDArray[np.bool_]) -> dict[str, float]:
+    """By shape: the greatest over how it may be turned."""
+    turns = {shape: _TURNS if shape == "cube" else _TURNS[:1] for shape in SHAPES}
+    return {shape: max(_likeness(mask, shape, turn) for turn in turns[shape]) for shape in SHAPES}
 
 
 def _likeness(mask: NDArray[np.bool_], shape: str, turn: float) -> float:

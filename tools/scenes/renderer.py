@@ -292,7 +292,7 @@ def _surface(solid: _Placed, scene: Scene, d: Array, n: Array, lit: Array, air: 
         around = _sky_light(scene.sky, mirrored) * share + 2 * bounce * (1 - share)
         fresnel = 0.06 + 0.5 * np.clip(1 + (n * d).sum(-1, keepdims=True), 0, 1) ** 4
         colour = colour * (1 - fresnel) + around * fresnel
-        return colour + np.array(air.light, np.float32) * (0.9 * gleam**70) * lit[:, None]
+        return colour + np.array(air.light, np.float32) * (0.5 * gleam**70) * lit[:, None]
     return colour + np.array(air.light, np.float32) * (0.05 * gleam**12) * lit[:, None]
 
 
@@ -348,7 +348,7 @@ class _Placed:
         return t, (o + np.where(np.isfinite(t), t, 0)[..., None] * d) / r
 
     def _cube(self, o: Array, d: Array) -> tuple[Any, Any]:
-        h = 0.82 * self.radius
+        h = 0.72 * self.radius
         cos, sin = np.cos(self.turn), np.sin(self.turn)
         turned = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], np.float32)
         o, d = (o - np.array([0, h, 0], np.float32)) @ turned.T, d @ turned.T
@@ -362,7 +362,7 @@ class _Placed:
         return t, normal @ turned
 
     def _cylinder(self, o: Array, d: Array) -> tuple[Any, Any]:
-        r, h = 0.8 * self.radius, 1.75 * self.radius
+        r, h = 0.62 * self.radius, 2.0 * self.radius
         a, b, c = _quadratic(o, d, r)
         t = (-b - np.sqrt(b * b - a * c)) / a
         y = o[..., 1] + t * d[..., 1]
@@ -377,7 +377,7 @@ class _Placed:
         return t, np.where(on_lid[..., None], up, side)
 
     def _cone(self, o: Array, d: Array) -> tuple[Any, Any]:
-        r, h = 0.98 * self.radius, 2.1 * self.radius
+        r, h = 1.05 * self.radius, 2.1 * self.radius
         k = (r / h) ** 2  # x^2 + z^2 = k (h - y)^2
         below = h - o[..., 1]
         a = d[..., 0] ** 2 + d[..., 2] ** 2 - k * d[..., 1] ** 2

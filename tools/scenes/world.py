@@ -15,8 +15,8 @@ SKIES = ("day", "sunset", "night")
 SLOTS = ("left", "middle", "right")
 _SIDE = {"left": -1, "middle": 0, "right": 1}
 # By how many solids there are: from the middle to those at the sides, and their radius. They do not touch.
-_SPACING = {1: 1.75, 2: 1.8, 3: 2.4}
-_RADIUS = {1: 1.35, 2: 1.15, 3: 0.78}
+_SPACING = {1: 1.75, 2: 1.75, 3: 2.35}
+_RADIUS = {1: 1.6, 2: 1.4, 3: 0.95}
 _TURN = 0.5  # radians: cubes show two sides
 # One of so many combinations of (shape, colour, ground) never occurs in training.
 _HELD_OUT_SHARE = 8
@@ -88,7 +88,7 @@ def random_scene(rng: np.random.Generator, num_solids: int | None = None, *, hel
         # Several of one kind, to be counted, in a part of the scenes.
         alike = count > 1 and rng.random() < 0.3
         kinds = [_random_kind(rng) for _ in slots]
-        near = int(rng.integers(0, 2)) if count == 2 and not alike and rng.random() < 0.3 else None
+        near = 0 if count == 2 and not alike and rng.random() < 0.3 else None
         spacing, radius = _SPACING[count], _RADIUS[count]
         solids = tuple(
             Solid(
