@@ -16,7 +16,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -236,6 +236,22 @@ class StepOutputs:
     new_kv: list[tuple[Tensor, Tensor]]  # [K, B2, H, D]
     caches: dict[int, tuple[Tensor, ...]]  # layer -> per sublayer [B2, T, C]
     handed_on: dict[str, Tensor]  # `handed_on_specs`
+
+
+Config = TypeVar("Config")
+
+
+def restored(kind: type[Config], data: Mapping[str, Any]) -> Config:
+    """A configuration from what `dataclasses.asdict` made of it, whose tuples JSON keeps as lists.
+
+    Raises:
+        TypeError: it is not complete.
+    """
+
+    def value(found: Any) -> Any:
+        return tuple(map(value, found)) if isinstance(found, list) else found
+
+    return kind(**{name: value(found) for name, found in data.items()})
 
 
 class NextScaleModel(nn.Module, abc.ABC):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised
+from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised, restored
 from fastvar_trt.export.models.codebook import CodeBookModel, top_k
 from fastvar_trt.export.models.hart.config import HARTConfig
 from fastvar_trt.export.models.hart.diffusion import DiffusionStep, diffusion_steps
@@ -166,11 +166,9 @@ class HART(CodeBookModel, TextModel):
         Raises:
             KeyError, TypeError: they are not complete.
         """
-        hart, vae = ({**configs[name]} for name in ("hart", "vae"))
-        config = HARTConfig(**{**hart, "patch_nums": tuple(hart["patch_nums"])})
-        vae_config = VQVAEConfig(**{**vae, "level_channels": tuple(vae["level_channels"])})
+        config, vae_config = restored(HARTConfig, configs["hart"]), restored(VQVAEConfig, configs["vae"])
         text = configs.get("text_encoder")
-        return cls(config, vae_config, None if text is None else Qwen2Config(**text), precision)
+        return cls(config, vae_config, None if text is None else restored(Qwen2Config, text), precision)
 
     def condition_outputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """The embedded text, its positions, and the head's modulation."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised
+from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised, restored
 from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
 from fastvar_trt.export.models.infinity.vae import BSQDecoder
 from fastvar_trt.export.models.matrix import linear_names
@@ -180,15 +180,9 @@ class Infinity(TextModel):
         Raises:
             KeyError, TypeError: they are not complete.
         """
-        config, vae = ({**configs[name]} for name in ("infinity", "vae"))
-        config |= {
-            "schedule": tuple((int(h), int(w)) for h, w in config["schedule"]),
-            "rope_span": tuple(config["rope_span"]),
-            "block_prefixes": tuple(config["block_prefixes"]),
-        }
-        vae_config = BSQVAEConfig(**{**vae, "level_channels": tuple(vae["level_channels"])})
+        config, vae_config = restored(InfinityConfig, configs["infinity"]), restored(BSQVAEConfig, configs["vae"])
         text = configs.get("text_encoder")
-        return cls(InfinityConfig(**config), vae_config, None if text is None else T5Config(**text), precision)
+        return cls(config, vae_config, None if text is None else restored(T5Config, text), precision)
 
     def condition_outputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Start token, modulations, keys and values of the text."""

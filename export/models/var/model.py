@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvar_trt.export.models.base import BlockSpec, block_geometry, l2_normalised
+from fastvar_trt.export.models.base import BlockSpec, block_geometry, l2_normalised, restored
 from fastvar_trt.export.models.codebook import CodeBookModel
 from fastvar_trt.export.models.matrix import linear_names
 from fastvar_trt.export.models.var.config import VARConfig
@@ -122,9 +122,7 @@ class VAR(CodeBookModel):
         Raises:
             KeyError, TypeError: they are not complete.
         """
-        var, vae = ({**configs[name]} for name in ("var", "vae"))
-        config = VARConfig(**{**var, "patch_nums": tuple(var["patch_nums"])})
-        return cls(config, VQVAEConfig(**{**vae, "level_channels": tuple(vae["level_channels"])}), precision)
+        return cls(restored(VARConfig, configs["var"]), restored(VQVAEConfig, configs["vae"]), precision)
 
     def condition_inputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Class indices."""
