@@ -96,7 +96,7 @@ class Request:
         minimum=1,
     )
     negative_text_tokens: int | None = _parameter(
-        "integer", "The same of a negative prompt.", condition=True, needs="negative_text_features", minimum=1
+        "integer", "The same of a negative prompt.", condition=True, needs="text_features", minimum=1
     )
     seed: int = _parameter("integer", "Of the noise.", value=0, minimum=0, maximum=MAX_SEED)
     cfg: Any = _parameter("number", "Guidance scale.", dtype="float32", per_scale=True)
@@ -210,6 +210,8 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
             _check_value(parameter, getattr(request, name), len(variant.schedule), manifest, greedy=request.greedy)
     for name in ("text", "negative_text"):
         tokens, features = (getattr(request, f"{name}_{of}") for of in ("tokens", "features"))
+        if tokens is not None and features is None:
+            raise RequestError(f"{name}_tokens: needs {name}_features")
         if tokens is not None and tokens > len(features):
             raise RequestError(f"{name}_tokens: got {tokens}, {name}_features has {len(features)}")
     if any(getattr(request, name) is not None for name, _ in _NOISES.values()):

@@ -344,5 +344,9 @@ def check_answers(client: TestClient, pipe: Pipeline) -> None:
     assert answer.headers["x-fastvar-warning"] == "prompt: has 13 tokens; the model reads the first 12"
     events = client.post("/v1/images/stream", json={"prompt": "snow " * 13, "preview_scales": []}).text
     assert '"warnings": ["prompt: has 13 tokens; the model reads the first 12"]' in events
-    refused = client.post("/v1/images", json={"text_features": features[:3].tolist(), "text_tokens": 4})
-    assert refused.status_code == 422 and "text_features has 3" in refused.text
+    for more, problem in (
+        ({"text_tokens": 4}, "text_tokens: got 4, text_features has 3"),
+        ({"negative_text_tokens": 2}, "negative_text_tokens: needs negative_text_features"),
+    ):
+        refused = client.post("/v1/images", json={"text_features": features[:3].tolist(), **more})
+        assert refused.status_code == 422 and problem in refused.text
