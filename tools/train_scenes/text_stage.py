@@ -6,6 +6,8 @@ solid stands where, in which colour. Learning that from pictures alone takes far
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,9 +101,13 @@ def train_text(config: TransformerConfig, folder: Path, device: torch.device, pr
     tokenizer = captions_tokenizer(text)
     torch.manual_seed(text.seed)
     model = TextReader(T5Encoder(text.sizes(tokenizer.get_vocab_size())), config).to(device)
-    stage = Stage(
-        "text", model, text.lr, text.steps, {**fingerprint(text), "width_of_transformer": config.width}, folder
-    )
+    words = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+    of_stage = {
+        **fingerprint(text),
+        "width_of_transformer": config.width,
+        "vocabulary_sha256": hashlib.sha256(words).hexdigest(),
+    }
+    stage = Stage("text", model, text.lr, text.steps, of_stage, folder)
     for _ in stage.steps(progress):
         # One solid is learnt at once; which of several is where is not.
         scenes = [random_scene(stage.rng, int(stage.rng.choice([1, 2, 2, 3, 3]))) for _ in range(text.batch)]
