@@ -17,7 +17,9 @@ Array = NDArray[np.float64]
 
 _SIDE = 256  # pixels of the shorter side that is looked at
 _HORIZON = 0.36  # rows above it, as a share, are sky alone
-_MIN_AREA = 0.004  # of a solid, as a share of a square picture
+
+_MIN_PATCH = 0.004  # of a part of a solid, as a share of a square picture
+_MIN_AREA = 0.015  # the same of a solid
 # Shares of the light, and of what is mirrored, that surfaces are known under.
 _SHADES = ((0.0, 0.0), (0.0, 0.08), (0.3, 0.0), (0.8, 0.0), (0.3, 0.08), (0.8, 0.08))
 _MIN_SHARE = 0.2  # of one colour in a patch, to be a solid of its own
@@ -162,9 +164,12 @@ def _chroma(image: Array) -> Array:
 
 def _solids(image: Array, ground: str, sky: str) -> list[Found]:
     height, width = image.shape[:2]
-    background = _background(ground, sky)
+
     rows = np.linspace(0, _SIDE - 1, height).round().astype(int)
-    distance = np.linalg.norm(_chroma(image) - background[rows][:, None], axis=-1)
+    away = _chroma(image) - _background(ground, sky)[rows][:, None]
+    # Tints of the whole sky or ground are no solids.
+    tints = [np.median(away[part].reshape(-1, 3), axis=0) for part in (slice(_SIDE // 8), slice(-_SIDE // 7, None))]
+    distance = np.linalg.norm(away - np.linspace(*tints, height)[:, None], axis=-1)
     mask = distance > _MIN_DISTANCE[sky]
     if sky == "night":  # the moon, and its glow
         top = slice(0, height // 4)
@@ -175,13 +180,13 @@ def _solids(image: Array, ground: str, sky: str) -> list[Found]:
     patches: dict[int, list[NDArray[np.bool_]]] = {}
     for label in range(1, count + 1):
         for part, colour in _split(labels == label, colours):
-            if part.sum() >= _MIN_AREA * _SIDE * _SIDE:
+            if part.sum() >= _MIN_PATCH * _SIDE * _SIDE:
                 patches.setdefault(colour, []).append(part)
     found = []
     for colour, own in patches.items():
         for whole in _joined(own):
             _, bottom, middle = _extent(whole)
-            if bottom >= _HORIZON * height:  # not in the sky
+            if bottom >= _HORIZON * height and whole.sum() >= _MIN_AREA * _SIDE * _SIDE:  # else in the sky, or noise
                 found.append(Found(_shape_of(whole, light), list(COLOURS)[colour], middle / width, bottom / height))
     return found
 
