@@ -168,8 +168,9 @@ def _solids(image: Array, ground: str, sky: str) -> list[Found]:
     rows = np.linspace(0, _SIDE - 1, height).round().astype(int)
     away = _chroma(image) - _background(ground, sky)[rows][:, None]
     # Tints of the whole sky or ground are no solids.
-    tints = [np.median(away[part].reshape(-1, 3), axis=0) for part in (slice(_SIDE // 8), slice(-_SIDE // 7, None))]
-    distance = np.linalg.norm(away - np.linspace(*tints, height)[:, None], axis=-1)
+    above, below = (np.median(away[part], axis=(0, 1)) for part in (slice(height // 8), slice(-height // 7, None)))
+    tint = above + np.linspace(0, 1, height)[:, None] * (below - above)
+    distance = np.linalg.norm(away - tint[:, None], axis=-1)
     mask = distance > _MIN_DISTANCE[sky]
     if sky == "night":  # the moon, and its glow
         top = slice(0, height // 4)
