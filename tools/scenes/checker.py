@@ -164,7 +164,6 @@ def _chroma(image: Array) -> Array:
 
 def _solids(image: Array, ground: str, sky: str) -> list[Found]:
     height, width = image.shape[:2]
-
     rows = np.linspace(0, _SIDE - 1, height).round().astype(int)
     away = _chroma(image) - _background(ground, sky)[rows][:, None]
     # Tints of the whole sky or ground are no solids.
