@@ -124,7 +124,7 @@ def test_a_batch_of_four_is_four_single_runs(smooth_bundle: Path) -> None:
             equal = np.concatenate([own[0] == other[i] for own, other in pairs]).mean()
             close = (np.abs(alone.f_hat[0] - together.f_hat[i]) <= 1e-3).mean()
             # Without `greedy`, blends multiply the rounding of logits: see below.
-            least = (1.0, 0.99) if request.greedy else (0.99, 0.8)
+            least = (1.0, 0.999) if request.greedy else (0.99, 0.8)
             assert equal >= least[0] and close >= least[1]
         same_text = pipe.draw([dataclasses.replace(requests[0], seed=9)])
     assert (np.abs(same_text.f_hat[0] - together.f_hat[0]) > 0.05).mean() > 0.5  # by the residual's noise alone
