@@ -7,8 +7,9 @@ import functools
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError
 
 from fastvar_trt.tools.scenes.renderer import COLOURS, ground_point, render, silhouette, surface_colour
 from fastvar_trt.tools.scenes.world import GROUNDS, SHAPES, SKIES, Scene, Solid
@@ -24,7 +25,9 @@ _MIN_AREA = 0.015  # the same of a solid
 _SHADES = ((0.0, 0.0), (0.0, 0.08), (0.3, 0.0), (0.8, 0.0), (0.3, 0.08), (0.8, 0.08))
 _MIN_SHARE = 0.2  # of one colour in a patch, to be a solid of its own
 _TURNS = np.arange(6) * np.pi / 12  # of cubes
+_MIN_PART = 0.3  # of the largest part of one colour in a patch, to be a solid of its own
 _MIN_LIKENESS = 0.9  # of a silhouette to that of some solid, unless it is cut off
+_MIN_LEAD = 0.07  # of the likest over the next
 _MIN_JOINED = 0.85  # of that of several patches, or of several colours, to be one solid
 _MIN_DISTANCE = {"day": 0.075, "sunset": 0.075, "night": 0.1}  # of a solid's chroma to the ground's
 
@@ -187,7 +190,8 @@ def _solids(image: Array, ground: str, sky: str) -> list[Found]:
         for whole in _joined(own):
             _, bottom, middle = _extent(whole)
             if bottom >= _HORIZON * height and whole.sum() >= _MIN_AREA * _SIDE * _SIDE:  # else in the sky, or noise
-                found.append(Found(_shape_of(whole, light), list(COLOURS)[colour], middle / width, bottom / height))
+                shape = _shape_of(whole, colours == colour, light)
+                found.append(Found(shape, list(COLOURS)[colour], middle / width, bottom / height))
     return found
 
 
@@ -195,7 +199,7 @@ def _joined(patches: list[NDArray[np.bool_]]) -> list[NDArray[np.bool_]]:
     """The solids of one colour: patches that look like one solid together are one, which a gleam or the sky's own
     colour parts."""
     if len(patches) > 1:
-        together = _convex(np.logical_or.reduce(patches))
+        together = _hull(np.logical_or.reduce(patches))
         if _is_one(together):
             return [together]
     return patches
@@ -206,33 +210,51 @@ def _is_one(mask: NDArray[np.bool_]) -> bool:
     return max(_likenesses(mask).values()) >= _MIN_JOINED
 
 
-def _convex(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With what lies between two of its pixels of a row or of a column, as all solids have it."""
-    for axis in (1, 0):
-        before, after = (np.logical_or.accumulate(np.flip(mask, flip), axis=axis) for flip in ((), axis))
-        mask = before & np.flip(after, axis)
-    return mask
+def _hull(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The smallest convex mask around one: all solids look convex."""
+    rows, columns = np.nonzero(mask)
+    if not len(rows):
+        return mask
+    try:
+        corners = ConvexHull(np.stack([columns, rows], axis=1)).vertices
+    except QhullError:  # a line
+        return mask
+    drawn = Image.new("1", mask.shape[::-1])
+    ImageDraw.Draw(drawn).polygon([(int(columns[i]), int(rows[i])) for i in corners], fill=1, outline=1)
+    return np.asarray(drawn)
 
 
 def _split(mask: NDArray[np.bool_], colours: NDArray[np.int64]) -> list[tuple[NDArray[np.bool_], int]]:
-    """The solids of one connected patch: solids of two colours may overlap, and one may mirror others."""
+    """The solids of one connected patch: solids may touch or overlap, and one may mirror others."""
     counts = np.bincount(colours[mask], minlength=len(COLOURS))
-    kept: list[int] = []
-    for colour in np.argsort(-counts):
-        if counts[colour] < _MIN_SHARE * counts.sum():
-            break
-        own = _span(mask & (colours == colour))
-        if all(_overlap(own, _span(mask & (colours == other))) < 0.6 for other in kept):
-            kept.append(int(colour))
-    if len(kept) < 2 or _is_one(_convex(mask)):
+    parts: list[tuple[NDArray[np.bool_], int]] = []
+    if not _is_one(_hull(mask)):
+        for colour in map(int, np.argsort(-counts)):
+            if counts[colour] < _MIN_SHARE * counts.sum():
+                break
+            own = [part for large in _large_parts(mask & (colours == colour)) for part in _at_necks(large)]
+            if all(_overlap(_span(part), _span(other)) < 0.6 for part in own for other, _ in parts):
+                parts += [(part, colour) for part in own]
+    if len(parts) < 2:
         return [(ndimage.binary_fill_holes(mask), int(counts.argmax()))]
-    parts = []
-    for colour in kept:
-        labels, count = ndimage.label(ndimage.binary_opening(mask & (colours == colour), iterations=2))
-        if count:
-            largest = 1 + int(np.argmax(np.bincount(labels[labels > 0])[1:]))
-            parts.append((ndimage.binary_fill_holes(ndimage.binary_closing(labels == largest, iterations=3)), colour))
-    return parts
+    return [(ndimage.binary_fill_holes(ndimage.binary_closing(part, iterations=3)), colour) for part, colour in parts]
+
+
+def _large_parts(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    """Connected parts, those that are much smaller than the largest left out."""
+    labels, count = ndimage.label(ndimage.binary_opening(mask, iterations=2))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    return [labels == 1 + i for i in np.flatnonzero(sizes >= _MIN_PART * sizes.max(initial=1))]
+
+
+def _at_necks(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    """Its parts when it is cut where it is narrow, if they look like solids: soft edges run into each other."""
+    cores, count = ndimage.label(ndimage.binary_erosion(mask, iterations=_SIDE // 24))
+    if count < 2:
+        return [mask]
+    nearest = ndimage.distance_transform_edt(cores == 0, return_distances=False, return_indices=True)
+    parts = [mask & (cores[tuple(nearest)] == label) for label in range(1, count + 1)]
+    return parts if all(map(_is_one, parts)) else [mask]
 
 
 def _span(mask: NDArray[np.bool_]) -> tuple[float, float]:
@@ -261,25 +283,28 @@ def _colour_map(image: Array, sky: str) -> NDArray[np.int64]:
     return distance.argmin(axis=0)
 
 
-def _shape_of(mask: NDArray[np.bool_], light: Array) -> str:
-    """The one with the likest silhouette; where that is cut off, from its outline and from how the light runs."""
-    for outline in (mask, _convex(mask)):
-        likeness = _likenesses(outline)
-        best = max(likeness, key=lambda shape: likeness[shape])
-        if likeness[best] >= _MIN_LIKENESS:
-            return best
+def _shape_of(mask: NDArray[np.bool_], has_colour: NDArray[np.bool_], light: Array) -> str:
+    """The one with the likest silhouette; between several like ones, by its tip and by how the light runs."""
+    surely = functools.reduce(np.logical_or, _large_parts(mask & has_colour), np.zeros_like(mask))
+    tried = [_likenesses(outline) for outline in (mask, _hull(mask), _hull(surely)) if outline.any()]
+    likeness = {shape: max(own[shape] for own in tried) for shape in SHAPES}
+    best = max(SHAPES, key=lambda shape: likeness[shape])
+    likely = {shape for shape in SHAPES if likeness[shape] > likeness[best] - _MIN_LEAD}
+    if likeness[best] >= _MIN_LIKENESS or len(likely) == 1:
+        return best
     (box,) = ndimage.find_objects(mask.astype(int))
-    widths = mask[box].sum(axis=1) / mask[box].sum(axis=1).max()
+    widths = _hull(mask)[box].sum(axis=1)
+    widths = widths / widths.max()
     height = len(widths)
 
     def width_at(share: float) -> float:
         return float(np.median(widths[max(int(height * (share - 0.04)), 0) : int(height * (share + 0.04)) + 1]))
 
-    if width_at(0.08) < 0.4 and width_at(0.35) < 0.65:
+    if "cone" in likely and width_at(0.08) < 0.4 and width_at(0.35) < 0.65:
         return "cone"
-    if width_at(0.07) < 0.75 and width_at(0.93) < 0.8 and width_at(0.5) > 0.9:
-        return "sphere"
-    return "cube" if _is_flat(mask[box], light[box]) else "cylinder"
+    if {"cube", "cylinder"} <= likely:
+        return "cube" if _is_flat(mask[box], light[box]) else "cylinder"
+    return best
 
 
 def _likenesses(mask: NDArray[np.bool_]) -> dict[str, float]:
@@ -289,9 +314,12 @@ def _likenesses(mask: NDArray[np.bool_]) -> dict[str, float]:
 
 
 def _likeness(mask: NDArray[np.bool_], shape: str, turn: float) -> float:
-    """Of a silhouette to that of a solid of the same foot and height: intersection over union."""
+    """Of a silhouette to that of a solid of the same area and place: intersection over union.
+
+    Not of the same height: tips and corners are what a soft picture loses first.
+    """
     height, width = mask.shape
-    top, bottom, middle = _extent(mask)
+    _, bottom, middle = _extent(mask)
     x, z = ground_point((middle, bottom), (height, width))
     foot_x, foot_z, radius = x, z, 1.0
     for last in (False, False, False, True):
@@ -300,13 +328,14 @@ def _likeness(mask: NDArray[np.bool_], shape: str, turn: float) -> float:
         )
         if not drawn.any():
             return 0.0
-        own_top, own_bottom, own_middle = _extent(drawn)
         if last:
             break
-        radius = float(np.clip(radius * (bottom - top) / (own_bottom - own_top), 0.2, 4.0))
+        radius = float(np.clip(radius * np.sqrt(mask.sum() / drawn.sum()), 0.2, 4.0))
+        _, own_bottom, own_middle = _extent(drawn)
         own_x, own_z = ground_point((own_middle, own_bottom), (height, width))
         x, z = x + foot_x - own_x, z + foot_z - own_z
-    drawn = ndimage.shift(drawn, (bottom - own_bottom, round(middle - own_middle)), order=0)
+    away = np.subtract(ndimage.center_of_mass(mask), ndimage.center_of_mass(drawn))
+    drawn = ndimage.shift(drawn, away.round(), order=0)
     return float((drawn & mask).sum() / (drawn | mask).sum())
 
 

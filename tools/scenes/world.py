@@ -88,7 +88,9 @@ def random_scene(rng: np.random.Generator, num_solids: int | None = None, *, hel
         # Several of one kind, to be counted, in a part of the scenes.
         alike = count > 1 and rng.random() < 0.3
         kinds = [_random_kind(rng) for _ in slots]
-        near = 0 if count == 2 and not alike and rng.random() < 0.3 else None
+        near = 0 if count == 2 and not alike and rng.random() < 0.5 else None
+        if kinds[0][1] == kinds[-1][1]:  # of one colour, they would look like one
+            near = None
         spacing, radius = _SPACING[count], _RADIUS[count]
         solids = tuple(
             Solid(

@@ -135,6 +135,7 @@ class TransformerConfig:
     ema: float = 0.998
     solids: float = 4.0  # weight of the tokens that show them, besides the 1 of all
     scale_weight: float = 1.0  # power of a scale's side in its weight
+    in_front: float = 4.0  # weight of pictures where one solid stands in front of another, which are few and hardest
     views: tuple[View, ...] = (View(5, 32), View(7, 8), View(9, 3), View(13, 2, 9, 0.375))
     # Per part of the training: steps, and the share of every view.
     parts: tuple[tuple[int, tuple[float, ...]], ...] = (

@@ -66,6 +66,8 @@ def train_transformer(
     pool = half_pool(config.bits, folder)
     scenes = [pool.scene(i) for i in range(pool.count)]
     solids = torch.from_numpy(np.stack([silhouette(scene, SCHEDULE[-1]) for scene in scenes]))
+    shares = np.array([config.in_front if any(s.is_in_front for s in scene.solids) else 1.0 for scene in scenes])
+    shares /= shares.sum()
     tokenizer = captions_tokenizer(config.text)
     torch.manual_seed(config.seed + 1)
     model = Transformer(config.sizes).to(device)
@@ -79,7 +81,7 @@ def train_transformer(
     for step in stage.steps(progress):
         average(stage, model, config.ema, step)
         view = config.view(step, stage.rng)
-        rows = np.sort(stage.rng.integers(len(scenes), size=view.batch))
+        rows = np.sort(stage.rng.choice(len(scenes), size=view.batch, p=shares))
         captions = [caption(scenes[i], stage.rng) for i in rows]
         text, counts, dropped = text_batch(config, tokenizer, reader, captions, stage.rng, device)
         flips = torch.from_numpy(stage.rng.random((view.batch, 1, 1, 1), np.float32) * config.flips).to(device)
