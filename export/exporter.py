@@ -339,11 +339,12 @@ def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyC
     request = default_request(model, spec.batch, greedy=False)
     available = {**state.condition, **state.handed_on}
     if spec.kind == names.RESIDUAL:
-        available |= residual_inputs(model, request, state.seeds)
+        available |= residual_inputs(model, chain.plan, request, state.seeds)
     if state.f_hat is not None:
         available[names.F_HAT] = state.f_hat
-    for i, (k, v) in enumerate(state.past):
-        available |= {names.past_k(i): k, names.past_v(i): v}
+    for layer, pieces in enumerate(state.past):
+        for i, (k, v) in enumerate(pieces):
+            available |= {names.past_k(layer, i): k, names.past_v(layer, i): v}
     for i, outputs in state.caches.items():
         available |= {names.cache(i, sub): y for sub, y in zip(model.sublayers, outputs, strict=True)}
     available |= {name: getattr(request, name) for name in GRAPH_INPUTS}
@@ -354,7 +355,7 @@ def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyC
     if noise is not None and noise.scale is not None:
         rows = [uniform_noise(image, noise.scale, noise.shape[1:]) for image in range(spec.batch)]
         available[noise.name] = torch.from_numpy(np.stack(rows))
-    return {i.name: available[i.name] for i in spec.inputs}
+    return {i.name: available[i.name][: i.shape[0]] for i in spec.inputs}  # the conditional half, without guidance
 
 
 def _manifest(

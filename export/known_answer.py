@@ -22,6 +22,7 @@ class GreedyChain:
 
     Attributes:
         condition: inputs of the condition graph.
+        plan: the pruning plan.
         state: what passes between steps; None before the condition graph.
         drawn: arrays of the reference file.
     """
@@ -29,7 +30,8 @@ class GreedyChain:
     def __init__(
         self, model: NextScaleModel, plan: ResolvedPlan, batch: int, device: torch.device | None = None
     ) -> None:
-        self._model, self._plan, self._batch = model, plan, batch
+        self.plan = plan
+        self._model, self._batch = model, batch
         self._device = device or torch.device("cpu")
         self.condition = model.example_condition(batch)
         self.state: ChainState | None = None
@@ -44,12 +46,12 @@ class GreedyChain:
         elif spec.kind == names.STEP and spec.scale is not None:
             assert self.state is not None
             uniform = torch.zeros(self._batch, *model.token_spec(spec.scale)[0], device=self._device)
-            outputs = self.state.step(model, self._plan, spec.scale, uniform, self._greedy)
+            outputs = self.state.step(model, self.plan, spec.scale, uniform, self._greedy)
             logits = outputs.logits[:, :_REFERENCE_POSITIONS]
             self.drawn |= arrays({spec.name: outputs.tokens, logits_name(spec.scale): logits})
         elif spec.kind == names.RESIDUAL:
             assert self.state is not None
-            self.state.finish(model, self._greedy)
+            self.state.finish(model, self.plan, self._greedy)
         elif spec.kind == names.DECODER:
             assert self.state is not None and self.state.f_hat is not None
             image = model.decode(self.state.f_hat)[0]

@@ -126,14 +126,14 @@ def chain_functions(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> li
     return [
         GraphFunction(condition, run_condition),
         *steps,
-        *_residual_function(model, batch),
+        *_residual_function(model, plan, batch),
         GraphFunction(decoder, run_decoder),
     ]
 
 
-def _residual_function(model: NextScaleModel, batch: int) -> list[GraphFunction]:
+def _residual_function(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> list[GraphFunction]:
     """The graph after the last step, of models that have one."""
-    specs = model.residual_specs(batch)
+    specs = model.residual_specs(plan, batch)
     if specs is None:
         return []
     graph = _graph_spec(
@@ -166,7 +166,7 @@ def _f_hat_spec(model: NextScaleModel, batch: int, name: str) -> TensorSpec:
 
 
 def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int) -> GraphFunction:
-    specs = [model.block_spec(plan, scale, layer, 2 * batch) for layer in range(model.depth)]
+    specs = [model.block_spec(plan, scale, layer, batch) for layer in range(model.depth)]
     graph = _step_spec(model, plan, scale, batch, specs)
 
     def request_of(tensors: Mapping[str, Tensor]) -> Request:
@@ -180,7 +180,8 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             condition=tensors,
             f_hat=tensors.get(names.F_HAT),
             past=[
-                (tensors[names.past_k(i)], tensors[names.past_v(i)]) for i, spec in enumerate(specs) if spec.num_past
+                [(tensors[names.past_k(layer, i)], tensors[names.past_v(layer, i)]) for i in range(len(spec.past))]
+                for layer, spec in enumerate(specs)
             ],
             caches={
                 i: tuple(tensors[names.cache(i, sublayer)] for sublayer in spec.sublayers)
@@ -220,7 +221,11 @@ def _step_spec(
 ) -> GraphSpec:
     first = scale == plan.steps[0]
     token_shape, token_dtype = model.token_spec(scale)
-    inputs = [spec for spec in model.condition_outputs(batch) if first or spec.name != names.START]
+    inputs = [
+        dataclasses.replace(spec, shape=(plan.rows(scale, batch), *spec.shape[1:]))
+        for spec in model.condition_outputs(batch)
+        if first or spec.name != names.START
+    ]
     if not first:
         inputs.insert(0, _f_hat_spec(model, batch, names.F_HAT))
     outputs = [
@@ -228,7 +233,7 @@ def _step_spec(
         _f_hat_spec(model, batch, names.F_HAT_OUT),
         TensorSpec(names.LOGITS, (batch, *model.logits_shape(scale)), "float32", Role.LOGITS, scale=scale),
         TensorSpec(names.FINITE, (batch,), "bool", Role.FINITE, scale=scale),
-        *model.handed_on_specs(scale, batch),
+        *model.handed_on_specs(plan, scale, batch),
     ]
     for layer, spec in enumerate(specs):
         read, written = _layer_tensors(layer, spec)
@@ -239,6 +244,8 @@ def _step_spec(
     if gumbel_shape is not None:
         inputs.append(TensorSpec(names.GUMBEL, (batch, *gumbel_shape), "float32", Role.GUMBEL, scale=scale))
     for name in model.request_inputs(scale):
+        if name == "cfg" and not plan.is_guided(scale):
+            continue
         parameter = GRAPH_INPUTS[name]
         of_scale = scale if parameter.per_scale else None
         inputs.append(TensorSpec(name, (batch,), parameter.dtype, Role.REQUEST, scale=of_scale))
@@ -248,10 +255,8 @@ def _step_spec(
 def _layer_tensors(layer: int, spec: BlockSpec) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """What a layer of a step reads and writes besides its activations: keys, values, token cache."""
     kv_dtype = dtype_name(spec.kv_dtype)
-    new = spec.kv_shape
 
-    def keys_and_values(k: str, v: str, num_rows: int) -> list[TensorSpec]:
-        shape = (num_rows, *new[1:])
+    def keys_and_values(k: str, v: str, shape: tuple[int, ...]) -> list[TensorSpec]:
         return [
             TensorSpec(name, shape, kv_dtype, role, layer=layer) for name, role in ((k, Role.KEYS), (v, Role.VALUES))
         ]
@@ -264,12 +269,12 @@ def _layer_tensors(layer: int, spec: BlockSpec) -> tuple[list[TensorSpec], list[
         ]
 
     read, written = [], []
-    if spec.num_past:
-        read += keys_and_values(names.past_k(layer), names.past_v(layer), spec.num_past)
+    for i, shape in enumerate(spec.past_shapes):
+        read += keys_and_values(names.past_k(layer, i), names.past_v(layer, i), shape)
     if spec.keep is not None:
         read += caches(spec.cached_height * spec.cached_width)
     if spec.emits_kv:
-        written += keys_and_values(names.new_k(layer), names.new_v(layer), new[0])
+        written += keys_and_values(names.new_k(layer), names.new_v(layer), spec.kv_shape)
     if spec.writes_cache:
         written += caches(spec.num_tokens)
     return read, written

@@ -1,8 +1,9 @@
 """One chain of graphs for one batch size, with every buffer allocated and bound once.
 
 The host only binds buffers between graphs. Keys and values live in one buffer per layer, [S_total, B2, H, D]: a graph
-reads its head and writes its tail, so appending copies nothing. Which buffer a tensor is bound to follows from its
-role, layer and scale, and from the order in which the graphs run.
+reads its head and writes its tail, so appending copies nothing. Steps without guidance write a second one,
+[S, B, H, D]; of what else was written for both halves they read the first rows, which are the conditional half. Which
+buffer a tensor is bound to follows from its role, layer and scale, and from the order in which the graphs run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, CapturedChain, View
 from fastvar_trt.runtime.errors import BackendError, BundleError, CancelledError
-from fastvar_trt.runtime.manifest import DECODER, NOISES, OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
+from fastvar_trt.runtime.manifest import DECODER, HALVED_ROLES, NOISES, OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
 from fastvar_trt.runtime.precision import Tolerance
 from fastvar_trt.runtime.request import BatchInputs
 
@@ -103,7 +104,7 @@ class _Layout:
 def _place(spec: TensorSpec, first_row: int | None = None) -> _Place:
     """The buffer behind a tensor: of its layer, of its scale, or shared by name."""
     if spec.role in (Role.KEYS, Role.VALUES):
-        return _Place(f"{spec.role}_{spec.layer}", first_row)
+        return _Place(f"{spec.role}_{spec.layer}x{spec.shape[1]}", first_row)
     return _Place(spec.name if spec.scale is None else f"{spec.name}@{spec.scale}")
 
 
@@ -300,7 +301,8 @@ class Chain:
             shape = spec.shape if place.first_row is None else (self._layout.num_rows[place.key], *spec.shape[1:])
             self._buffers[place.key] = self._backend.allocate(shape, spec.dtype)
         buffer = self._buffers[place.key]
-        view = buffer.view() if place.first_row is None else buffer.rows(place.first_row, spec.shape[0])
+        is_part = place.first_row is not None or (spec.role in HALVED_ROLES and spec.shape[0] < buffer.shape[0])
+        view = buffer.rows(place.first_row or 0, spec.shape[0]) if is_part else buffer.view()
         if not view.matches(spec):
             raise BundleError(
                 f"{graph.file}: tensor {spec.name}: got {spec.dtype} {spec.shape}, but the graphs before it give "

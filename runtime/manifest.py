@@ -47,9 +47,10 @@ class Role(enum.StrEnum):
     NORMAL = "normal"  # input: N(0, 1); of a scale
     GUMBEL = "gumbel"  # input: Gumbel(0, 1); of a scale
     F_HAT = "f_hat"  # what the graph before wrote; as an output, the same after this graph
-    KEYS = "keys"  # of a layer: those of all graphs before; as an output, those that this graph adds
+    # Of a layer, and of as many rows: those of all graphs before; as an output, those that this graph adds.
+    KEYS = "keys"
     VALUES = "values"  # likewise
-    # Written by one graph and read by later ones under the same name:
+    # Written by one graph and read by later ones under the same name, all rows or the first, conditional half:
     STATE = "state"
     MODULATION = "modulation"
     TEXT = "text"
@@ -66,7 +67,8 @@ NOISES = (Role.NOISE, Role.NORMAL, Role.GUMBEL)
 _PER_SCALE = (*NOISES, Role.TOKENS, Role.LOGITS, Role.FINITE)  # every step has its own
 _PER_LAYER = (Role.KEYS, Role.VALUES)
 OPTIONAL_ROLES = (Role.LOGITS, Role.IMAGE)
-_HANDED_ON = (Role.F_HAT, Role.STATE, Role.MODULATION, Role.TEXT, Role.CACHE)  # a graph reads what one before wrote
+HALVED_ROLES = (Role.STATE, Role.MODULATION, Role.TEXT, Role.CACHE)  # of which a graph may read the conditional half
+_HANDED_ON = (Role.F_HAT, *HALVED_ROLES)  # a graph reads what one before wrote
 _OF_BATCH = (
     Role.REQUEST,
     *NOISES,
@@ -107,23 +109,23 @@ def modulation(layer: int) -> str:
     return f"modulation_{layer}"
 
 
-def past_k(layer: int) -> str:
-    """Keys kept so far in a layer: [S, B2, H, D]."""
-    return f"past_k_{layer}"
+def past_k(layer: int, piece: int = 0) -> str:
+    """Keys kept so far in a layer: [S, B2, H, D]; piece 1: those of scales without guidance, [S, B, H, D]."""
+    return f"past_k_{layer}" if piece == 0 else f"past_k_{layer}_unguided"
 
 
-def past_v(layer: int) -> str:
-    """Values kept so far in a layer: [S, B2, H, D]."""
-    return f"past_v_{layer}"
+def past_v(layer: int, piece: int = 0) -> str:
+    """Values kept so far in a layer: likewise."""
+    return f"past_v_{layer}" if piece == 0 else f"past_v_{layer}_unguided"
 
 
 def new_k(layer: int) -> str:
-    """Keys of this step's kept tokens: [K, B2, H, D]."""
+    """Keys of this step's kept tokens: [K, B2, H, D], or [K, B, H, D] without guidance."""
     return f"new_k_{layer}"
 
 
 def new_v(layer: int) -> str:
-    """Values of this step's kept tokens: [K, B2, H, D]."""
+    """Values of this step's kept tokens: likewise."""
     return f"new_v_{layer}"
 
 
@@ -349,6 +351,7 @@ class SamplingSpec:
     top_k: int
     top_p: float
     temperature: float = 1.0
+    neutral_cfg: float = 1.0  # the guidance scale that does not guide
 
     def check(self, vocab_size: int) -> None:
         """That the values can be used.
@@ -360,7 +363,7 @@ class SamplingSpec:
             value, least = getattr(self, name), int(name == "max_top_k")
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= vocab_size:
                 raise ValueError(f"sampling.{name}: got {value!r}, expected {least} to {vocab_size}")
-        for name in ("cfg", "top_p", "temperature"):
+        for name in ("cfg", "top_p", "temperature", "neutral_cfg"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ValueError(f"sampling.{name}: got {value!r}, expected a finite number")
@@ -497,13 +500,13 @@ class Variant:
 
     def _check_chain(self, batch: int, plan: ResolvedPlan) -> None:
         """That tokens, keys and values are as many as schedule and plan say: buffers are sized by these."""
-        rows: dict[tuple[Role, int | None], int] = defaultdict(int)
+        num_keys: dict[tuple[Role, int | None, int], int] = defaultdict(int)
         written: set[tuple[Role, str]] = set()
         for graph in self.chain(batch):
             _check_roles(graph)
             for spec in graph.inputs:
                 if spec.role in _PER_LAYER:
-                    _check_axis(graph, spec, 0, rows[spec.role, spec.layer])
+                    _check_axis(graph, spec, 0, num_keys[spec.role, spec.layer, _num_rows(spec)])
                 if spec.role in _HANDED_ON and _handed_on(spec) not in written:
                     raise ValueError(f"{graph.file}: {spec.name}: no graph before writes this {spec.role}")
             written |= {_handed_on(spec) for spec in graph.outputs if spec.role in _HANDED_ON}
@@ -518,7 +521,12 @@ class Variant:
                 if spec.role in _PER_LAYER:
                     if graph.kind == STEP and graph.scale is not None and spec.layer is not None:
                         _check_axis(graph, spec, 0, plan.kept(graph.scale, spec.layer))
-                    rows[spec.role, spec.layer] += spec.shape[0]
+                    num_keys[spec.role, spec.layer, _num_rows(spec)] += spec.shape[0]
+
+
+def _num_rows(spec: TensorSpec) -> int:
+    """Of keys or values [S, rows, H, D]."""
+    return spec.shape[1] if len(spec.shape) > 1 else 0
 
 
 def _handed_on(spec: TensorSpec) -> tuple[Role, str]:

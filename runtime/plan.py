@@ -1,5 +1,7 @@
 """Pruning plans: which tokens are computed at which scale and layer (FastVAR, arXiv 2503.23367).
 
+A plan may also end guidance early: from some scale on only the conditional half is computed (FasterVAR, SkipVAR).
+
 A `PruningPlan` is what a user writes; scales are named by their place in the schedule, negative from the
 end, so one plan fits any resolution and aspect ratio. `PruningPlan.resolve` checks it against a model's
 schedule and gives the `ResolvedPlan` that the exporter and the runtime work with.
@@ -50,6 +52,15 @@ class ResolvedPlan:
     first_layer: int
     last_layer: int  # inclusive
     context_tokens: int = 0  # what the first scale computes in place of its map, of models whose text is a prefix
+    unguided_from: int | None = None  # from which scale on there is no guidance; None: all scales are guided
+
+    def is_guided(self, scale: int) -> bool:
+        """Whether a scale computes the unconditional half, too."""
+        return self.unguided_from is None or scale < self.unguided_from
+
+    def rows(self, scale: int, batch: int = 1) -> int:
+        """Rows that a scale computes for a batch of images: B2 = 2B with guidance, B without."""
+        return 2 * batch if self.is_guided(scale) else batch
 
     def num_tokens(self, scale: int) -> int:
         """L, the tokens of the map at `scale`."""
@@ -93,6 +104,13 @@ class ResolvedPlan:
         """S, the keys that `layer` has kept before `scale`."""
         return sum(self.kept(k, layer) for k in range(scale))
 
+    def past(self, scale: int, layer: int, batch: int) -> tuple[tuple[int, int], ...]:
+        """The same in pieces [S, rows]: of scales with guidance and, after these, of scales without."""
+        first = scale if self.unguided_from is None else min(scale, self.unguided_from)
+        guided = self.num_past(first, layer)
+        pieces = ((guided, 2 * batch), (self.num_past(scale, layer) - guided, batch))
+        return tuple(piece for piece in pieces if piece[0])
+
 
 @dataclasses.dataclass(frozen=True)
 class PruningPlan:
@@ -106,6 +124,7 @@ class PruningPlan:
             pruned one. None where nothing is pruned.
         first_layer: first pruned layer (negative: from the end).
         last_layer: last pruned layer, inclusive (negative: from the end; beyond the model's depth: its last).
+        unguided_from: the scale from which on only the conditional half is computed; None: guidance at all scales.
     """
 
     name: str = "none"
@@ -113,6 +132,7 @@ class PruningPlan:
     cache_scale: int | None = None
     first_layer: int = 0
     last_layer: int = -1
+    unguided_from: int | None = None
 
     def resolve(self, schedule: Sequence[tuple[int, int]], depth: int, context_tokens: int = 0) -> ResolvedPlan:
         """This plan for one model.
@@ -172,6 +192,14 @@ class PruningPlan:
                     f"plan {self.name!r}: cache_scale {self.cache_scale} comes after the pruned scale {pruned[0]}; "
                     "the cache must be written before it is read"
                 )
+        unguided_from = None
+        if self.unguided_from is not None:
+            unguided_from = self._place("unguided_from", self.unguided_from, num_scales)
+            if unguided_from == 0:
+                raise PlanError(
+                    f"plan {self.name!r}: unguided_from {self.unguided_from} is scale 0, by which the condition enters "
+                    "for both halves; name a later one, and draw with a cfg that does not guide for none at all"
+                )
         return ResolvedPlan(
             schedule=tuple((int(h), int(w)) for h, w in schedule),
             depth=depth,
@@ -180,6 +208,7 @@ class PruningPlan:
             first_layer=first_layer,
             last_layer=last_layer,
             context_tokens=context_tokens,
+            unguided_from=unguided_from,
         )
 
     def _place(self, what: str, place: int, count: int) -> int:
@@ -198,6 +227,7 @@ class PruningPlan:
             "cache_scale": self.cache_scale,
             "first_layer": self.first_layer,
             "last_layer": self.last_layer,
+            "unguided_from": self.unguided_from,
         }
 
     @classmethod
@@ -209,7 +239,7 @@ class PruningPlan:
         """
         if not isinstance(data, Mapping):
             raise PlanError(f"plan {name!r}: got a JSON {type(data).__name__}, expected an object")
-        known = {"name", "pruned", "cache_scale", "first_layer", "last_layer", "score"}
+        known = {"name", "pruned", "cache_scale", "first_layer", "last_layer", "unguided_from", "score"}
         unknown = sorted(set(data) - known)
         if unknown:
             raise PlanError(f"plan {name!r}: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}")
@@ -233,13 +263,15 @@ class PruningPlan:
             if not isinstance(fraction, int | float) or isinstance(fraction, bool) or math.isnan(fraction):
                 raise PlanError(f"plan {name!r}: fraction: got {fraction!r}, expected a number from 0 to 1")
             fractions.append((integer(entry["scale"], "scale"), float(fraction)))
-        cache_scale = data.get("cache_scale")
         if data.get("score", _SCORE) != _SCORE:
             raise PlanError(f"plan {name!r}: score: got {data['score']!r}, expected {_SCORE!r}, or leave it out")
+        places = {
+            key: None if data.get(key) is None else integer(data[key], key) for key in ("cache_scale", "unguided_from")
+        }
         return cls(
             name=name,
             fractions=tuple(fractions),
-            cache_scale=None if cache_scale is None else integer(cache_scale, "cache_scale"),
+            **places,
             first_layer=integer(data.get("first_layer", 0), "first_layer"),
             last_layer=integer(data.get("last_layer", -1), "last_layer"),
         )

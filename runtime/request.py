@@ -99,7 +99,7 @@ class Request:
         "integer", "The same of a negative prompt.", condition=True, needs="text_features", minimum=1
     )
     seed: int = _parameter("integer", "Of the noise.", value=0, minimum=0, maximum=MAX_SEED)
-    cfg: Any = _parameter("number", "Guidance scale.", dtype="float32", per_scale=True)
+    cfg: Any = _parameter("number", "Guidance scale, of the scales that have any.", dtype="float32", per_scale=True)
     temperature: Any = _parameter(
         "number", "Divides the logits (Infinity's tau).", dtype="float32", per_scale=True, minimum=MIN_TEMPERATURE
     )
@@ -208,6 +208,7 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
     for name, parameter in known.items():
         if _is_given(request, parameter):
             _check_value(parameter, getattr(request, name), len(variant.schedule), manifest, greedy=request.greedy)
+    _check_guidance(manifest, variant, request)
     for name in ("text", "negative_text"):
         tokens, features = (getattr(request, f"{name}_{of}") for of in ("tokens", "features"))
         if tokens is not None and features is None:
@@ -216,6 +217,19 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
             raise RequestError(f"{name}_tokens: got {tokens}, {name}_features has {len(features)}")
     if any(getattr(request, name) is not None for name, _ in _NOISES.values()):
         _noise(variant, manifest.batches[0], [request])
+
+
+def _check_guidance(manifest: Manifest, variant: Variant, request: Request) -> None:
+    """That no guidance is asked for at a scale that has none; one value is for those that have."""
+    first, neutral = variant.resolve(manifest.model).unguided_from, manifest.sampling.neutral_cfg
+    if first is None or np.ndim(request.cfg) == 0:
+        return
+    for scale, value in enumerate(request.cfg):
+        if scale >= first and value != neutral:
+            raise RequestError(
+                f"cfg: got {value:g} at scale {scale}, expected {neutral:g}: this bundle's plan has no guidance from "
+                f"scale {first} on; give one value, which is for the scales before"
+            )
 
 
 def _is_given(request: Request, parameter: Parameter) -> bool:

@@ -129,7 +129,7 @@ def test_key_and_value_memory_is_one_buffer_per_layer(tiny_bundle: Path) -> None
         shapes = pipe.buffer_shapes["128x128", 2]
         for layer in range(2):
             for role in (Role.KEYS, Role.VALUES):
-                assert shapes[f"{role}_{layer}"] == (1 + 9 + 25, 4, 2, 64)  # [S_total, B2, H, D]
+                assert shapes[f"{role}_{layer}x4"] == (1 + 9 + 25, 4, 2, 64)  # [S_total, B2, H, D]
         assert not any("past" in name or "new_" in name for name in shapes)
 
 

@@ -38,10 +38,10 @@ MAX_Q_SCALE = 100.0  # `max_scale_mul` of VAR's and Infinity's SelfAttention
 class BlockSpec(abc.ABC):
     """Everything static about one layer of one step; equal specs share one trace."""
 
-    rows: int  # B2
+    rows: int  # B2, or B without guidance
     height: int
     width: int
-    num_past: int  # S
+    past: tuple[tuple[int, int], ...]  # pieces (S, rows): of guided steps, and of those after
     keep: int | None  # K, or None where all tokens are computed
     cached_height: int  # of the cache scale; 0 unless `keep` is set
     cached_width: int
@@ -81,15 +81,19 @@ class BlockSpec(abc.ABC):
         return self.num_computed, self.rows, self.num_heads, self.channels // self.num_heads
 
     @property
+    def past_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """[S, B2, H, D] of every piece of the past."""
+        return tuple((*piece, *self.kv_shape[2:]) for piece in self.past)
+
+    @property
     def activations(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of what the block takes besides weights."""
         inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "x": ((self.rows, self.num_tokens, self.channels), torch.float32),
             "modulation": ((self.rows, 6, self.channels), torch.float32),
         }
-        past = (self.num_past, *self.kv_shape[1:])
-        if self.num_past:
-            inputs |= {"past_k": (past, self.kv_dtype), "past_v": (past, self.kv_dtype)}
+        for i, shape in enumerate(self.past_shapes):
+            inputs |= {f"past_k.{i}": (shape, self.kv_dtype), f"past_v.{i}": (shape, self.kv_dtype)}
         if self.keep is not None:
             cached = (self.rows, self.cached_height * self.cached_width, self.channels)
             inputs |= {f"cached_{sublayer}": (cached, self.kv_dtype) for sublayer in self.sublayers}
@@ -127,8 +131,8 @@ class BlockSpec(abc.ABC):
 
         Args:
             tensors: `input_names`: x fp32 [B2, L, C]; modulation fp32 [B2, 6, C] (gamma1, gamma2, 1 + scale1,
-                1 + scale2, shift1, shift2); past_k, past_v [S, B2, H, D]; cached_* [B2, T, C]; norm.weight, fp32
-                ones [C]; weights as `models.matrix` writes them.
+                1 + scale2, shift1, shift2); past_k.i, past_v.i `past_shapes`; cached_* [B2, T, C]; norm.weight,
+                fp32 ones [C]; weights as `models.matrix` writes them.
             select: which tokens a pruned sublayer computes.
 
         Returns:
@@ -173,12 +177,18 @@ class BlockSpec(abc.ABC):
         """
         new_k, new_v = (x.transpose(0, 1).to(self.kv_dtype) for x in (k, v))  # [K, B2, H, D]
         keys, values = new_k, new_v
-        if self.num_past:
-            keys = torch.cat([tensors["past_k"], keys])  # [S + K, B2, H, D]
-            values = torch.cat([tensors["past_v"], values])
+        if self.past:
+            keys = torch.cat([*self._past(tensors, "past_k"), keys])  # [S + K, B2, H, D]
+            values = torch.cat([*self._past(tensors, "past_v"), values])
         keys, values = (x.permute(1, 2, 0, 3).to(self.dtype) for x in (keys, values))
         attended = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, scale=self.attn_scale)
         return attended.transpose(1, 2).reshape(self.rows * self.num_computed, self.channels), new_k, new_v
+
+    def _past(self, tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+        """The pieces of the past [S, B2, H, D], of guided steps the conditional half where this one has no guidance."""
+        for i, (_, rows) in enumerate(self.past):
+            piece = tensors[f"{name}.{i}"]
+            yield piece if rows == self.rows else piece[:, : self.rows]
 
     def collect(self, x: Tensor, new_k: Tensor, new_v: Tensor, by_sublayer: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """`outputs` of those that the step needs."""
@@ -190,15 +200,16 @@ class BlockSpec(abc.ABC):
         return outputs
 
 
-def block_geometry(plan: ResolvedPlan, scale: int, layer: int) -> dict[str, Any]:
+def block_geometry(plan: ResolvedPlan, scale: int, layer: int, batch: int) -> dict[str, Any]:
     """The fields of `BlockSpec` that follow from the plan."""
     height, width = plan.schedule[scale]
     pruned = plan.prunes(scale, layer)
     cached = plan.schedule[plan.cache_scale] if pruned and plan.cache_scale is not None else (0, 0)
     return {
+        "rows": plan.rows(scale, batch),
         "height": height,
         "width": width,
-        "num_past": plan.num_past(scale, layer),
+        "past": plan.past(scale, layer, batch),
         "keep": plan.kept(scale, layer) if pruned else None,
         "cached_height": cached[0],
         "cached_width": cached[1],
@@ -233,7 +244,7 @@ class StepOutputs:
     f_hat: Tensor  # fp32 [B, C_vae, h_K, w_K]
     logits: Tensor  # fp32, `logits_shape`
     finite: Tensor  # bool [B], whether all logits of an image are
-    new_kv: list[tuple[Tensor, Tensor]]  # [K, B2, H, D]
+    new_kv: list[tuple[Tensor, Tensor]]  # [K, B2, H, D], or [K, B, H, D] without guidance
     caches: dict[int, tuple[Tensor, ...]]  # layer -> per sublayer [B2, T, C]
     handed_on: dict[str, Tensor]  # `handed_on_specs`
 
@@ -362,11 +373,11 @@ class NextScaleModel(nn.Module, abc.ABC):
         """Shape per image of the noise `GUMBEL` that a step takes, of models that blend codes."""
         return None
 
-    def handed_on_specs(self, scale: int, batch: int) -> tuple[TensorSpec, ...]:
+    def handed_on_specs(self, plan: ResolvedPlan, scale: int, batch: int) -> tuple[TensorSpec, ...]:
         """What a step leaves for the graph after the last one, besides f_hat."""
         return ()
 
-    def residual_specs(self, batch: int) -> tuple[TensorSpec, ...] | None:
+    def residual_specs(self, plan: ResolvedPlan, batch: int) -> tuple[TensorSpec, ...] | None:
         """Inputs of the graph after the last step besides f_hat, of models that have one."""
         return None
 
@@ -397,7 +408,7 @@ class NextScaleModel(nn.Module, abc.ABC):
         """Everything that depends on the condition only: `condition_inputs` -> `condition_outputs`."""
 
     @abc.abstractmethod
-    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> BlockSpec:
+    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, batch: int) -> BlockSpec:
         """The static part of one layer of one step."""
 
     def blend(
@@ -416,11 +427,12 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, condition: Mapping[str, Tensor], f_hat: Tensor | None, scale: int) -> Tensor:
-        """The token map that a step starts from, fp32 [B2, L, C]."""
+        """The token map that a step starts from, fp32: [B2, L, C] at the first, where the halves differ, else
+        [B, L, C]."""
 
     @abc.abstractmethod
-    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor) -> Tensor:
-        """Guided logits fp32 [B, *logits_shape] of [B2, L, C]."""
+    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor | None) -> Tensor:
+        """Logits fp32 [B, *logits_shape]: guided ones of [B2, L, C], or those of [B, L, C], where cfg is None."""
 
     @abc.abstractmethod
     def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
@@ -445,7 +457,7 @@ class NextScaleModel(nn.Module, abc.ABC):
         *,
         condition: Mapping[str, Tensor],
         f_hat: Tensor | None,
-        past: Sequence[tuple[Tensor, Tensor]],
+        past: Sequence[Sequence[tuple[Tensor, Tensor]]],
         caches: Mapping[int, tuple[Tensor, ...]],
         uniform: Tensor,
         request: Request,
@@ -460,25 +472,30 @@ class NextScaleModel(nn.Module, abc.ABC):
             scale: which one.
             condition: the outputs of the condition graph.
             f_hat: fp32 [B, C_vae, h_K, w_K]; None at the first scale.
-            past: per layer keys and values [S, B2, H, D]; empty at the first scale.
+            past: per layer the pieces of keys and values, each [S, B2, H, D]; empty at the first scale.
             caches: per pruned layer the sublayers' outputs at the cache scale [B2, T, C]; pruned scales only.
+            (Of a scale without guidance, B2 is B in all of these but the first piece of the past.)
             uniform: fp32 [B, *token shape].
             request: guidance and sampling.
             gumbel: fp32 [B, *gumbel_shape]; None where that is.
             select: which tokens a pruned sublayer computes.
             block_names: while tracing, the name of the custom node that stands for each block.
         """
+        batch = uniform.shape[0]
         x = self.embed(condition, f_hat, scale)
+        if f_hat is not None and plan.is_guided(scale):
+            x = x.repeat(2, 1, 1)
         condition = self.step_condition(condition, scale)
         new_kv: list[tuple[Tensor, Tensor]] = []
         new_caches: dict[int, tuple[Tensor, ...]] = {}
         for layer in range(self.depth):
-            spec = self.block_spec(plan, scale, layer, 2 * uniform.shape[0])
+            spec = self.block_spec(plan, scale, layer, batch)
             tensors = {"x": x, **self.block_condition(condition, layer)}
             tensors |= {name: self.weight(name) for name in spec.shared_weights}
             tensors |= {name: self.weight(f"blocks.{layer}.{name}") for name in spec.weight_names}
-            if spec.num_past:
-                tensors["past_k"], tensors["past_v"] = past[layer]
+            if spec.past:
+                for i, (k, v) in enumerate(past[layer]):
+                    tensors |= {f"past_k.{i}": k, f"past_v.{i}": v}
             if spec.keep is not None:
                 tensors |= {f"cached_{name}": t for name, t in zip(spec.sublayers, caches[layer], strict=True)}
             if block_names is None:
@@ -491,7 +508,7 @@ class NextScaleModel(nn.Module, abc.ABC):
             if spec.writes_cache:
                 new_caches[layer] = outputs[-len(spec.sublayers) :]
 
-        logits = self.logits(x, condition, scale, request.cfg)
+        logits = self.logits(x, condition, scale, request.cfg if plan.is_guided(scale) else None)
         drawn = self.draw(logits, uniform, request, scale)
         if gumbel is None:
             f_hat = self.accumulate(drawn, f_hat, scale)

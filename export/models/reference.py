@@ -42,7 +42,7 @@ class ChainState:
 
     condition: dict[str, Tensor]  # the outputs of the condition graph
     f_hat: Tensor | None  # fp32 [B, C_vae, h_K, w_K]
-    past: list[tuple[Tensor, Tensor]]  # per layer [S, B2, H, D]
+    past: list[list[tuple[Tensor, Tensor]]]  # per layer the pieces [S, B2, H, D]
     caches: dict[int, tuple[Tensor, ...]]  # per layer and sublayer [B2, T, C]
     handed_on: dict[str, Tensor]  # for the graph after the last step
     seeds: Sequence[int]  # one per image, of noise that is not uniform
@@ -56,34 +56,40 @@ class ChainState:
         self, model: NextScaleModel, plan: ResolvedPlan, scale: int, uniform: Tensor, request: Request
     ) -> StepOutputs:
         """Run one step and advance the state."""
-        first = scale == plan.steps[0]
+        rows = plan.rows(scale, len(uniform))
         outputs = model.step(
             plan,
             scale,
-            condition=self.condition,
+            condition={name: tensor[:rows] for name, tensor in self.condition.items()},
             f_hat=self.f_hat,
             past=self.past,
-            caches=self.caches,
+            caches={layer: tuple(y[:rows] for y in own) for layer, own in self.caches.items()},
             uniform=uniform,
             request=request,
             gumbel=gumbel_of(model, scale, self.seeds, uniform.device),
         )
         self.f_hat = outputs.f_hat
         if outputs.new_kv:
-            self.past = [
-                new if first else (torch.cat([self.past[i][0], new[0]]), torch.cat([self.past[i][1], new[1]]))
-                for i, new in enumerate(outputs.new_kv)
-            ]
+            past = self.past or [[] for _ in outputs.new_kv]
+            self.past = [_extended(pieces, new) for pieces, new in zip(past, outputs.new_kv, strict=True)]
         self.caches.update(outputs.caches)
         self.handed_on.update(outputs.handed_on)
         return outputs
 
-    def finish(self, model: NextScaleModel, request: Request) -> None:
+    def finish(self, model: NextScaleModel, plan: ResolvedPlan, request: Request) -> None:
         """Run what comes after the last step, of models that have it; of the request it takes guidance."""
         if self.handed_on:
             assert self.f_hat is not None
-            inputs = residual_inputs(model, request, self.seeds)
+            inputs = residual_inputs(model, plan, request, self.seeds)
             self.f_hat = model.residual({**self.handed_on, **inputs, names.F_HAT: self.f_hat})
+
+
+def _extended(pieces: list[tuple[Tensor, Tensor]], new: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pieces of keys and values with new ones added: to the last piece, or as one of its own where rows are fewer."""
+    if not pieces or pieces[-1][0].shape[1] != new[0].shape[1]:
+        return [*pieces, new]
+    (k, v), (new_k, new_v) = pieces[-1], new
+    return [*pieces[:-1], (torch.cat([k, new_k]), torch.cat([v, new_v]))]
 
 
 def gumbel_of(model: NextScaleModel, scale: int, seeds: Sequence[int], device: torch.device) -> Tensor | None:
@@ -94,10 +100,12 @@ def gumbel_of(model: NextScaleModel, scale: int, seeds: Sequence[int], device: t
     return torch.from_numpy(np.stack([gumbel_noise(seed, scale, shape) for seed in seeds])).to(device)
 
 
-def residual_inputs(model: NextScaleModel, request: Request, seeds: Sequence[int]) -> dict[str, Tensor]:
+def residual_inputs(
+    model: NextScaleModel, plan: ResolvedPlan, request: Request, seeds: Sequence[int]
+) -> dict[str, Tensor]:
     """Guidance and noise of the graph after the last step for these images."""
     inputs = {}
-    for spec in model.residual_specs(len(seeds)) or ():
+    for spec in model.residual_specs(plan, len(seeds)) or ():
         if spec.role is Role.REQUEST:
             inputs[spec.name] = getattr(request, spec.name)
         elif spec.role is Role.NORMAL and spec.scale is not None:
@@ -143,5 +151,5 @@ def generate(
         step_ms[scale] = (time.perf_counter() - begin) * 1e3
         tokens[scale], logits[scale] = outputs.tokens, outputs.logits
     assert state.f_hat is not None
-    state.finish(model, request)
+    state.finish(model, plan, request)
     return ReferenceResult(tokens, logits, state.f_hat, step_ms)

@@ -114,9 +114,9 @@ class Toy(NextScaleModel):
         rows = torch.cat([labels, torch.full_like(labels, CLASSES)])
         return {names.START: F.embedding(rows, self.weight("classes"))}
 
-    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> ToyBlock:
+    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, batch: int) -> ToyBlock:
         sizes = {"channels": WIDTH, "num_heads": HEADS, "attn_scale": 0.2, "norm_eps": 1e-5}
-        return ToyBlock(**block_geometry(plan, scale, layer), **sizes, rows=rows, precision=self.precision)  # type: ignore[arg-type]
+        return ToyBlock(**block_geometry(plan, scale, layer, batch), **sizes, precision=self.precision)  # type: ignore[arg-type]
 
     def block_condition(self, condition: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
         return {}
@@ -127,13 +127,15 @@ class Toy(NextScaleModel):
         step = self._sides[-1] // self._sides[scale]
         codes = f_hat[:, :, ::step, ::step].flatten(2).transpose(1, 2)
         embedded = F.linear(codes.reshape(-1, BITS), self.weight("word_embed.weight"))
-        return embedded.view(f_hat.shape[0], -1, WIDTH).repeat(2, 1, 1) + self.weight(f"pos.{scale}")
+        return embedded.view(f_hat.shape[0], -1, WIDTH) + self.weight(f"pos.{scale}")
 
-    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor) -> Tensor:
-        batch, strength = x.shape[0] // 2, cfg[:, None, None]
-        hidden = strength * x[:batch] + (1 - strength) * x[batch:]
+    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor | None) -> Tensor:
+        hidden = x
+        if cfg is not None:
+            batch, strength = x.shape[0] // 2, cfg[:, None, None]
+            hidden = strength * x[:batch] + (1 - strength) * x[batch:]
         logits = self.linear("head", hidden.reshape(-1, WIDTH).to(self.dtype)).float()
-        return logits.view(batch, *self.logits_shape(scale))
+        return logits.view(-1, *self.logits_shape(scale))
 
     def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         margin = logits[..., 1] - logits[..., 0]

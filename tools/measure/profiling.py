@@ -120,7 +120,7 @@ def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
     precision = PRECISIONS[manifest.precision]
     per_layer = layer_weights(model) + (2 * model.width**2 if has_cross_attention(model) else 0)
     matrices = model.depth * per_layer + model.width * model.vocab_size
-    rows = 2 * batch
+    rows = plan.rows(scale, batch)
     keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in range(model.depth))
     text = model.depth * model.text_length if has_cross_attention(model) else 0
     kv_bytes = DTYPES[precision.kv].num_bytes * 2 * rows * model.width * (keys + text)

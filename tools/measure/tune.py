@@ -118,16 +118,16 @@ class _Drawer:
     @torch.inference_mode()
     def draw(self, plan: ResolvedPlan) -> NDArray[Any]:
         """uint8 [B, H, W, 3]."""
-        end = next((k for k in plan.steps if plan.is_pruned(k)), plan.steps[-1] + 1)
+        end = next((k for k in plan.steps if plan.is_pruned(k) or not plan.is_guided(k)), plan.steps[-1] + 1)
         state = self._after_prefix(plan, end)
         for scale in (k for k in plan.steps if k >= end):
             self._step(state, plan, scale)
-        state.finish(self._model, self._request)
+        state.finish(self._model, plan, self._request)
         assert state.f_hat is not None
         return self._model.decode(state.f_hat)[1].numpy()
 
     def _after_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
-        """The state before scale `end`, the first pruned one. All layers are cached: a plan reads what it needs."""
+        """The state before scale `end`. All layers are cached: a plan reads what it needs."""
         if plan.cache_scale is None:  # of the dense chain alone: nothing to share
             return self._run_prefix(plan, end)
         key = (end, plan.cache_scale)

@@ -23,9 +23,9 @@ def has_cross_attention(model: ModelSpec) -> bool:
 
 
 def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
-    """Multiply-adds of one step for one image with guidance.
+    """Multiply-adds of one step for one image.
 
-    Counts the matrix products of the transformer. Per kept token of the two rows that guidance needs: q, k, v and
+    Counts the matrix products of the transformer. Per kept token, of both rows where there is guidance: q, k, v and
     output projections (4 C^2), the feed-forward layers (2 C * mlp_width, 3 with a gate), attention (2 C per query and
     key) and, where text is looked up, cross-attention (2 C^2, and 2 C per query and token of the text). Once per token,
     as guidance is applied before the head: embedding and head.
@@ -38,18 +38,19 @@ def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
     length = plan.num_tokens(scale)
     if scale not in plan.steps:
         return 0
+    rows = plan.rows(scale)
     total = length * (model.width * model.vocab_size + model.code_channels * model.width)
     for layer in range(model.depth):
         kept = plan.kept(scale, layer)
         keys = plan.num_past(scale, layer) + kept
-        total += 2 * kept * (layer_weights(model) + 2 * model.width * keys)
+        total += rows * kept * (layer_weights(model) + 2 * model.width * keys)
         if has_cross_attention(model):
-            total += 2 * kept * (2 * model.width**2 + 2 * model.width * model.text_length)
+            total += rows * kept * (2 * model.width**2 + 2 * model.width * model.text_length)
     return total
 
 
 def chain_multiply_adds(model: ModelSpec, plan: ResolvedPlan) -> int:
-    """Multiply-adds of all steps for one image with guidance."""
+    """Multiply-adds of all steps for one image."""
     return sum(step_multiply_adds(model, plan, scale) for scale in plan.steps)
 
 
@@ -69,8 +70,9 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
     """
     model, plan = manifest.model, manifest.resolved_plan
     size = DTYPES[PRECISIONS[manifest.precision].computed].num_bytes
-    rows, largest = 2 * batch, 0
+    largest = 0
     for scale in plan.steps:
+        rows = plan.rows(scale, batch)
         length = plan.num_tokens(scale)
         stream = 2 * rows * length * model.width * 4
         inside = 0

@@ -152,7 +152,7 @@ class HART(CodeBookModel, TextModel):
     def sampling_spec(self) -> SamplingSpec:
         """Sampling limits and defaults for the manifest."""
         max_top_k = len(self.weight("sampling.rank"))
-        return SamplingSpec(max_top_k, DEFAULT_CFG, min(DEFAULT_TOP_K, max_top_k), 1.0)
+        return SamplingSpec(max_top_k, DEFAULT_CFG, min(DEFAULT_TOP_K, max_top_k), 1.0, neutral_cfg=0.0)
 
     def configs(self) -> dict[str, Any]:
         """The configurations of transformer and VQVAE."""
@@ -243,15 +243,14 @@ class HART(CodeBookModel, TextModel):
         """What a block takes of the condition."""
         return {"cos": condition["cos"], "sin": condition["sin"]}
 
-    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> HARTBlockSpec:
+    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, batch: int) -> HARTBlockSpec:
         """The static part of one layer of one step; the first step's map is the text."""
         config = self.config
-        geometry = block_geometry(plan, scale, layer)
+        geometry = block_geometry(plan, scale, layer, batch)
         if scale == 0:
             geometry |= {"height": 1, "width": config.context_tokens}
         return HARTBlockSpec(
             **geometry,
-            rows=rows,
             channels=config.width,
             num_heads=config.num_heads,
             attn_scale=config.attn_scale,
@@ -261,13 +260,13 @@ class HART(CodeBookModel, TextModel):
         )
 
     def embed(self, condition: Mapping[str, Tensor], f_hat: Tensor | None, scale: int) -> Tensor:
-        """The text, or f_hat area-resized to the scale's map and embedded: fp32 [B2, L, C]."""
+        """The text, or f_hat area-resized to the scale's map and embedded: see the base class."""
         if f_hat is None:
             return condition[names.START]
-        return (self.embedded(f_hat, scale) + self.weight(f"pos.{scale}")).repeat(2, 1, 1)
+        return self.embedded(f_hat, scale) + self.weight(f"pos.{scale}")
 
-    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor) -> Tensor:
-        """Guided logits fp32 [B, L, V]: `(1 + t) cond - t uncond` with t = cfg * `_ramp`.
+    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor | None) -> Tensor:
+        """Logits fp32 [B, L, V], guided by `(1 + t) cond - t uncond` with t = cfg * `_ramp`.
 
         The head is affine and the two factors sum to 1, so the guidance is applied to its input.
         """
@@ -279,11 +278,11 @@ class HART(CodeBookModel, TextModel):
             x, head_modulation = x[:batch], head_modulation[:batch]
         hidden = rms_norm(x, self.weight("head.norm.weight"), self.config.norm_eps)
         hidden = hidden * head_modulation[:, 0:1] + head_modulation[:, 1:2]
-        if scale != 0:
+        if scale != 0 and cfg is not None:
             t = (cfg * self._ramp(scale))[:, None, None]
             hidden = (1 + t) * hidden[:batch] - t * hidden[batch:]
         logits = self.linear("head", hidden.reshape(-1, channels).to(self.dtype))
-        return logits.float().view(batch, length, self.config.vocab_size)
+        return logits.float().view(-1, length, self.config.vocab_size)
 
     def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         """One code per position: int32 [B, L]; from the eighth scale on of half as many candidates (600 and 300)."""
@@ -335,11 +334,11 @@ class HART(CodeBookModel, TextModel):
 
     # The residual diffusion.
 
-    def handed_on_specs(self, scale: int, batch: int) -> tuple[TensorSpec, ...]:
+    def handed_on_specs(self, plan: ResolvedPlan, scale: int, batch: int) -> tuple[TensorSpec, ...]:
         """The condition of the diffusion, of the last step."""
         if scale != len(self.patch_nums) - 1:
             return ()
-        shape = (2 * batch, self.patch_nums[-1] ** 2, self.config.width)
+        shape = (plan.rows(scale, batch), self.patch_nums[-1] ** 2, self.config.width)
         return (TensorSpec(names.HIDDEN, shape, self.precision.computed),)
 
     def handed_on(self, x: Tensor, drawn: Tensor, scale: int) -> dict[str, Tensor]:
@@ -349,18 +348,19 @@ class HART(CodeBookModel, TextModel):
         codes = self.codes(drawn)
         batch, length, channels = codes.shape
         embedded = F.linear(codes.view(-1, channels), self.weight("word_embed.weight"), self.weight("word_embed.bias"))
-        z = x + embedded.view(batch, length, -1).repeat(2, 1, 1)
+        z = x + embedded.view(batch, length, -1).repeat(x.shape[0] // batch, 1, 1)
         return {names.HIDDEN: rms_norm(z, self.weight("diffusion.norm.weight"), self.config.norm_eps).to(self.dtype)}
 
-    def residual_specs(self, batch: int) -> tuple[TensorSpec, ...]:
-        """The condition of the diffusion, noise and guidance."""
+    def residual_specs(self, plan: ResolvedPlan, batch: int) -> tuple[TensorSpec, ...]:
+        """The condition of the diffusion, noise and, where the last step has any, guidance."""
         last = len(self.patch_nums) - 1
         channels, height, width = self.f_hat_shape()
         noise = (batch, self.config.diffusion_steps, height * width, channels)
+        guidance = TensorSpec("cfg", (batch,), GRAPH_INPUTS["cfg"].dtype, Role.REQUEST, scale=last)
         return (
-            *self.handed_on_specs(last, batch),
+            *self.handed_on_specs(plan, last, batch),
             TensorSpec(names.NORMAL, noise, "float32", Role.NORMAL, scale=last),
-            TensorSpec("cfg", (batch,), GRAPH_INPUTS["cfg"].dtype, Role.REQUEST, scale=last),
+            *((guidance,) if plan.is_guided(last) else ()),
         )
 
     def residual(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -372,12 +372,15 @@ class HART(CodeBookModel, TextModel):
         f_hat, noise = inputs[names.F_HAT], inputs[names.NORMAL]
         batch, _, length, channels = noise.shape
         conditioned = self.linear("diffusion.cond", inputs[names.HIDDEN].flatten(0, 1))  # [B2*L, W]
-        t = (inputs["cfg"] * self._ramp(len(self.patch_nums) - 1))[:, None, None]
+        cfg = inputs.get("cfg")
         x = noise[:, 0]
         for i, step in enumerate(diffusion_steps(self.config.diffusion_steps)):
-            both = self._denoised(x, conditioned, i).view(2, batch, length, 2 * channels)
-            cond, uncond = both[0], both[1]
-            eps = (1 + t) * cond[..., :channels] - t * uncond[..., :channels]
+            rows = self._denoised(x, conditioned, i).view(-1, batch, length, 2 * channels)
+            cond = rows[0]
+            eps = cond[..., :channels]
+            if cfg is not None:
+                t = (cfg * self._ramp(len(self.patch_nums) - 1))[:, None, None]
+                eps = (1 + t) * eps - t * rows[1, ..., :channels]
             x, deviation = _previous(step, x, eps, cond[..., channels:])
             if i + 1 < self.config.diffusion_steps:
                 x = x + deviation * noise[:, i + 1]
@@ -385,9 +388,10 @@ class HART(CodeBookModel, TextModel):
         return f_hat + _RESIDUAL_SHARE * residual
 
     def _denoised(self, x: Tensor, conditioned: Tensor, step: int) -> Tensor:
-        """`SimpleMLPAdaLN`: x fp32 [B, L, C_vae] for both halves of the guidance -> fp32 [B2*L, 2 C_vae]."""
+        """`SimpleMLPAdaLN`: x fp32 [B, L, C_vae] for both halves of the guidance, or one: fp32 [B2*L, 2 C_vae]."""
         width, eps = self.config.diffusion_width, self.config.norm_eps
-        h = self.linear("diffusion.input", x.flatten(0, 1).to(self.dtype)).float().repeat(2, 1)
+        h = self.linear("diffusion.input", x.flatten(0, 1).to(self.dtype)).float()
+        h = h.repeat(conditioned.shape[0] // h.shape[0], 1)
         y = F.silu(conditioned.float() + self.weight(f"diffusion.time.{step}")).to(self.dtype)
         for j in range(self.config.diffusion_depth):
             block = f"diffusion.blocks.{j}"

@@ -281,12 +281,11 @@ class Infinity(TextModel):
         pooled = (scores.softmax(-1) @ values).flatten(1)
         return self.linear("text.pool.proj", pooled.to(self.dtype)).float()
 
-    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> InfinityBlockSpec:
+    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, batch: int) -> InfinityBlockSpec:
         """The static part of one layer of one step."""
         config = self.config
         return InfinityBlockSpec(
-            **block_geometry(plan, scale, layer),
-            rows=rows,
+            **block_geometry(plan, scale, layer, batch),
             channels=config.width,
             num_heads=config.num_heads,
             attn_scale=config.attn_scale,
@@ -306,7 +305,7 @@ class Infinity(TextModel):
         }
 
     def embed(self, condition: Mapping[str, Tensor], f_hat: Tensor | None, scale: int) -> Tensor:
-        """The start token, or f_hat resized to the scale's map and embedded: fp32 [B2, L, C]."""
+        """The start token, or f_hat resized to the scale's map and embedded: see the base class."""
         config = self.config
         if f_hat is None:
             return condition[names.START].unsqueeze(1) + self.weight("pos.0")
@@ -316,7 +315,7 @@ class Infinity(TextModel):
         batch = f_hat.shape[0]
         tokens = codes.flatten(2).transpose(1, 2).reshape(-1, config.bits)  # [B*L, bits]
         embedded = F.linear(tokens, self.weight("word_embed.weight")).view(batch, -1, config.width)
-        return (embedded + self.weight(f"pos.{scale}")).repeat(2, 1, 1)
+        return embedded + self.weight(f"pos.{scale}")
 
     def _resized(self, codes: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
         if source == target:
@@ -324,19 +323,20 @@ class Infinity(TextModel):
         rows = self.weight(f"resize.bilinear_{target[0]}_{source[0]}")
         return resize_map(codes, rows, self.weight(f"resize.bilinear_{target[1]}_{source[1]}_t"))
 
-    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor) -> Tensor:
-        """Guided logits fp32 [B, L, bits, 2]: `cfg cond + (1 - cfg) uncond`.
+    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor | None) -> Tensor:
+        """Logits fp32 [B, L, bits, 2], guided by `cfg cond + (1 - cfg) uncond`.
 
         The head is affine and the two factors sum to 1, so the guidance is applied to its input.
         """
         rows, length, channels = x.shape
-        batch, head_modulation = rows // 2, condition[names.HEAD_MODULATION]
+        head_modulation = condition[names.HEAD_MODULATION]
         hidden = F.layer_norm(x, (channels,), self.weight("norm.weight"), eps=self.config.norm_eps)
         hidden = hidden * head_modulation[:, 0:1] + head_modulation[:, 1:2]
-        strength = cfg[:, None, None]
-        hidden = strength * hidden[:batch] + (1 - strength) * hidden[batch:]
+        if cfg is not None:
+            strength, batch = cfg[:, None, None], rows // 2
+            hidden = strength * hidden[:batch] + (1 - strength) * hidden[batch:]
         logits = self.linear("head", hidden.reshape(-1, channels).to(self.dtype))
-        return logits.float().view(batch, length, self.config.bits, 2)
+        return logits.float().view(-1, length, self.config.bits, 2)
 
     def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         """One value per bit, 0 or 1: fp32 [B, L, bits].

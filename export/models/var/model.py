@@ -109,7 +109,7 @@ class VAR(CodeBookModel):
     def sampling_spec(self) -> SamplingSpec:
         """Sampling limits and defaults for the manifest."""
         max_top_k = len(self.weight("sampling.rank"))
-        return SamplingSpec(max_top_k, DEFAULT_CFG, min(DEFAULT_TOP_K, max_top_k), DEFAULT_TOP_P)
+        return SamplingSpec(max_top_k, DEFAULT_CFG, min(DEFAULT_TOP_K, max_top_k), DEFAULT_TOP_P, neutral_cfg=0.0)
 
     def configs(self) -> dict[str, Any]:
         """The configurations of transformer and VQVAE."""
@@ -166,12 +166,11 @@ class VAR(CodeBookModel):
         by_layer = {names.modulation(i): modulation for i, modulation in enumerate(modulations)}
         return {names.START: start, **by_layer, names.HEAD_MODULATION: head.view(-1, 2, width)}
 
-    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, rows: int) -> VARBlockSpec:
+    def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, batch: int) -> VARBlockSpec:
         """The static part of one layer of one step."""
         config = self.config
         return VARBlockSpec(
-            **block_geometry(plan, scale, layer),
-            rows=rows,
+            **block_geometry(plan, scale, layer, batch),
             channels=config.width,
             num_heads=config.num_heads,
             attn_scale=config.attn_scale,
@@ -181,13 +180,13 @@ class VAR(CodeBookModel):
         )
 
     def embed(self, condition: Mapping[str, Tensor], f_hat: Tensor | None, scale: int) -> Tensor:
-        """The start token, or f_hat area-resized to the scale's map and embedded: fp32 [B2, L, C]."""
+        """The start token, or f_hat area-resized to the scale's map and embedded: see the base class."""
         if f_hat is None:
             return condition[names.START].unsqueeze(1) + self.weight("pos.0")
-        return (self.embedded(f_hat, scale) + self.weight(f"pos.{scale}")).repeat(2, 1, 1)
+        return self.embedded(f_hat, scale) + self.weight(f"pos.{scale}")
 
-    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor) -> Tensor:
-        """Guided logits fp32 [B, L, V]: `(1 + t) cond - t uncond` with t = cfg * scale / (K - 1).
+    def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor | None) -> Tensor:
+        """Logits fp32 [B, L, V], guided by `(1 + t) cond - t uncond` with t = cfg * scale / (K - 1).
 
         The head is affine and the two factors sum to 1, so the guidance is applied to its input: half the
         rows go through the head.
@@ -195,12 +194,12 @@ class VAR(CodeBookModel):
         rows, length, channels = x.shape
         batch, head_modulation = rows // 2, condition[names.HEAD_MODULATION]
         ramp = scale / max(len(self.config.patch_nums) - 1, 1)
-        if ramp == 0:
+        if ramp == 0 and cfg is not None:
             x, head_modulation = x[:batch], head_modulation[:batch]
         hidden = F.layer_norm(x, (channels,), self.weight("norm.weight"), eps=self.config.norm_eps)
         hidden = hidden * head_modulation[:, 0:1] + head_modulation[:, 1:2]
-        if ramp != 0:
+        if ramp != 0 and cfg is not None:
             t = (cfg * ramp)[:, None, None]
             hidden = (1 + t) * hidden[:batch] - t * hidden[batch:]
         hidden = hidden.reshape(-1, channels).to(self.dtype)
-        return self.linear("head", hidden).float().view(batch, length, self.config.vocab_size)
+        return self.linear("head", hidden).float().view(-1, length, self.config.vocab_size)
