@@ -159,6 +159,12 @@ def test_candidates_need_a_cache_before_the_pruned_scales() -> None:
         (((-1, 0.5),), -3),
         (((-2, 0.4), (-1, 0.5)), -3),
     }
+    ends = tune.candidate_plans([(0.5,)], [-2], [0], [-3, -1])
+    assert [(plan.name, plan.unguided_from) for plan in ends] == [
+        ("0.5-cache2-layer0", None),
+        ("0.5-cache2-layer0-unguided3", -3),
+        ("0.5-cache2-layer0-unguided1", -1),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +198,8 @@ def test_tune_command(tiny_bundle: Path, tmp_path: Path) -> None:
         (tmp_path / "photos" / str(label)).mkdir(parents=True)
         Image.fromarray(flat(100 * label)).save(tmp_path / "photos" / str(label) / "a.png")
     arguments = ["tune", str(tiny_bundle), "--class", "1", "--class", "2", "--seeds", "1", "--fractions", "0.5"]
-    arguments += ["--cache-scales", "-2", "--first-layers", "0,1", "--references", str(tmp_path / "photos")]
+    arguments += ["--cache-scales", "-2", "--first-layers", "0,1", "--unguided-from", "-2"]
+    arguments += ["--references", str(tmp_path / "photos")]
     arguments += ["--out", str(tmp_path / "tuned")]
     marked = tmp_path / "marked.json"
     marked.write_text(json.dumps(PruningPlan("wasteful", ((-1, 0.1),), -2, 1).to_json()))
@@ -201,7 +208,7 @@ def test_tune_command(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "wasteful" in done.output
     plan = PruningPlan.from_json(json.loads((tmp_path / "tuned" / "plan.json").read_text()))
     record = json.loads((tmp_path / "tuned" / "tune.json").read_text())
-    assert record["chosen"] == plan.name and len(record["candidates"]) == 3
+    assert record["chosen"] == plan.name and len(record["candidates"]) == 5
     (extra,) = (candidate for candidate in record["candidates"] if candidate["is_marked"])
     assert extra["plan"]["name"] == "wasteful" and extra["measured"] is not None
     assert Image.open(tmp_path / "tuned" / "front.png").width > 500

@@ -39,6 +39,9 @@ _FILES = ("tune.json", "front.png", "plan.json")
 @click.option("--cache-scales", type=integers(), default="-2,-3,-4", show_default=True, help="From the end: -N,-N,...")
 @click.option("--first-layers", type=integers(), help="First pruned layers; default: 0, 1/8, 1/4 and 1/2 of the depth.")
 @click.option(
+    "--unguided-from", type=integers(), default=(), help="Where guidance may also end, from the end: -N,-N,..."
+)
+@click.option(
     "--plan", "marked", multiple=True, help="Preset or plan file that is measured and shown wherever it lies; repeat."
 )
 @click.option("--min-ssim", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the chosen plan.")
@@ -60,11 +63,12 @@ def tune(
     fractions: tuple[tuple[float, ...], ...],
     cache_scales: tuple[int, ...],
     first_layers: tuple[int, ...] | None,
+    unguided_from: tuple[int, ...],
     marked: tuple[str, ...],
     min_ssim: float,
     max_drop: float,
 ) -> None:
-    """Choose a pruning plan by measurement: sweep pruned fraction, cache scale and first pruned layer.
+    """Choose a pruning plan by measurement: sweep pruned fraction, cache scale, first pruned layer and end of guidance.
 
     Every candidate's pictures are compared with the dense ones; those that nothing beats in both work and SSIM are
     exported and timed beside the dense chain. Needs the extras `export` and `quality`, and `text` for prompts.
@@ -84,7 +88,7 @@ def tune(
     layers = first_layers or tuple(sorted({0, depth // 8, depth // 4, depth // 2}))
     pictures = picture_requests(bundle, labels, prompts, seeds, manifest)
     guidance = manifest.sampling.cfg if cfg is None else cfg
-    plans = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers)
+    plans = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers, unguided_from)
     try:
         extra = [load_plan(name) for name in marked]
     except PlanError as error:

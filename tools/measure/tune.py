@@ -88,7 +88,10 @@ class Sweep:
 
 
 def candidate_plans(
-    fractions: Sequence[Sequence[float]], cache_scales: Sequence[int], first_layers: Sequence[int]
+    fractions: Sequence[Sequence[float]],
+    cache_scales: Sequence[int],
+    first_layers: Sequence[int],
+    unguided_from: Sequence[int] = (),
 ) -> list[PruningPlan]:
     """Every combination that can be resolved: the cache scale must come before the first pruned one.
 
@@ -96,14 +99,18 @@ def candidate_plans(
         fractions: each the pruned fractions of the last scales, in the order of the schedule.
         cache_scales: counted from the end, so negative.
         first_layers: first pruned layer.
+        unguided_from: where guidance ends, counted from the end; besides guidance at all scales.
     """
     plans = []
-    for values, cache_scale, first_layer in itertools.product(fractions, cache_scales, first_layers):
+    for values, cache_scale, first_layer, end in itertools.product(
+        fractions, cache_scales, first_layers, (None, *unguided_from)
+    ):
         if cache_scale >= -len(values):
             continue
         pruned = tuple((place - len(values), value) for place, value in enumerate(values))
-        name = "-".join([*(f"{value:g}" for value in values), f"cache{-cache_scale}", f"layer{first_layer}"])
-        plans.append(PruningPlan(name, pruned, cache_scale, first_layer))
+        parts = [*(f"{value:g}" for value in values), f"cache{-cache_scale}", f"layer{first_layer}"]
+        name = "-".join(parts if end is None else [*parts, f"unguided{-end}"])
+        plans.append(PruningPlan(name, pruned, cache_scale, first_layer, unguided_from=end))
     return plans
 
 

@@ -82,7 +82,7 @@ class TextConfig:
     mlp_width: int = 384
     text_length: int = 40
     lr: float = 1.5e-3
-    steps: int = 1500
+    steps: int = 2400
     batch: int = 32
 
     def sizes(self, vocab_size: int) -> T5Config:

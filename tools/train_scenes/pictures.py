@@ -62,10 +62,10 @@ class PicturePool:
                 raise
 
     def _check_record(self) -> None:
-        """That the pictures that are there are these: by what the first scene is and looks like."""
-        first = self.scene(0)
-        looks = repr(first).encode() + render(first, (32, 32), samples=1).tobytes()
-        record = json.dumps({"seed": self.seed, "first_sha256": hashlib.sha256(looks).hexdigest()})
+        """That the pictures that are there are these: by what is in all scenes, and by what the first looks like."""
+        scenes = [self.scene(index) for index in range(self.count)]
+        learnt = repr(scenes).encode() + render(scenes[0], (32, 32), samples=1).tobytes()
+        record = json.dumps({"seed": self.seed, "scenes_sha256": hashlib.sha256(learnt).hexdigest()})
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "pool.json"
         if not path.exists():

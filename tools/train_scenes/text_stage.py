@@ -95,18 +95,21 @@ def captions_tokenizer(config: TextConfig) -> Tokenizer:
     return word_tokenizer(caption(random_scene(rng, held_out=None), rng) for _ in range(4000))
 
 
+def _world_sha256(tokenizer: Tokenizer) -> str:
+    """What is learnt: the vocabulary, and what captions say of some scenes."""
+    rng = np.random.default_rng(0)
+    scenes = [random_scene(rng) for _ in range(500)]
+    learnt = [sorted(tokenizer.get_vocab()), [(caption(scene, rng), scene_labels(scene)) for scene in scenes]]
+    return hashlib.sha256(json.dumps(learnt).encode()).hexdigest()
+
+
 def train_text(config: TransformerConfig, folder: Path, device: torch.device, progress: Progress) -> Stage[TextReader]:
     """Answer every question from the caption."""
     text = config.text
     tokenizer = captions_tokenizer(text)
     torch.manual_seed(text.seed)
     model = TextReader(T5Encoder(text.sizes(tokenizer.get_vocab_size())), config).to(device)
-    words = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
-    of_stage = {
-        **fingerprint(text),
-        "width_of_transformer": config.width,
-        "vocabulary_sha256": hashlib.sha256(words).hexdigest(),
-    }
+    of_stage = {**fingerprint(text), "width_of_transformer": config.width, "world_sha256": _world_sha256(tokenizer)}
     stage = Stage("text", model, text.lr, text.steps, of_stage, folder)
     for _ in stage.steps(progress):
         # One solid is learnt at once; which of several is where is not.
