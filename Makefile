@@ -14,7 +14,7 @@ PACKAGES := export runtime plugins serving tools
 demo: $(DEMO)
 	$(BIN)/fastvar-export scenes --prune none --target cpu --out out/demo_dense --force
 	$(BIN)/fastvar-export bundle --from out/demo_dense --prune fastvar-infinity --target cpu --out out/demo_pruned --force
-	$(BIN)/fastvar compare out/demo_dense out/demo_pruned --seeds 1 -o out/demo.png \
+	$(BIN)/fastvar compare out/demo_dense out/demo_pruned --seeds 1 --no-vif -o out/demo.png \
 	    --prompt "a red sphere left of a blue cube on sand" \
 	    --prompt "a glossy purple cone in the middle on a checkered floor at night" \
 	    --prompt "three yellow cylinders on snow at sunset" \

@@ -184,6 +184,8 @@ def test_compare_command(tiny_bundle: Path, other_size: Path, tmp_path: Path) ->
     assert data["mean"] == {"psnr_db": None, "ssim": 1.0, "vif": 1.0} and data["images"] == 2
     assert set(data["token_agreement"].values()) == {1.0}
     assert Image.open(tmp_path / "c.png").width > 3 * 256
+    quick = CliRunner().invoke(main, [*arguments, "--no-vif"])
+    assert json.loads(quick.output.splitlines()[-1])["mean"] == {"psnr_db": None, "ssim": 1.0, "vif": None}
 
     refused = CliRunner().invoke(main, ["compare", str(tiny_bundle), str(other_size), "--class", "1"])
     assert refused.exit_code == 1 and "bundles of one model only" in refused.output

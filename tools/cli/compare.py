@@ -9,7 +9,7 @@ import click
 
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples
-from fastvar_trt.tools.cli.pictures import picture_requests, references_of, request_options, subject_name
+from fastvar_trt.tools.cli.pictures import picture_requests, references_of, request_options, subject_name, vif_option
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure.compare import Comparison, check_comparable, draw_side_by_side, shared_sampling
 from fastvar_trt.tools.measure.compare import compare as measure
@@ -21,7 +21,7 @@ from fastvar_trt.tools.tables import format_table
 def _comparison_table(comparison: Comparison) -> str:
     subjects = comparison.pictures.subjects
     rows: list[list[object]] = [
-        [name, count, f"{m.psnr_db:.2f}", f"{m.ssim:.4f}", f"{m.vif:.4f}"]
+        [name, count, *m.texts()]
         for name, count, m in [
             *(
                 (subject_name(subject), subjects.count(subject), comparison.of_subject(subject))
@@ -46,6 +46,7 @@ def _comparison_table(comparison: Comparison) -> str:
 @click.option(
     "--greedy", is_flag=True, help="Take the likeliest token instead of drawing (one image per class or prompt)."
 )
+@vif_option
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="PNG: A, B and their error, one row per class or prompt."
 )
@@ -59,6 +60,7 @@ def compare(
     cfg: float | None,
     references: Path | None,
     greedy: bool,
+    vif: bool,
     out: Path | None,
     json_file: Path | None,
 ) -> None:
@@ -78,7 +80,7 @@ def compare(
         with counting_bar("drawing", len(pictures)) as progress:
             options = {**shared_sampling([a, b], cfg), "greedy": greedy}
             ours, theirs = draw_side_by_side([a, b], pictures, options, progress)
-    comparison = measure(ours, theirs, pictures, known)
+    comparison = measure(ours, theirs, pictures, known, vif=vif)
     click.echo(_comparison_table(comparison))
     agreement = [[k, f"{value:.2%}"] for k, value in comparison.token_agreement.items()]
     click.echo("\n" + format_table(["scale", "tokens equal"], agreement))

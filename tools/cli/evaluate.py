@@ -6,7 +6,6 @@ import contextlib
 import json
 import statistics
 import sys
-from math import isnan
 from pathlib import Path
 
 import click
@@ -16,7 +15,7 @@ from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Condition
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, counting_bar, examples, runtime_options
-from fastvar_trt.tools.cli.pictures import check_takes_prompts
+from fastvar_trt.tools.cli.pictures import check_takes_prompts, vif_option
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure.compare import check_comparable, shared_sampling
 from fastvar_trt.tools.measure.evaluate import ALL, Case, Evaluation, Share, load_checker, read_cases
@@ -52,7 +51,7 @@ _SCENES = "fastvar_trt.tools.scenes.cases:check"
 @click.option("--checker", help="What looks at the pictures of --prompts: module:function, also of this folder.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Prompt i gets seed + i.")
 @click.option("--cfg", type=float, help="Guidance scale; default: the bundle's.")
-@click.option("--vif/--no-vif", default=True, show_default=True, help="VIF takes longest.")
+@vif_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="PNG: the first pictures of every bundle.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the JSON line to this file.")
 @runtime_options
@@ -142,10 +141,9 @@ def _share_text(share: Share | None) -> str:
 
 
 def _likeness_table(result: Evaluation, names: list[str]) -> str:
-    rows = []
-    for name, own in list(zip(names, result.results, strict=True))[1:]:
-        mean = mean_metrics(own.metrics)
-        rows.append([name, f"{mean.psnr_db:.2f}", f"{mean.ssim:.4f}", "-" if isnan(mean.vif) else f"{mean.vif:.4f}"])
+    rows = [
+        [name, *mean_metrics(own.metrics).texts()] for name, own in list(zip(names, result.results, strict=True))[1:]
+    ]
     return format_table([f"against {names[0]}", "PSNR dB", "SSIM", "VIF"], rows)
 
 

@@ -18,6 +18,9 @@ _FEW_CLASSES = 16  # all of them are drawn where nothing else is asked for
 _IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
+vif_option = click.option("--vif/--no-vif", default=True, show_default=True, help="VIF takes longest.")
+
+
 def request_options(command: Any) -> Any:
     """Give a command the options that say what is drawn, and what it is judged by."""
     for option in (

@@ -228,6 +228,8 @@ def compare(
     b: Drawn,
     pictures: Pictures,
     references: dict[int, NDArray[Any]] | None = None,
+    *,
+    vif: bool = True,
 ) -> Comparison:
     """Measure what two bundles drew for the same requests.
 
@@ -236,8 +238,9 @@ def compare(
         b: what is judged.
         pictures: what they drew.
         references: class -> photographs uint8 [M, H, W, 3].
+        vif: compute VIF, which takes longest.
     """
-    per_image = tuple(image_metrics(x, y) for x, y in zip(a.images, b.images, strict=True))
+    per_image = tuple(image_metrics(x, y, vif=vif) for x, y in zip(a.images, b.images, strict=True))
     return Comparison(
         pictures=pictures,
         per_image=per_image,

@@ -30,6 +30,10 @@ class ImageMetrics:
     ssim: float
     vif: float
 
+    def texts(self) -> tuple[str, str, str]:
+        """For a table, under `PSNR dB`, `SSIM` and `VIF`."""
+        return f"{self.psnr_db:.2f}", f"{self.ssim:.4f}", "-" if np.isnan(self.vif) else f"{self.vif:.4f}"
+
     def to_json(self) -> dict[str, float | None]:
         """A JSON object; null for what is not finite."""
         return {
@@ -67,7 +71,7 @@ def image_metrics(reference: NDArray[Any], image: NDArray[Any], *, vif: bool = T
         raise RequestError(f"images: got {image.shape}, expected {reference.shape}: bundles of one image size")
     metrics, sewar = require_libraries()
     if np.array_equal(reference, image):
-        return ImageMetrics(float("inf"), 1.0, 1.0)
+        return ImageMetrics(float("inf"), 1.0, 1.0 if vif else float("nan"))
     with np.errstate(invalid="ignore"):  # 0 / 0 for flat images
         fidelity = float(sewar.vifp(reference, image)) if vif else float("nan")
     return ImageMetrics(
