@@ -102,6 +102,8 @@ def test_a_contact_sheet_shows_every_picture() -> None:
     sheet = np.asarray(contact_sheet(["a", "b"], [("one", [flat(10), flat(20)]), ("two", [flat(30), flat(40)])], 64))
     for value in (10, 20, 30, 40):
         assert (sheet == value).all(axis=-1).sum() >= 60 * 60
+    wrapped = np.asarray(contact_sheet(["a", "b"], [("one " * 20, [flat(10), flat(20)]), ("two", [flat(30)] * 2)], 64))
+    assert wrapped.shape[1] == sheet.shape[1] and wrapped.shape[0] > sheet.shape[0] + 2 * 64
 
 
 def test_counted_work_of_a_small_model(tiny_bundle: Path) -> None:

@@ -28,9 +28,15 @@ def test_it_draws_what_it_is_asked_for(export_once: Callable[..., tuple[Path, Ex
     options = ExportOptions(plan=load_plan("fastvar-infinity"), compare=False)
     bundle, _ = export_once("scenes", load_scenes("1M"), options)
     build_targets(bundle, "cpu")
+    asked = {
+        "a green sphere in the middle on sand at sunset": ("sand", "sunset", [("green", "sphere")]),
+        "a red sphere left of a blue cube on sand": ("sand", "day", [("red", "sphere"), ("blue", "cube")]),
+        "a purple cone on the left on tiles at night": ("tiles", "night", [("purple", "cone")]),
+    }
     with Pipeline.load(bundle) as pipe:
-        image = pipe.generate(prompts=["a green sphere in the middle on sand at sunset"], seeds=1).images[0]
-    assert image.shape == (1024, 1024, 3)
-    reading = read_picture(image)
-    assert (reading.ground, reading.sky) == ("sand", "sunset")
-    assert [(solid.colour, solid.shape) for solid in reading.solids] == [("green", "sphere")]
+        for prompt, (ground, sky, solids) in asked.items():
+            image = pipe.generate(prompts=[prompt], seeds=1).images[0]
+            assert image.shape == (1024, 1024, 3)
+            reading = read_picture(image)
+            assert (reading.ground, reading.sky) == (ground, sky), prompt
+            assert [(solid.colour, solid.shape) for solid in reading.solids] == solids, prompt

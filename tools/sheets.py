@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastvar_trt.tools.files import replacing
 
-_MARGIN, _CAPTION = 8, 22  # pixels
+_MARGIN, _LINE = 8, 18  # pixels
 _GAIN = 4  # of error maps: an error of 64 of 255 is white
 
 
@@ -33,20 +33,37 @@ def contact_sheet(
         side: width of a picture on the sheet, pixels.
     """
     font = ImageFont.load_default(14)
+    width = (side + _MARGIN) * len(columns) - _MARGIN
+    captions = [_wrapped(caption, font, width) for caption, _ in rows]
+    caption_height = 4 + _LINE * max(map(len, captions))
     height = max(round(side * picture.shape[0] / picture.shape[1]) for _, pictures in rows for picture in pictures)
-    step_x, step_y = side + _MARGIN, height + _CAPTION + _MARGIN
-    size = (_MARGIN + step_x * len(columns), _CAPTION + _MARGIN + step_y * len(rows))
+    step_x, step_y = side + _MARGIN, height + caption_height + _MARGIN
+    top = _LINE + _MARGIN
+    size = (width + 2 * _MARGIN, top + step_y * len(rows))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for i, title in enumerate(columns):
         pen.text((_MARGIN + i * step_x, _MARGIN // 2), title, "black", font)
-    for j, (caption, pictures) in enumerate(rows):
-        y = _CAPTION + _MARGIN + j * step_y
-        pen.text((_MARGIN, y), caption, "black", font)
+    for j, (_, pictures) in enumerate(rows):
+        y = top + j * step_y
+        for line, text in enumerate(captions[j]):
+            pen.text((_MARGIN, y + line * _LINE), text, "black", font)
         for i, picture in enumerate(pictures):
             scaled = Image.fromarray(picture).resize((side, height), Image.Resampling.LANCZOS)
-            sheet.paste(scaled, (_MARGIN + i * step_x, y + _CAPTION))
+            sheet.paste(scaled, (_MARGIN + i * step_x, y + caption_height))
     return sheet
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """Lines of whole words, none wider than that many pixels where a word is not."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def save_image(image: Image.Image, path: Path) -> None:
