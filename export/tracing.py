@@ -243,9 +243,7 @@ def _step_spec(
     gumbel_shape = model.gumbel_shape(scale)
     if gumbel_shape is not None:
         inputs.append(TensorSpec(names.GUMBEL, (batch, *gumbel_shape), "float32", Role.GUMBEL, scale=scale))
-    for name in model.request_inputs(scale):
-        if name == "cfg" and not plan.is_guided(scale):
-            continue
+    for name in model.step_request_inputs(plan, scale):
         parameter = GRAPH_INPUTS[name]
         of_scale = scale if parameter.per_scale else None
         inputs.append(TensorSpec(name, (batch,), parameter.dtype, Role.REQUEST, scale=of_scale))

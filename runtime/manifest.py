@@ -207,6 +207,8 @@ class TensorSpec:
             raise ValueError(f"tensor {spec.name}: unknown dtype {spec.dtype!r}")
         if (spec.role in _PER_SCALE and spec.scale is None) or (spec.role in _PER_LAYER and spec.layer is None):
             raise ValueError(f"tensor {spec.name}: its {spec.role} belong to no scale or layer")
+        if spec.role in _PER_LAYER and len(spec.shape) != 4:
+            raise ValueError(f"tensor {spec.name}: got {spec.shape}, expected [keys, rows, heads, channels]")
         return spec
 
 
@@ -506,7 +508,7 @@ class Variant:
             _check_roles(graph)
             for spec in graph.inputs:
                 if spec.role in _PER_LAYER:
-                    _check_axis(graph, spec, 0, num_keys[spec.role, spec.layer, _num_rows(spec)])
+                    _check_axis(graph, spec, 0, num_keys[spec.role, spec.layer, spec.shape[1]])
                 if spec.role in _HANDED_ON and _handed_on(spec) not in written:
                     raise ValueError(f"{graph.file}: {spec.name}: no graph before writes this {spec.role}")
             written |= {_handed_on(spec) for spec in graph.outputs if spec.role in _HANDED_ON}
@@ -521,12 +523,7 @@ class Variant:
                 if spec.role in _PER_LAYER:
                     if graph.kind == STEP and graph.scale is not None and spec.layer is not None:
                         _check_axis(graph, spec, 0, plan.kept(graph.scale, spec.layer))
-                    num_keys[spec.role, spec.layer, _num_rows(spec)] += spec.shape[0]
-
-
-def _num_rows(spec: TensorSpec) -> int:
-    """Of keys or values [S, rows, H, D]."""
-    return spec.shape[1] if len(spec.shape) > 1 else 0
+                    num_keys[spec.role, spec.layer, spec.shape[1]] += spec.shape[0]
 
 
 def _handed_on(spec: TensorSpec) -> tuple[Role, str]:

@@ -221,11 +221,11 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
 
 def _check_guidance(manifest: Manifest, variant: Variant, request: Request) -> None:
     """That no guidance is asked for at a scale that has none; one value is for those that have."""
-    first, neutral = variant.resolve(manifest.model).unguided_from, manifest.sampling.neutral_cfg
-    if first is None or np.ndim(request.cfg) == 0:
+    if np.ndim(request.cfg) == 0:
         return
+    first, neutral = variant.resolve(manifest.model).unguided_from, manifest.sampling.neutral_cfg
     for scale, value in enumerate(request.cfg):
-        if scale >= first and value != neutral:
+        if first is not None and scale >= first and value != neutral:
             raise RequestError(
                 f"cfg: got {value:g} at scale {scale}, expected {neutral:g}: this bundle's plan has no guidance from "
                 f"scale {first} on; give one value, which is for the scales before"

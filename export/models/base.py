@@ -395,7 +395,11 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def request_inputs(self, scale: int) -> tuple[str, ...]:
-        """Those of `runtime.request.GRAPH_INPUTS` that a step takes."""
+        """Those of `runtime.request.GRAPH_INPUTS` that a step with guidance takes; without `cfg`, cfg does nothing."""
+
+    def step_request_inputs(self, plan: ResolvedPlan, scale: int) -> tuple[str, ...]:
+        """The same of a step under a plan, which may end guidance."""
+        return tuple(name for name in self.request_inputs(scale) if name != "cfg" or plan.is_guided(scale))
 
     # What is computed.
 
@@ -432,7 +436,10 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor | None) -> Tensor:
-        """Logits fp32 [B, *logits_shape]: guided ones of [B2, L, C], or those of [B, L, C], where cfg is None."""
+        """Logits fp32 [B, *logits_shape]: guided ones of [B2, L, C], or those of [B, L, C], where cfg is None.
+
+        The condition has as many rows.
+        """
 
     @abc.abstractmethod
     def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
@@ -508,7 +515,12 @@ class NextScaleModel(nn.Module, abc.ABC):
             if spec.writes_cache:
                 new_caches[layer] = outputs[-len(spec.sublayers) :]
 
-        logits = self.logits(x, condition, scale, request.cfg if plan.is_guided(scale) else None)
+        hidden = x
+        cfg: Tensor | None = request.cfg
+        if "cfg" not in self.step_request_inputs(plan, scale):
+            hidden, cfg = x[:batch], None
+            condition = {name: tensor[:batch] for name, tensor in condition.items()}
+        logits = self.logits(hidden, condition, scale, cfg)
         drawn = self.draw(logits, uniform, request, scale)
         if gumbel is None:
             f_hat = self.accumulate(drawn, f_hat, scale)

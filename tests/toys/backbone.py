@@ -116,7 +116,8 @@ class Toy(NextScaleModel):
 
     def block_spec(self, plan: ResolvedPlan, scale: int, layer: int, batch: int) -> ToyBlock:
         sizes = {"channels": WIDTH, "num_heads": HEADS, "attn_scale": 0.2, "norm_eps": 1e-5}
-        return ToyBlock(**block_geometry(plan, scale, layer, batch), **sizes, precision=self.precision)  # type: ignore[arg-type]
+        geometry = block_geometry(plan, scale, layer, batch)
+        return ToyBlock(**geometry, **sizes, precision=self.precision)  # type: ignore[arg-type]  # sizes of mixed types
 
     def block_condition(self, condition: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
         return {}

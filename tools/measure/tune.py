@@ -135,7 +135,7 @@ class _Drawer:
 
     def _after_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
         """The state before scale `end`. All layers are cached: a plan reads what it needs."""
-        if plan.cache_scale is None:  # of the dense chain alone: nothing to share
+        if plan.cache_scale is None:  # nothing is restored, and no other candidate is like it
             return self._run_prefix(plan, end)
         key = (end, plan.cache_scale)
         if key not in self._prefixes:

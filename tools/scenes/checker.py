@@ -86,7 +86,7 @@ def compliance(scene: Scene, reading: Reading, *, sides_are_told: bool = True) -
         )
         return same_count and (ours == theirs if in_order else sorted(ours) == sorted(theirs))
 
-    front = next((solid for solid in expected if solid.is_in_front), None)
+    front = scene.near
     if front is not None:
         position = same("shape", "colour") and _kind(max(reading.solids, key=lambda found: found.foot)) == _kind(front)
     elif len(expected) == 1:

@@ -63,6 +63,11 @@ class Scene:
     light: tuple[float, float] = (0.6, 0.9)
     moon: tuple[float, float] = (0.5, 0.7)
 
+    @property
+    def near(self) -> Solid | None:
+        """The solid that stands in front of another."""
+        return next((solid for solid in self.solids if solid.is_in_front), None)
+
 
 def is_held_out(solid: Solid, ground: str) -> bool:
     """Whether training never shows this shape in this colour on this ground."""
@@ -174,9 +179,8 @@ def _things(scene: Scene, rng: np.random.Generator) -> str:
             )
         )
     a, b = map(_article, named)
-    front = next((i for i, solid in enumerate(solids) if solid.is_in_front), None)
-    if front is not None:
-        near, far = (a, b) if front == 0 else (b, a)
+    if scene.near is not None:
+        near, far = (a, b) if scene.near is solids[0] else (b, a)
         return str(rng.choice((f"{near} in front of {far}", f"{far} behind {near}")))
     return str(
         rng.choice(

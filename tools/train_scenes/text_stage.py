@@ -41,7 +41,7 @@ _FRONT = (_NONE, *SLOTS)
 def scene_labels(scene: Scene) -> list[int]:
     """What a scene has, as one class per question of `QUESTIONS`."""
     by_slot = {solid.slot: solid for solid in scene.solids}
-    front = next((solid.slot for solid in scene.solids if solid.is_in_front), _NONE)
+    front = _NONE if scene.near is None else scene.near.slot
     labels = [GROUNDS.index(scene.ground), SKIES.index(scene.sky), _FRONT.index(front)]
     for slot in SLOTS:
         solid = by_slot.get(slot)

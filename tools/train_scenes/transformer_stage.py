@@ -66,7 +66,7 @@ def train_transformer(
     pool = half_pool(config.bits, folder)
     scenes = [pool.scene(i) for i in range(pool.count)]
     solids = torch.from_numpy(np.stack([silhouette(scene, SCHEDULE[-1]) for scene in scenes]))
-    shares = np.array([config.in_front if any(s.is_in_front for s in scene.solids) else 1.0 for scene in scenes])
+    shares = np.array([1.0 if scene.near is None else config.in_front for scene in scenes])
     shares /= shares.sum()
     tokenizer = captions_tokenizer(config.text)
     torch.manual_seed(config.seed + 1)

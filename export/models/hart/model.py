@@ -273,13 +273,11 @@ class HART(CodeBookModel, TextModel):
         if scale == 0:
             x = x[:, -1:]
         rows, length, channels = x.shape
-        batch, head_modulation = rows // 2, condition[names.HEAD_MODULATION]
-        if scale == 0:  # t is 0
-            x, head_modulation = x[:batch], head_modulation[:batch]
+        head_modulation = condition[names.HEAD_MODULATION]
         hidden = rms_norm(x, self.weight("head.norm.weight"), self.config.norm_eps)
         hidden = hidden * head_modulation[:, 0:1] + head_modulation[:, 1:2]
-        if scale != 0 and cfg is not None:
-            t = (cfg * self._ramp(scale))[:, None, None]
+        if cfg is not None:
+            t, batch = (cfg * self._ramp(scale))[:, None, None], rows // 2
             hidden = (1 + t) * hidden[:batch] - t * hidden[batch:]
         logits = self.linear("head", hidden.reshape(-1, channels).to(self.dtype))
         return logits.float().view(-1, length, self.config.vocab_size)
@@ -373,13 +371,13 @@ class HART(CodeBookModel, TextModel):
         batch, _, length, channels = noise.shape
         conditioned = self.linear("diffusion.cond", inputs[names.HIDDEN].flatten(0, 1))  # [B2*L, W]
         cfg = inputs.get("cfg")
+        t = None if cfg is None else (cfg * self._ramp(len(self.patch_nums) - 1))[:, None, None]
         x = noise[:, 0]
         for i, step in enumerate(diffusion_steps(self.config.diffusion_steps)):
             rows = self._denoised(x, conditioned, i).view(-1, batch, length, 2 * channels)
             cond = rows[0]
             eps = cond[..., :channels]
-            if cfg is not None:
-                t = (cfg * self._ramp(len(self.patch_nums) - 1))[:, None, None]
+            if t is not None:
                 eps = (1 + t) * eps - t * rows[1, ..., :channels]
             x, deviation = _previous(step, x, eps, cond[..., channels:])
             if i + 1 < self.config.diffusion_steps:

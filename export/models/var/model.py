@@ -192,14 +192,11 @@ class VAR(CodeBookModel):
         rows go through the head.
         """
         rows, length, channels = x.shape
-        batch, head_modulation = rows // 2, condition[names.HEAD_MODULATION]
-        ramp = scale / max(len(self.config.patch_nums) - 1, 1)
-        if ramp == 0 and cfg is not None:
-            x, head_modulation = x[:batch], head_modulation[:batch]
+        head_modulation = condition[names.HEAD_MODULATION]
         hidden = F.layer_norm(x, (channels,), self.weight("norm.weight"), eps=self.config.norm_eps)
         hidden = hidden * head_modulation[:, 0:1] + head_modulation[:, 1:2]
-        if ramp != 0 and cfg is not None:
-            t = (cfg * ramp)[:, None, None]
+        if cfg is not None:
+            t, batch = (cfg * (scale / (len(self.config.patch_nums) - 1)))[:, None, None], rows // 2
             hidden = (1 + t) * hidden[:batch] - t * hidden[batch:]
         hidden = hidden.reshape(-1, channels).to(self.dtype)
         return self.linear("head", hidden).float().view(-1, length, self.config.vocab_size)
