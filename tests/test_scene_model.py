@@ -6,8 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from fastvar_trt.export.build.registry import build_targets
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.models.infinity.checkpoint import rope_tables
 from fastvar_trt.export.models.infinity.family import SCENE_FOLDER, load_scenes
 from fastvar_trt.export.models.registry import load_plan
 from fastvar_trt.runtime import Pipeline
@@ -21,6 +24,14 @@ def test_the_card_says_what_the_files_are() -> None:
     assert source.config.bits == transformer["bits"]["code_bits"] and len(source.config.schedule) == 13
     assert source.text is not None and source.text.config.text_length == transformer["text"]["text_length"]
     assert sum(path.stat().st_size for path in SCENE_FOLDER.rglob("*.safetensors")) < 30e6
+
+
+def test_larger_sizes_keep_the_positions_that_it_knows() -> None:
+    trained, larger = load_scenes("1M").config, load_scenes("2K").config
+    for scale in range(len(trained.schedule)):
+        for known, got in zip(rope_tables(trained, scale), rope_tables(larger, scale), strict=True):
+            assert torch.equal(known, got)
+    assert larger.schedule[-1] == (84, 84) and larger.rope_span == trained.rope_span == (64, 64)
 
 
 def test_it_draws_what_it_is_asked_for(export_once: Callable[..., tuple[Path, ExportReport]]) -> None:
