@@ -342,7 +342,7 @@ def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyC
         available |= residual_inputs(model, chain.plan, request, state.seeds)
     if state.f_hat is not None:
         available[names.F_HAT] = state.f_hat
-    for layer, pieces in enumerate(state.past):
+    for layer, pieces in state.past.items():
         for i, (k, v) in enumerate(pieces):
             available |= {names.past_k(layer, i): k, names.past_v(layer, i): v}
     for i, outputs in state.caches.items():

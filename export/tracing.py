@@ -81,7 +81,7 @@ class GraphFunction:
 
     spec: GraphSpec
     run: Callable[[Mapping[str, Tensor], Tracing], dict[str, Tensor]]
-    layers: tuple[BlockSpec, ...] = ()  # the block of every layer; empty where there are none
+    layers: Mapping[int, BlockSpec] = dataclasses.field(default_factory=dict)  # the block of every layer that it runs
     # Of a step: f_hat by its inputs and by other outputs than its own. Tokens differ where rounding decides, and a
     # blend near one code multiplies the rounding of logits.
     accumulate: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None = None
@@ -90,7 +90,7 @@ class GraphFunction:
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
         """The distinct blocks, in order of first use."""
-        return tuple(dict.fromkeys(self.layers))
+        return tuple(dict.fromkeys(self.layers.values()))
 
     def same_graph(self, other: GraphFunction) -> bool:
         """True where both trace to the same graph over the same weights, whatever their plans."""
@@ -166,7 +166,7 @@ def _f_hat_spec(model: NextScaleModel, batch: int, name: str) -> TensorSpec:
 
 
 def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int) -> GraphFunction:
-    specs = [model.block_spec(plan, scale, layer, batch) for layer in range(model.depth)]
+    specs = {layer: model.block_spec(plan, scale, layer, batch) for layer in plan.layers(scale)}
     graph = _step_spec(model, plan, scale, batch, specs)
 
     def request_of(tensors: Mapping[str, Tensor]) -> Request:
@@ -179,13 +179,15 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             scale,
             condition=tensors,
             f_hat=tensors.get(names.F_HAT),
-            past=[
-                [(tensors[names.past_k(layer, i)], tensors[names.past_v(layer, i)]) for i in range(len(spec.past))]
-                for layer, spec in enumerate(specs)
-            ],
+            past={
+                layer: [
+                    (tensors[names.past_k(layer, i)], tensors[names.past_v(layer, i)]) for i in range(len(spec.past))
+                ]
+                for layer, spec in specs.items()
+            },
             caches={
                 i: tuple(tensors[names.cache(i, sublayer)] for sublayer in spec.sublayers)
-                for i, spec in enumerate(specs)
+                for i, spec in specs.items()
                 if spec.keep is not None
             },
             uniform=tensors[names.UNIFORM],
@@ -201,7 +203,7 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             names.FINITE: result.finite,
             **result.handed_on,
         }
-        for i, (k, v) in enumerate(result.new_kv):
+        for i, (k, v) in result.new_kv.items():
             by_name |= {names.new_k(i): k, names.new_v(i): v}
         for i, outputs in result.caches.items():
             by_name |= {names.cache(i, sublayer): y for sublayer, y in zip(model.sublayers, outputs, strict=True)}
@@ -213,18 +215,17 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             return model.accumulate(tokens, f_hat, scale)
         return model.blend(tokens, outputs[names.LOGITS], gumbel, f_hat, scale, request_of(tensors))
 
-    return GraphFunction(graph, run, tuple(specs), accumulate)
+    return GraphFunction(graph, run, specs, accumulate)
 
 
 def _step_spec(
-    model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int, specs: Sequence[BlockSpec]
+    model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int, specs: Mapping[int, BlockSpec]
 ) -> GraphSpec:
     first = scale == plan.steps[0]
     token_shape, token_dtype = model.token_spec(scale)
     inputs = [
-        dataclasses.replace(spec, shape=(plan.rows(scale, batch), *spec.shape[1:]))
-        for spec in model.condition_outputs(batch)
-        if first or spec.name != names.START
+        dataclasses.replace(spec, shape=(min(spec.shape[0], plan.rows(scale, batch)), *spec.shape[1:]))
+        for spec in model.step_condition_specs(plan, scale, batch)
     ]
     if not first:
         inputs.insert(0, _f_hat_spec(model, batch, names.F_HAT))
@@ -235,7 +236,7 @@ def _step_spec(
         TensorSpec(names.FINITE, (batch,), "bool", Role.FINITE, scale=scale),
         *model.handed_on_specs(plan, scale, batch),
     ]
-    for layer, spec in enumerate(specs):
+    for layer, spec in specs.items():
         read, written = _layer_tensors(layer, spec)
         inputs += read
         outputs += written
@@ -274,7 +275,7 @@ def _layer_tensors(layer: int, spec: BlockSpec) -> tuple[list[TensorSpec], list[
     if spec.emits_kv:
         written += keys_and_values(names.new_k(layer), names.new_v(layer), spec.kv_shape)
     if spec.writes_cache:
-        written += caches(spec.num_tokens)
+        written += caches(spec.num_cached)
     return read, written
 
 
@@ -291,7 +292,8 @@ def build_graph(
         [o.name for o in spec.outputs],
     )
     for block, name in block_names.items():
-        function_ = _block_function(block, name, model)
+        layer = next(i for i, own in function.layers.items() if own == block)
+        function_ = _block_function(block, name, model.block_weights(block, layer))
         skeleton.functions[function_.identifier()] = function_
     passes.InlinePass(lambda f: f.domain == BLOCK_DOMAIN)(skeleton)
     skeleton.opset_imports.pop(BLOCK_DOMAIN, None)
@@ -312,11 +314,10 @@ def build_graph(
     return skeleton
 
 
-def _block_function(spec: BlockSpec, name: str, model: NextScaleModel) -> ir.Function:
+def _block_function(spec: BlockSpec, name: str, weights: Mapping[str, Tensor]) -> ir.Function:
     """A traced block as an ONNX function of its inputs, weights among them."""
     activations = [torch.zeros(shape, dtype=dtype) for shape, dtype in spec.activations.values()]
-    weights = [*spec.shared_weights, *(f"blocks.0.{weight}" for weight in spec.weight_names)]
-    examples = [*activations, *(model.weight(weight) for weight in weights)]
+    examples = [*activations, *weights.values()]
 
     def run(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {o[0]: value for o, value in zip(spec.outputs, spec.run(tensors, pivotal_tokens), strict=True)}

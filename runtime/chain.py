@@ -3,7 +3,9 @@
 The host only binds buffers between graphs. Keys and values live in one buffer per layer, [S_total, B2, H, D]: a graph
 reads its head and writes its tail, so appending copies nothing. Steps without guidance write a second one,
 [S, B, H, D]; of what else was written for both halves they read the first rows, which are the conditional half. Which
-buffer a tensor is bound to follows from its role, layer and scale, and from the order in which the graphs run.
+buffer a tensor is bound to follows from its role, layer and scale, and from the order in which the graphs run. All keys
+and values lie in one piece of memory, those that are not needed at the same time, as of a drafter and its refiner, in
+the same place.
 """
 
 from __future__ import annotations
@@ -62,6 +64,8 @@ class _Place:
     first_row: int | None = None
 
 
+_KEPT = (Role.KEYS, Role.VALUES)
+_ALIGNMENT = 256  # bytes, of buffers that share one piece of memory
 _F_HAT_BUFFERS = (f"{Role.F_HAT}@0", f"{Role.F_HAT}@1")
 
 
@@ -75,8 +79,18 @@ class _Layout:
         self.by_role: dict[Role, dict[str, TensorSpec]] = defaultdict(dict)  # buffer -> the tensor that it holds
         self.f_hat_after: dict[int, str] = {}  # scale -> buffer
         self.f_hat = _F_HAT_BUFFERS[0]  # what the next graph reads
+        self._needed: dict[str, tuple[int, int]] = {}  # buffer of keys or values -> first and last graph
         for graph in graphs:
             self._add(graph)
+        sizes = {key: self._num_bytes(key, spec) for role in _KEPT for key, spec in self.by_role[role].items()}
+        self.kv_offsets, self.kv_bytes = _placed(sizes, self._needed)  # of buffers of keys and values
+
+    def _num_bytes(self, key: str, spec: TensorSpec) -> int:
+        return dataclasses.replace(spec, shape=self.kv_shape(key, spec)).num_bytes
+
+    def kv_shape(self, key: str, spec: TensorSpec) -> tuple[int, ...]:
+        """[S_total, B2, H, D] of the buffer behind a tensor of keys or values."""
+        return (self.num_rows[key], *spec.shape[1:])
 
     def _add(self, graph: GraphSpec) -> None:
         inputs, outputs = {}, {}
@@ -97,13 +111,46 @@ class _Layout:
             self.by_role[spec.role].setdefault(place.key, spec)
             if place.first_row is not None:
                 self.num_rows[place.key] += spec.shape[0]
+        for place in (*inputs.values(), *outputs.values()):
+            if place.first_row is not None:
+                now = len(self.inputs)
+                self._needed[place.key] = self._needed.get(place.key, (now, now))[0], now
         self.inputs.append(inputs)
         self.outputs.append(outputs)
 
 
+def _placed(sizes: Mapping[str, int], needed: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
+    """Where buffers lie in one piece of memory, and how large it is; the largest are placed first, each at the lowest
+    place that none is at which is needed at the same time.
+
+    Args:
+        sizes: bytes by name.
+        needed: first and last graph by name.
+    """
+    offsets: dict[str, int] = {}
+    for key in sorted(sizes, key=lambda name: -sizes[name]):
+        first, last = needed[key]
+        beside = sorted(
+            (offset, offset + sizes[other])
+            for other, offset in offsets.items()
+            if needed[other][0] <= last and first <= needed[other][1]
+        )
+        offsets[key] = 0
+        for start, stop in beside:
+            if offsets[key] + sizes[key] <= start:
+                break
+            offsets[key] = max(offsets[key], -(-stop // _ALIGNMENT) * _ALIGNMENT)
+    return offsets, max((offset + sizes[key] for key, offset in offsets.items()), default=0)
+
+
+def kv_bytes(graphs: Sequence[GraphSpec]) -> int:
+    """Memory of the keys and values of a chain; what is not needed at the same time shares it."""
+    return _Layout(graphs).kv_bytes
+
+
 def _place(spec: TensorSpec, first_row: int | None = None) -> _Place:
     """The buffer behind a tensor: of its layer, of its scale, or shared by name."""
-    if spec.role in (Role.KEYS, Role.VALUES):
+    if spec.role in _KEPT:
         return _Place(f"{spec.role}_{spec.layer}x{spec.shape[1]}", first_row)
     return _Place(spec.name if spec.scale is None else f"{spec.name}@{spec.scale}")
 
@@ -118,6 +165,7 @@ class Chain:
         self._layout = _Layout(graphs)
         for graph in graphs:
             backend.load(graph)
+        self._kv_memory = backend.allocate((self._layout.kv_bytes,), "uint8")
         self._buffers: dict[str, Buffer] = {}
         self._bound: dict[frozenset[Role], list[BoundGraph]] = {}
         self._captured: dict[frozenset[Role], CapturedChain] = {}
@@ -138,7 +186,8 @@ class Chain:
     @property
     def num_buffer_bytes(self) -> int:
         """Memory of all buffers."""
-        return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
+        own = (b for key, b in self._buffers.items() if key not in self._layout.kv_offsets)
+        return self._layout.kv_bytes + sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in own)
 
     def close(self) -> None:
         """Drop what was captured; before the backend is closed."""
@@ -294,13 +343,20 @@ class Chain:
             bound.append(self._backend.bind(graph, read, written))
         self._bound[optional] = bound
 
-    def _view(self, graph: GraphSpec, spec: TensorSpec, place: _Place) -> View:
-        """The part of a buffer that a graph's tensor is bound to; allocates the buffer at its first use."""
+    def _buffer(self, place: _Place, spec: TensorSpec) -> Buffer:
+        """The buffer behind a tensor; allocated at its first use."""
         if place.key not in self._buffers:
-            # Keys and values: [S_total, B2, H, D].
-            shape = spec.shape if place.first_row is None else (self._layout.num_rows[place.key], *spec.shape[1:])
-            self._buffers[place.key] = self._backend.allocate(shape, spec.dtype)
-        buffer = self._buffers[place.key]
+            if place.first_row is None:
+                buffer = self._backend.allocate(spec.shape, spec.dtype)
+            else:
+                shape = self._layout.kv_shape(place.key, spec)
+                buffer = self._kv_memory.part(self._layout.kv_offsets[place.key], shape, spec.dtype)
+            self._buffers[place.key] = buffer
+        return self._buffers[place.key]
+
+    def _view(self, graph: GraphSpec, spec: TensorSpec, place: _Place) -> View:
+        """The part of a buffer that a graph's tensor is bound to."""
+        buffer = self._buffer(place, spec)
         is_part = place.first_row is not None or (spec.role in HALVED_ROLES and spec.shape[0] < buffer.shape[0])
         view = buffer.rows(place.first_row or 0, spec.shape[0]) if is_part else buffer.view()
         if not view.matches(spec):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvar_trt.runtime.errors import BundleError, PlanError
-from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
+from fastvar_trt.runtime.plan import Drafted, PruningPlan, ResolvedPlan
 from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 
 FORMAT_VERSION = 2
@@ -127,6 +127,11 @@ def new_k(layer: int) -> str:
 def new_v(layer: int) -> str:
     """Values of this step's kept tokens: likewise."""
     return f"new_v_{layer}"
+
+
+def hub(scale: int) -> str:
+    """What the drafter started a scale from: f_hat at its map, fp32 [B, C_vae, h, w]."""
+    return f"hub_{scale}"
 
 
 def text_k(layer: int) -> str:
@@ -317,11 +322,22 @@ class ModelSpec:
     text_length: int = 0  # T, the longest prompt in tokens
     is_gated: bool = False  # whether the feed-forward layers have a gate, a third matrix
     context_tokens: int = 0  # T where the text, padding included, is a prefix of the keys; 0 where it is not
+    drafter: ModelSpec | None = None  # draws the first scales in its place; its layers are numbered first
+    num_drafted: int = 0  # how many scales it draws
+
+    @property
+    def drafted(self) -> Drafted | None:
+        """What plans have to know of the drafter."""
+        return None if self.drafter is None else Drafted(self.num_drafted, self.drafter.depth)
+
+    def at(self, scale: int) -> ModelSpec:
+        """What draws a scale."""
+        return self if self.drafter is None or scale >= self.num_drafted else self.drafter
 
     def _check(self) -> None:
         wanted = {Condition.CLASS: ("num_classes",), Condition.TEXT: ("text_width", "text_length")}
         elsewhere = {name for condition, names in wanted.items() if condition is not self.condition for name in names}
-        elsewhere.add("context_tokens")
+        elsewhere |= {"context_tokens", "num_drafted"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type != "int" or field.name in elsewhere:
@@ -330,6 +346,8 @@ class ModelSpec:
                 raise ValueError(f"model.{field.name}: got {value!r}, expected a positive whole number")
         if self.context_tokens not in (0, self.text_length):
             raise ValueError(f"model.context_tokens: got {self.context_tokens!r}, expected 0 or {self.text_length}")
+        if (self.drafter is None) != (self.num_drafted == 0):
+            raise ValueError(f"model.num_drafted: got {self.num_drafted!r}, and a drafter or none")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
@@ -338,8 +356,10 @@ class ModelSpec:
         Raises:
             KeyError, TypeError, ValueError: not such an object.
         """
-        enums = {"condition": Condition(data["condition"]), "tokens": Tokens(data["tokens"])}
-        model = cls(**{**data, **enums})
+        parts: dict[str, Any] = {"condition": Condition(data["condition"]), "tokens": Tokens(data["tokens"])}
+        if data.get("drafter") is not None:
+            parts["drafter"] = cls.from_json(data["drafter"])
+        model = cls(**{**data, **parts})
         model._check()
         return model
 
@@ -427,7 +447,7 @@ class Variant:
         Raises:
             PlanError: it does not fit.
         """
-        return (plan or self.plan).resolve(self.schedule, model.depth, model.context_tokens)
+        return (plan or self.plan).resolve(self.schedule, model.depth, model.context_tokens, model.drafted)
 
     @functools.cached_property
     def computed_scales(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Pruning plans: which tokens are computed at which scale and layer (FastVAR, arXiv 2503.23367).
 
-A plan may also end guidance early: from some scale on only the conditional half is computed (FasterVAR, SkipVAR).
+A plan may also end guidance early: from some scale on only the conditional half is computed (FasterVAR, SkipVAR). Where
+two models share a chain (CoDe), it is that of the second one.
 
 A `PruningPlan` is what a user writes; scales are named by their place in the schedule, negative from the
 end, so one plan fits any resolution and aspect ratio. `PruningPlan.resolve` checks it against a model's
@@ -42,17 +43,45 @@ class LayerWork:
 
 
 @dataclasses.dataclass(frozen=True)
+class Drafted:
+    """The first scales, which a model of its own draws: the drafter of CoDe (arXiv 2411.17787).
+
+    The refiner draws the others. Its first step, at the switch, computes the tokens of all scales so far.
+
+    Attributes:
+        num_scales: N, how many it draws; the switch is scale N.
+        depth: its layers, which are numbered before the refiner's.
+    """
+
+    num_scales: int
+    depth: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ResolvedPlan:
     """A plan in absolute terms: what each step of one model computes."""
 
     schedule: tuple[tuple[int, int], ...]  # (height, width) of every scale, skipped ones included
-    depth: int  # layers of the model
+    depth: int  # layers of the model, of a drafter and its refiner together
     num_kept: tuple[int, ...]  # K per scale in a pruned layer; L where nothing is pruned, 0 where skipped
     cache_scale: int | None  # scale whose sublayer outputs are cached; None where no scale is pruned
     first_layer: int
     last_layer: int  # inclusive
     context_tokens: int = 0  # what the first scale computes in place of its map, of models whose text is a prefix
     unguided_from: int | None = None  # from which scale on there is no guidance; None: all scales are guided
+    drafted: Drafted | None = None
+
+    @property
+    def switch(self) -> int | None:
+        """The scale at which the refiner takes over; None where one model draws all."""
+        return None if self.drafted is None else self.drafted.num_scales
+
+    def layers(self, scale: int) -> range:
+        """The layers that run at a scale."""
+        if self.drafted is None:
+            return range(self.depth)
+        first = self.drafted.depth
+        return range(first) if scale < self.drafted.num_scales else range(first, self.depth)
 
     def is_guided(self, scale: int) -> bool:
         """Whether a scale computes the unconditional half, too."""
@@ -70,8 +99,10 @@ class ResolvedPlan:
     def work(self, scale: int, layer: int) -> LayerWork:
         """What a layer does at a scale. Decided here and nowhere else."""
         length, kept = self.num_tokens(scale), self.num_kept[scale]
-        if kept == 0:
+        if kept == 0 or layer not in self.layers(scale):
             return LayerWork(Work.SKIPPED, 0)
+        if scale == self.switch:
+            return LayerWork(Work.FULL, sum(map(self.num_tokens, range(scale + 1))))
         if kept < length and self._in_pruned_layers(layer):
             return LayerWork(Work.PRUNED, kept)
         return LayerWork(Work.FULL, self.context_tokens or length if scale == 0 else length)
@@ -99,6 +130,10 @@ class ResolvedPlan:
     def writes_cache(self, scale: int, layer: int) -> bool:
         """True where the layer's sublayer outputs are kept for the pruned scales."""
         return scale == self.cache_scale and self._in_pruned_layers(layer)
+
+    def emits_keys(self, scale: int) -> bool:
+        """True where a later step reads the keys and values of this one."""
+        return scale != self.steps[-1] and (self.switch is None or scale != self.switch - 1)
 
     def num_past(self, scale: int, layer: int) -> int:
         """S, the keys that `layer` has kept before `scale`."""
@@ -134,17 +169,25 @@ class PruningPlan:
     last_layer: int = -1
     unguided_from: int | None = None
 
-    def resolve(self, schedule: Sequence[tuple[int, int]], depth: int, context_tokens: int = 0) -> ResolvedPlan:
+    def resolve(
+        self,
+        schedule: Sequence[tuple[int, int]],
+        depth: int,
+        context_tokens: int = 0,
+        drafted: Drafted | None = None,
+    ) -> ResolvedPlan:
         """This plan for one model.
 
         Args:
             schedule: (height, width) per scale.
             depth: layers.
             context_tokens: of the text, where it comes as a prefix in place of the first scale's map; else 0.
+            drafted: what another model draws; the plan is that of the refiner, whose layers are `depth`.
 
         Raises:
             PlanError: a scale or layer that the model has not, a fraction outside [0, 1], a cache scale
-                that is itself pruned or does not come first, a skipped scale before one that runs.
+                that is itself pruned or does not come first, a skipped scale before one that runs, a scale of the
+                drafter or the switch.
         """
         num_scales = len(schedule)
         lengths = [height * width for height, width in schedule]
@@ -169,6 +212,8 @@ class PruningPlan:
                 f"in a model of {depth} layers"
             )
 
+        if drafted is not None:
+            self._check_drafted(drafted, lengths, num_kept)
         running = [k for k in range(num_scales) if num_kept[k] > 0]
         if not running:
             raise PlanError(f"plan {self.name!r}: every scale is skipped; keep at least the first")
@@ -192,6 +237,11 @@ class PruningPlan:
                     f"plan {self.name!r}: cache_scale {self.cache_scale} comes after the pruned scale {pruned[0]}; "
                     "the cache must be written before it is read"
                 )
+            if drafted is not None and cache_scale < drafted.num_scales:
+                raise PlanError(
+                    f"plan {self.name!r}: cache_scale {self.cache_scale} is drawn by the drafter; name one of the "
+                    f"refiner's, {drafted.num_scales} or later"
+                )
         unguided_from = None
         if self.unguided_from is not None:
             unguided_from = self._place("unguided_from", self.unguided_from, num_scales)
@@ -200,16 +250,32 @@ class PruningPlan:
                     f"plan {self.name!r}: unguided_from {self.unguided_from} is scale 0, by which the condition enters "
                     "for both halves; name a later one, and draw with a cfg that does not guide for none at all"
                 )
+            if drafted is not None and unguided_from <= drafted.num_scales:
+                raise PlanError(
+                    f"plan {self.name!r}: unguided_from {self.unguided_from}: got scale {unguided_from}, expected one "
+                    f"after scale {drafted.num_scales}, at which the refiner takes over"
+                )
+        before = 0 if drafted is None else drafted.depth
         return ResolvedPlan(
             schedule=tuple((int(h), int(w)) for h, w in schedule),
-            depth=depth,
+            depth=before + depth,
             num_kept=tuple(num_kept),
             cache_scale=cache_scale,
-            first_layer=first_layer,
-            last_layer=last_layer,
+            first_layer=before + first_layer,
+            last_layer=before + last_layer,
             context_tokens=context_tokens,
             unguided_from=unguided_from,
+            drafted=drafted,
         )
+
+    def _check_drafted(self, drafted: Drafted, lengths: Sequence[int], num_kept: Sequence[int]) -> None:
+        """That nothing is pruned before the refiner's first step is over."""
+        for scale in range(drafted.num_scales + 1):
+            if num_kept[scale] < lengths[scale]:
+                raise PlanError(
+                    f"plan {self.name!r}: scale {scale} is pruned, which the drafter draws or the refiner's first step "
+                    f"computes; prune scales after {drafted.num_scales}"
+                )
 
     def _place(self, what: str, place: int, count: int) -> int:
         if not -count <= place < count:

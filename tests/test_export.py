@@ -349,7 +349,7 @@ def test_a_selection_that_is_not_pytorchs_fails_the_export(tiny_bundle: Path, tm
     got = run_in_onnxruntime(folder, function.spec, graph, inputs)
     assert len(got.selections) == 2 * 1  # attn and ffn of the one pruned layer
     assert validation.compare_with_torch(function, inputs, got, FP32).selection_shortfall == 0
-    others = [i for i in range(function.layers[-1].num_tokens) if i not in got.selections[0][0].tolist()]
+    others = [i for i in range(max(function.layers.items())[1].num_tokens) if i not in got.selections[0][0].tolist()]
     got.selections[0][0, :3] = torch.tensor(others[:3])
     with pytest.raises(ExportError, match="the pivotal tokens of one sublayer are not those of PyTorch"):
         validation.compare_with_torch(function, inputs, got, FP32)

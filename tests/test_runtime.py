@@ -20,6 +20,7 @@ from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, View
 from fastvar_trt.runtime.chain import plan_batches
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, GraphSpec, Manifest, Role
 from fastvar_trt.runtime.noise import uniform_noise
+from fastvar_trt.runtime.precision import DTYPES
 
 NUM_TOKENS = [n * n for n in TINY_PATCH_NUMS]
 
@@ -102,9 +103,9 @@ class _FakeGraph(BoundGraph):
 
 def _array(view: View) -> Any:
     """The view as an array of the owner's memory, by its pointer alone."""
-    owner = view.buffer.owner
-    offset = (view.pointer - owner.ctypes.data) // owner.itemsize
-    return owner.reshape(-1)[offset : offset + int(np.prod(view.shape))].reshape(view.shape)
+    memory, dtype = view.buffer.owner, np.dtype(DTYPES[view.buffer.dtype].host)
+    count, first = int(np.prod(view.shape)), view.pointer - memory.ctypes.data
+    return memory.reshape(-1).view(np.uint8)[first : first + count * dtype.itemsize].view(dtype).reshape(view.shape)
 
 
 def test_the_scale_loop_binds_every_step_to_what_the_steps_before_it_wrote(tiny_bundle: Path) -> None:

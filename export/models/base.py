@@ -42,6 +42,7 @@ class BlockSpec(abc.ABC):
     height: int
     width: int
     past: tuple[tuple[int, int], ...]  # pieces (S, rows): of guided steps, and of those after
+    scale_tokens: tuple[int, ...]  # of a step over several scales, whose tokens see no later one, those of each; or ()
     keep: int | None  # K, or None where all tokens are computed
     cached_height: int  # of the cache scale; 0 unless `keep` is set
     cached_width: int
@@ -115,14 +116,20 @@ class BlockSpec(abc.ABC):
         return (*self.activations, *self.shared_weights, *self.weight_names)
 
     @property
+    def num_cached(self) -> int:
+        """Tokens whose sublayer outputs are cached: those of the step's last scale."""
+        return self.scale_tokens[-1] if self.scale_tokens else self.num_tokens
+
+    @property
     def outputs(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
         """Name, shape and dtype of the outputs of `run`, in order."""
         full = (self.rows, self.num_tokens, self.channels)
+        cached = (self.rows, self.num_cached, self.channels)
         outputs: list[tuple[str, tuple[int, ...], torch.dtype]] = [("y", full, torch.float32)]
         if self.emits_kv:
             outputs += [("new_k", self.kv_shape, self.kv_dtype), ("new_v", self.kv_shape, self.kv_dtype)]
         if self.writes_cache:
-            outputs += [(f"cache_{sublayer}", full, self.kv_dtype) for sublayer in self.sublayers]
+            outputs += [(f"cache_{sublayer}", cached, self.kv_dtype) for sublayer in self.sublayers]
         return tuple(outputs)
 
     @abc.abstractmethod
@@ -181,8 +188,21 @@ class BlockSpec(abc.ABC):
             keys = torch.cat([*self._past(tensors, "past_k"), keys])  # [S + K, B2, H, D]
             values = torch.cat([*self._past(tensors, "past_v"), values])
         keys, values = (x.permute(1, 2, 0, 3).to(self.dtype) for x in (keys, values))
-        attended = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, scale=self.attn_scale)
+        q = q.transpose(1, 2)
+        if self.scale_tokens:
+            attended = self._attend_by_scale(q, keys, values)
+        else:
+            attended = F.scaled_dot_product_attention(q, keys, values, scale=self.attn_scale)
         return attended.transpose(1, 2).reshape(self.rows * self.num_computed, self.channels), new_k, new_v
+
+    def _attend_by_scale(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of [B2, H, T, D] to one's own scale and those before it: one for each, in place of a mask."""
+        parts, end = [], 0
+        for own in q.split(list(self.scale_tokens), dim=2):
+            end += own.shape[2]
+            seen = keys[:, :, :end], values[:, :, :end]
+            parts.append(F.scaled_dot_product_attention(own, *seen, scale=self.attn_scale))
+        return torch.cat(parts, dim=2)
 
     def _past(self, tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
         """The pieces of the past [S, B2, H, D], of guided steps the conditional half where this one has no guidance."""
@@ -196,13 +216,17 @@ class BlockSpec(abc.ABC):
         if self.emits_kv:
             outputs += (new_k, new_v)
         if self.writes_cache:
-            outputs += tuple(y.to(self.kv_dtype) for y in by_sublayer)
+            own = by_sublayer if not self.scale_tokens else [y[:, -self.num_cached :] for y in by_sublayer]
+            outputs += tuple(y.to(self.kv_dtype) for y in own)
         return outputs
 
 
 def block_geometry(plan: ResolvedPlan, scale: int, layer: int, batch: int) -> dict[str, Any]:
     """The fields of `BlockSpec` that follow from the plan."""
     height, width = plan.schedule[scale]
+    scale_tokens = tuple(map(plan.num_tokens, range(scale + 1))) if scale == plan.switch else ()
+    if scale_tokens:
+        height, width = 1, sum(scale_tokens)
     pruned = plan.prunes(scale, layer)
     cached = plan.schedule[plan.cache_scale] if pruned and plan.cache_scale is not None else (0, 0)
     return {
@@ -210,11 +234,12 @@ def block_geometry(plan: ResolvedPlan, scale: int, layer: int, batch: int) -> di
         "height": height,
         "width": width,
         "past": plan.past(scale, layer, batch),
+        "scale_tokens": scale_tokens,
         "keep": plan.kept(scale, layer) if pruned else None,
         "cached_height": cached[0],
         "cached_width": cached[1],
         "writes_cache": plan.writes_cache(scale, layer),
-        "emits_kv": scale != plan.steps[-1],
+        "emits_kv": plan.emits_keys(scale),
     }
 
 
@@ -238,13 +263,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class StepOutputs:
-    """What one step computes. Lists are per layer; keys are absent (empty) where the step emits none."""
+    """What one step computes. Keys and values are absent (empty) where the step emits none."""
 
     tokens: Tensor  # `token_shape`
     f_hat: Tensor  # fp32 [B, C_vae, h_K, w_K]
     logits: Tensor  # fp32, `logits_shape`
     finite: Tensor  # bool [B], whether all logits of an image are
-    new_kv: list[tuple[Tensor, Tensor]]  # [K, B2, H, D], or [K, B, H, D] without guidance
+    new_kv: dict[int, tuple[Tensor, Tensor]]  # layer -> [K, B2, H, D], or [K, B, H, D] without guidance
     caches: dict[int, tuple[Tensor, ...]]  # layer -> per sublayer [B2, T, C]
     handed_on: dict[str, Tensor]  # `handed_on_specs`
 
@@ -373,8 +398,13 @@ class NextScaleModel(nn.Module, abc.ABC):
         """Shape per image of the noise `GUMBEL` that a step takes, of models that blend codes."""
         return None
 
+    def step_condition_specs(self, plan: ResolvedPlan, scale: int, batch: int) -> tuple[TensorSpec, ...]:
+        """What a step takes of `condition_outputs`, and of what steps before have handed on, with all of its rows."""
+        outputs = self.condition_outputs(batch)
+        return outputs if scale == plan.steps[0] else tuple(spec for spec in outputs if spec.name != names.START)
+
     def handed_on_specs(self, plan: ResolvedPlan, scale: int, batch: int) -> tuple[TensorSpec, ...]:
-        """What a step leaves for the graph after the last one, besides f_hat."""
+        """What a step leaves for later graphs, besides f_hat."""
         return ()
 
     def residual_specs(self, plan: ResolvedPlan, batch: int) -> tuple[TensorSpec, ...] | None:
@@ -421,6 +451,11 @@ class NextScaleModel(nn.Module, abc.ABC):
         """f_hat with a blend of codes added in place of the drawn ones; of models with a `gumbel_shape`."""
         raise NotImplementedError
 
+    def block_weights(self, spec: BlockSpec, layer: int) -> dict[str, Tensor]:
+        """The weights of a block by their names in it, in the order of `input_names`."""
+        shared = {name: self.weight(name) for name in spec.shared_weights}
+        return shared | {name: self.weight(f"blocks.{layer}.{name}") for name in spec.weight_names}
+
     def step_condition(self, condition: Mapping[str, Tensor], scale: int) -> Mapping[str, Tensor]:
         """The condition with what all blocks of a step need of it."""
         return condition
@@ -431,7 +466,7 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, condition: Mapping[str, Tensor], f_hat: Tensor | None, scale: int) -> Tensor:
-        """The token map that a step starts from, fp32: [B2, L, C] at the first, where the halves differ, else
+        """The tokens that a step starts from, fp32: [B2, L, C] where the halves differ, as at the first, else
         [B, L, C]."""
 
     @abc.abstractmethod
@@ -449,8 +484,8 @@ class NextScaleModel(nn.Module, abc.ABC):
     def accumulate(self, drawn: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
         """f_hat with this scale's codes added."""
 
-    def handed_on(self, x: Tensor, drawn: Tensor, scale: int) -> dict[str, Tensor]:
-        """`handed_on_specs`, of the last block's output [B2, L, C]."""
+    def handed_on(self, x: Tensor, drawn: Tensor, f_hat: Tensor, scale: int) -> dict[str, Tensor]:
+        """`handed_on_specs`, of the last block's output [B2, L, C] and the new f_hat."""
         return {}
 
     def residual(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -464,7 +499,7 @@ class NextScaleModel(nn.Module, abc.ABC):
         *,
         condition: Mapping[str, Tensor],
         f_hat: Tensor | None,
-        past: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        past: Mapping[int, Sequence[tuple[Tensor, Tensor]]],
         caches: Mapping[int, tuple[Tensor, ...]],
         uniform: Tensor,
         request: Request,
@@ -477,9 +512,9 @@ class NextScaleModel(nn.Module, abc.ABC):
         Args:
             plan: the pruning plan, resolved for this model.
             scale: which one.
-            condition: the outputs of the condition graph.
+            condition: the outputs of the condition graph, and what steps before have handed on.
             f_hat: fp32 [B, C_vae, h_K, w_K]; None at the first scale.
-            past: per layer the pieces of keys and values, each [S, B2, H, D]; empty at the first scale.
+            past: layer -> the pieces of keys and values, each [S, B2, H, D]; without those that have none yet.
             caches: per pruned layer the sublayers' outputs at the cache scale [B2, T, C]; pruned scales only.
             (Of a scale without guidance, B2 is B in all of these but the first piece of the past.)
             uniform: fp32 [B, *token shape].
@@ -490,16 +525,14 @@ class NextScaleModel(nn.Module, abc.ABC):
         """
         batch = uniform.shape[0]
         x = self.embed(condition, f_hat, scale)
-        if f_hat is not None and plan.is_guided(scale):
+        if len(x) < plan.rows(scale, batch):
             x = x.repeat(2, 1, 1)
         condition = self.step_condition(condition, scale)
-        new_kv: list[tuple[Tensor, Tensor]] = []
+        new_kv: dict[int, tuple[Tensor, Tensor]] = {}
         new_caches: dict[int, tuple[Tensor, ...]] = {}
-        for layer in range(self.depth):
+        for layer in plan.layers(scale):
             spec = self.block_spec(plan, scale, layer, batch)
-            tensors = {"x": x, **self.block_condition(condition, layer)}
-            tensors |= {name: self.weight(name) for name in spec.shared_weights}
-            tensors |= {name: self.weight(f"blocks.{layer}.{name}") for name in spec.weight_names}
+            tensors = {"x": x, **self.block_condition(condition, layer), **self.block_weights(spec, layer)}
             if spec.past:
                 for i, (k, v) in enumerate(past[layer]):
                     tensors |= {f"past_k.{i}": k, f"past_v.{i}": v}
@@ -511,7 +544,7 @@ class NextScaleModel(nn.Module, abc.ABC):
                 outputs = _custom_node(spec, tensors, block_names[spec])
             x = outputs[0]
             if spec.emits_kv:
-                new_kv.append((outputs[1], outputs[2]))
+                new_kv[layer] = outputs[1], outputs[2]
             if spec.writes_cache:
                 new_caches[layer] = outputs[-len(spec.sublayers) :]
 
@@ -535,7 +568,7 @@ class NextScaleModel(nn.Module, abc.ABC):
             finite=finite,
             new_kv=new_kv,
             caches=new_caches,
-            handed_on=self.handed_on(x, drawn, scale),
+            handed_on=self.handed_on(x, drawn, f_hat, scale),
         )
 
     def run_block(self, spec: BlockSpec, tensors: Mapping[str, Tensor], select: Selector) -> tuple[Tensor, ...]:

@@ -91,16 +91,20 @@ class CodeBookModel(NextScaleModel):
         """`VQVAE.fhat_to_img`."""
         return ImageDecoder(self.vae_config)
 
-    def embedded(self, f_hat: Tensor, scale: int) -> Tensor:
-        """f_hat area-resized to the scale's map and embedded: fp32 [B, L, C]."""
+    def at_scale(self, f_hat: Tensor, scale: int) -> Tensor:
+        """f_hat area-resized to the scale's map: fp32 [B, C_vae, h, w]."""
         side, last = self.patch_nums[scale], self.patch_nums[-1]
-        if side != last:
-            area = f"resize.area_{side}_{last}"
-            f_hat = resize_map(f_hat, self.weight(area), self.weight(f"{area}_t"))
-        batch, channels = f_hat.shape[:2]
-        tokens = f_hat.view(batch, channels, side * side).transpose(1, 2).reshape(-1, channels)  # [B*L, C_vae]
+        if side == last:
+            return f_hat
+        area = f"resize.area_{side}_{last}"
+        return resize_map(f_hat, self.weight(area), self.weight(f"{area}_t"))
+
+    def embedded(self, own: Tensor) -> Tensor:
+        """f_hat at a scale's map [B, C_vae, h, w] embedded: fp32 [B, L, C]."""
+        batch, channels = own.shape[:2]
+        tokens = own.flatten(2).transpose(1, 2).reshape(-1, channels)  # [B*L, C_vae]
         embedded = F.linear(tokens, self.weight("word_embed.weight"), self.weight("word_embed.bias"))
-        return embedded.view(batch, side * side, -1)
+        return embedded.view(batch, -1, embedded.shape[-1])
 
     def draw(self, logits: Tensor, uniform: Tensor, request: Request, scale: int) -> Tensor:
         """One code per position: int32 [B, L]."""

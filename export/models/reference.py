@@ -42,15 +42,15 @@ class ChainState:
 
     condition: dict[str, Tensor]  # the outputs of the condition graph
     f_hat: Tensor | None  # fp32 [B, C_vae, h_K, w_K]
-    past: list[list[tuple[Tensor, Tensor]]]  # per layer the pieces [S, B2, H, D]
+    past: dict[int, list[tuple[Tensor, Tensor]]]  # per layer the pieces [S, B2, H, D]
     caches: dict[int, tuple[Tensor, ...]]  # per layer and sublayer [B2, T, C]
-    handed_on: dict[str, Tensor]  # for the graph after the last step
+    handed_on: dict[str, Tensor]  # for later graphs, besides f_hat
     seeds: Sequence[int]  # one per image, of noise that is not uniform
 
     @classmethod
     def begin(cls, model: NextScaleModel, inputs: Mapping[str, Tensor], seeds: Sequence[int]) -> ChainState:
         """The state before the first step, for inputs of the condition graph."""
-        return cls(model.condition(inputs), None, [], {}, {}, seeds)
+        return cls(model.condition(inputs), None, {}, {}, {}, seeds)
 
     def step(
         self, model: NextScaleModel, plan: ResolvedPlan, scale: int, uniform: Tensor, request: Request
@@ -60,7 +60,7 @@ class ChainState:
         outputs = model.step(
             plan,
             scale,
-            condition={name: tensor[:rows] for name, tensor in self.condition.items()},
+            condition={name: tensor[:rows] for name, tensor in {**self.condition, **self.handed_on}.items()},
             f_hat=self.f_hat,
             past=self.past,
             caches={layer: tuple(y[:rows] for y in own) for layer, own in self.caches.items()},
@@ -69,16 +69,14 @@ class ChainState:
             gumbel=gumbel_of(model, scale, self.seeds, uniform.device),
         )
         self.f_hat = outputs.f_hat
-        if outputs.new_kv:
-            past = self.past or [[] for _ in outputs.new_kv]
-            self.past = [_extended(pieces, new) for pieces, new in zip(past, outputs.new_kv, strict=True)]
+        self.past.update({i: _extended(self.past.get(i, []), new) for i, new in outputs.new_kv.items()})
         self.caches.update(outputs.caches)
         self.handed_on.update(outputs.handed_on)
         return outputs
 
     def finish(self, model: NextScaleModel, plan: ResolvedPlan, request: Request) -> None:
         """Run what comes after the last step, of models that have it; of the request it takes guidance."""
-        if self.handed_on:
+        if model.residual_specs(plan, len(self.seeds)) is not None:
             assert self.f_hat is not None
             inputs = residual_inputs(model, plan, request, self.seeds)
             self.f_hat = model.residual({**self.handed_on, **inputs, names.F_HAT: self.f_hat})

@@ -25,6 +25,10 @@ class Buffer:
     pointer: int
     owner: Any
 
+    def part(self, offset: int, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A tensor in this memory, `offset` bytes from its start; to be bound, not to be uploaded or downloaded."""
+        return Buffer(shape, dtype, self.pointer + offset, self.owner)
+
     def view(self) -> View:
         """The whole buffer."""
         return View(self, self.shape, self.pointer)

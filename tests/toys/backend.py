@@ -13,6 +13,7 @@ import onnxruntime
 from fastvar_trt.runtime.backends import Backend, BackendEntry, BackendOption, BoundGraph, Buffer, View
 from fastvar_trt.runtime.engines import EngineSet, usable_engines
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest
+from fastvar_trt.runtime.precision import DTYPES
 from toys.target import VERSION, ToyBuilder
 
 
@@ -75,9 +76,9 @@ class _Bound(BoundGraph):
 
 
 def _array(view: View) -> Any:
-    owner = view.buffer.owner
-    first = (view.pointer - owner.ctypes.data) // owner.itemsize
-    return owner.reshape(-1)[first : first + int(np.prod(view.shape))].reshape(view.shape)
+    memory, dtype = view.buffer.owner, np.dtype(DTYPES[view.buffer.dtype].host)
+    count, first = int(np.prod(view.shape)), view.pointer - memory.ctypes.data
+    return memory.reshape(-1).view(np.uint8)[first : first + count * dtype.itemsize].view(dtype).reshape(view.shape)
 
 
 def _create(device: str | None, profile: bool, greeting: str = "hello") -> Backend:

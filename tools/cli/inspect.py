@@ -7,12 +7,14 @@ from pathlib import Path
 
 import click
 
+from fastvar_trt.runtime.chain import kv_bytes
 from fastvar_trt.runtime.engines import EngineSet, engine_folders, read_engines
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import (
     WEIGHTS_FILE,
     Condition,
     Manifest,
+    ModelSpec,
     Role,
     Tokens,
     check_files,
@@ -39,7 +41,7 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
         return
     model, variant, plan = manifest.model, manifest.default, manifest.resolved_plan
     click.echo(
-        f"{model.family}, {model.depth} layers x {model.width}, {model.num_heads} heads, {_conditions(manifest)}, "
+        f"{model.family}, {_sizes(model)}, {_conditions(manifest)}, "
         f"{variant.image_width}x{variant.image_height} pixels, {manifest.precision}, "
         f"batch {', '.join(map(str, manifest.batches))}"
     )
@@ -52,7 +54,7 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
         )
     )
     rows = [
-        [k, f"{h}x{w}", h * w, plan.num_kept[k] or "skipped", *(plan.num_past(k, i) for i in (0, model.depth - 1))]
+        [k, f"{h}x{w}", h * w, plan.num_kept[k] or "skipped"] + [plan.num_past(k, plan.layers(k)[i]) for i in (0, -1)]
         for k, (h, w) in enumerate(variant.schedule)
     ]
     click.echo("\n" + format_table(["scale", "map", "tokens", "kept", "past keys, first layer", "last layer"], rows))
@@ -74,6 +76,13 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
                 for t in ts
             ]
             click.echo(format_table(["", "tensor", "dtype", "shape"], lines))
+
+
+def _sizes(model: ModelSpec) -> str:
+    own = f"{model.depth} layers x {model.width}, {model.num_heads} heads"
+    if model.drafter is None:
+        return own
+    return f"{_sizes(model.drafter)} (drafter, {model.num_drafted} scales), {own} (refiner)"
 
 
 def _conditions(manifest: Manifest) -> str:
@@ -117,7 +126,7 @@ def _memory_rows(manifest: Manifest) -> list[list[object]]:
     columns = [
         {
             "weights": manifest.files[WEIGHTS_FILE].num_bytes,
-            "keys and values": output_bytes(manifest, batch, Role.KEYS, Role.VALUES),
+            "keys and values": kv_bytes(manifest.default.chain(batch)),
             "token cache": output_bytes(manifest, batch, Role.CACHE),
             "modulations": output_bytes(manifest, batch, Role.MODULATION),
             "keys and values of the text": output_bytes(manifest, batch, Role.TEXT),

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.onnxruntime import cpu_fields, num_cores
+from fastvar_trt.runtime.chain import kv_bytes
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, Role
 from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
@@ -116,12 +117,12 @@ def statistics_of(samples: Sequence[float]) -> dict[str, float]:
 
 def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
     """What a step moves at least: its matrices once, keys and values of the past read, new ones written."""
-    model, plan = manifest.model, manifest.resolved_plan
+    model, plan = manifest.model.at(scale), manifest.resolved_plan
     precision = PRECISIONS[manifest.precision]
     per_layer = layer_weights(model) + (2 * model.width**2 if has_cross_attention(model) else 0)
     matrices = model.depth * per_layer + model.width * model.vocab_size
     rows = plan.rows(scale, batch)
-    keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in range(model.depth))
+    keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in plan.layers(scale))
     text = model.depth * model.text_length if has_cross_attention(model) else 0
     kv_bytes = DTYPES[precision.kv].num_bytes * 2 * rows * model.width * (keys + text)
     return round(precision.bytes_per_weight * matrices) + kv_bytes
@@ -237,13 +238,10 @@ def ceiling() -> dict[str, float]:
 def _memory(pipe: Pipeline, batch: int) -> dict[str, float]:
     manifest = pipe.manifest
 
-    def mib(*roles: Role) -> float:
-        return round(output_bytes(manifest, batch, *roles) / 2**20, 2)
-
     memory = {
         "weights": round(manifest.files[WEIGHTS_FILE].num_bytes / 2**20, 2),
-        "keys_and_values": mib(Role.KEYS, Role.VALUES),
-        "token_cache": mib(Role.CACHE),
+        "keys_and_values": round(kv_bytes(manifest.default.chain(batch)) / 2**20, 2),
+        "token_cache": round(output_bytes(manifest, batch, Role.CACHE) / 2**20, 2),
         "all_buffers": round(pipe.num_buffer_bytes / 2**20, 2),
         "peak_rss": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 2),
     }

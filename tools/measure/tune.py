@@ -141,7 +141,7 @@ class _Drawer:
         if key not in self._prefixes:
             self._prefixes[key] = self._run_prefix(plan, end)
         state = self._prefixes[key]
-        return dataclasses.replace(state, past=list(state.past), caches=dict(state.caches), handed_on={})
+        return dataclasses.replace(state, past=dict(state.past), caches=dict(state.caches), handed_on={})
 
     def _run_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
         state = ChainState.begin(self._model, self._inputs, self._seeds)

@@ -39,8 +39,9 @@ def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
     if scale not in plan.steps:
         return 0
     rows = plan.rows(scale)
+    model = model.at(scale)
     total = length * (model.width * model.vocab_size + model.code_channels * model.width)
-    for layer in range(model.depth):
+    for layer in plan.layers(scale):
         kept = plan.kept(scale, layer)
         keys = plan.num_past(scale, layer) + kept
         total += rows * kept * (layer_weights(model) + 2 * model.width * keys)
@@ -68,15 +69,16 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
     in fp32 (a doubled map still has the channels of the level before). What a backend really takes depends on its
     kernels; of engines, `EngineRecord.activation_bytes` says it.
     """
-    model, plan = manifest.model, manifest.resolved_plan
+    plan = manifest.resolved_plan
     size = DTYPES[PRECISIONS[manifest.precision].computed].num_bytes
     largest = 0
     for scale in plan.steps:
+        model = manifest.model.at(scale)
         rows = plan.rows(scale, batch)
         length = plan.num_tokens(scale)
         stream = 2 * rows * length * model.width * 4
         inside = 0
-        for layer in range(model.depth):
+        for layer in plan.layers(scale):
             kept = plan.kept(scale, layer)
             keys = plan.num_past(scale, layer) + kept
             feed_forward = rows * kept * (model.mlp_width + model.width) * size

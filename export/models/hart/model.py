@@ -263,7 +263,7 @@ class HART(CodeBookModel, TextModel):
         """The text, or f_hat area-resized to the scale's map and embedded: see the base class."""
         if f_hat is None:
             return condition[names.START]
-        return self.embedded(f_hat, scale) + self.weight(f"pos.{scale}")
+        return self.embedded(self.at_scale(f_hat, scale)) + self.weight(f"pos.{scale}")
 
     def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor | None) -> Tensor:
         """Logits fp32 [B, L, V], guided by `(1 + t) cond - t uncond` with t = cfg * `_ramp`.
@@ -339,7 +339,7 @@ class HART(CodeBookModel, TextModel):
         shape = (plan.rows(scale, batch), self.patch_nums[-1] ** 2, self.config.width)
         return (TensorSpec(names.HIDDEN, shape, self.precision.computed),)
 
-    def handed_on(self, x: Tensor, drawn: Tensor, scale: int) -> dict[str, Tensor]:
+    def handed_on(self, x: Tensor, drawn: Tensor, f_hat: Tensor, scale: int) -> dict[str, Tensor]:
         """`decoder_norm` of the last block's output and the drawn codes, embedded."""
         if scale != len(self.patch_nums) - 1:
             return {}

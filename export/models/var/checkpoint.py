@@ -61,15 +61,19 @@ def expected_var_keys(config: VARConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_checkpoints(
-    config: VARConfig, vae_config: VQVAEConfig, state: Mapping[str, Tensor], vae_state: Mapping[str, Tensor]
+    config: VARConfig,
+    vae_config: VQVAEConfig,
+    state: Mapping[str, Tensor],
+    vae_state: Mapping[str, Tensor],
+    option: str = "--checkpoint",
 ) -> None:
-    """That both state dicts are complete and belong together.
+    """That both state dicts are complete and belong together; `option` names the transformer's in errors.
 
     Raises:
         CheckpointError: one error that names the keys at fault in both, or the size in which the two models differ.
     """
     problems = {
-        "--checkpoint": key_problems(state, expected_var_keys(config), _UNUSED),
+        option: key_problems(state, expected_var_keys(config), _UNUSED),
         "--vae": vae_problems(vae_config, vae_state),
     }
     check_keys(problems)
@@ -84,16 +88,30 @@ def deployment_tensors(
     precision: Precision,
     max_top_k: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a bundle, one at a time, in the names of `models.var.model`.
+    """The tensors of a bundle, one at a time, in the names of `models.var.model`."""
+    yield from transformer_tensors(config, state, precision)
+    yield from shared_tensors(config, vae_config, vae_state, precision, max_top_k)
+
+
+def shared_tensors(
+    config: VARConfig, vae_config: VQVAEConfig, vae_state: Mapping[str, Tensor], precision: Precision, max_top_k: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Those that are not the transformer's: see `vqvae_tensors`; `sampling.rank` is 0 .. max_top_k - 1."""
+    yield "sampling.rank", torch.arange(max_top_k)
+    yield from vqvae_tensors(vae_config, config.patch_nums, vae_state, precision)
+
+
+def transformer_tensors(
+    config: VARConfig, state: Mapping[str, Tensor], precision: Precision
+) -> Iterator[tuple[str, Tensor]]:
+    """Those of the transformer.
 
     Of the precision are the large matrices and their biases. fp32 stay: embeddings and positions (added to the
-    residual stream), modulation biases (1 + scale would lose the scale's digits) and normalisation parameters; of the
-    VQVAE see `vqvae_tensors`. `norm.weight` (ones) and `sampling.rank` (0 .. max_top_k - 1) are constants that would
-    otherwise be repeated in every graph.
+    residual stream), modulation biases (1 + scale would lose the scale's digits) and normalisation parameters.
+    `norm.weight` (ones) is a constant that would otherwise be repeated in every graph.
     """
     c, matrix = config.width, matrix_format(precision)
     yield "norm.weight", torch.ones(c)
-    yield "sampling.rank", torch.arange(max_top_k)
     yield "class_emb.weight", state["class_emb.weight"].float()
     yield "word_embed.weight", state["word_embed.weight"].float()
     yield "word_embed.bias", state["word_embed.bias"].float()
@@ -132,5 +150,3 @@ def deployment_tensors(
     yield from matrix.write("head_modulation", state["head_nm.ada_lin.1.weight"])
     yield "head_modulation.bias", state["head_nm.ada_lin.1.bias"].float() + head_plus_one
     yield from write_linear(precision, "head", state["head.weight"], state["head.bias"])
-
-    yield from vqvae_tensors(vae_config, config.patch_nums, vae_state, precision)

@@ -11,11 +11,12 @@ import click
 
 from fastvar_trt.export.models.family import Family, SourceCommand
 from fastvar_trt.runtime.errors import CheckpointError
-from fastvar_trt.runtime.plan import PruningPlan
+from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.precision import Precision
 
 if TYPE_CHECKING:
-    from fastvar_trt.export.models.var.model import VAR as Model
+    from fastvar_trt.export.models.base import NextScaleModel
+    from fastvar_trt.export.models.var.code import CoDeSource
     from fastvar_trt.export.models.var.source import VARSource
 
 # FastVAR's fractions for Infinity's last two computed scales, on VAR's last two; the first layers stay dense, as there.
@@ -30,10 +31,18 @@ def _load_files(checkpoint: Path, vae: Path, config: str | None) -> VARSource:
     return VARSource.from_files(checkpoint, vae, overrides)
 
 
-def _from_configs(configs: Mapping[str, Any], precision: Precision) -> Model:
+def _load_pair(drafter: Path, refiner: Path, vae: Path, switch: int, config: str | None) -> CoDeSource:
+    overrides = _read_config(config)
+    from fastvar_trt.export.models.var.code import CoDeSource
+
+    return CoDeSource.from_files(drafter, refiner, vae, switch, overrides)
+
+
+def _from_configs(configs: Mapping[str, Any], precision: Precision) -> NextScaleModel:
+    from fastvar_trt.export.models.var.code import CoDe
     from fastvar_trt.export.models.var.model import VAR
 
-    return VAR.from_configs(configs, precision)
+    return (CoDe if "code" in configs else VAR).from_configs(configs, precision)
 
 
 def _read_config(text: str | None) -> dict[str, Any] | None:
@@ -51,6 +60,10 @@ def _read_config(text: str | None) -> dict[str, Any] | None:
     return data
 
 
+_VAE = click.Option(["--vae"], type=click.Path(path_type=Path), required=True, help="The official file of its VAE.")
+_CONFIG = click.Option(
+    ["--config"], help="JSON, or a JSON file, of what state dicts do not tell: num_heads, patch_nums, quant_resi (0.5)."
+)
 _FILES = SourceCommand(
     name="var",
     description="An official VAR checkpoint. Sizes, scales and variants are read from the state dict.",
@@ -61,14 +74,29 @@ _FILES = SourceCommand(
     ),
     options=(
         click.Option(["--checkpoint"], type=click.Path(path_type=Path), required=True, help="The official file."),
-        click.Option(["--vae"], type=click.Path(path_type=Path), required=True, help="The official file of its VAE."),
-        click.Option(
-            ["--config"],
-            help="JSON, or a JSON file, of what state dicts do not tell: num_heads, patch_nums, quant_resi (0.5).",
-        ),
+        _VAE,
+        _CONFIG,
     ),
     load=_load_files,
     default_plan=lambda **_: _FASTVAR_VAR.name,
     top_k=900,
 )
-VAR = Family("var", (_FILES,), _from_configs, (_FASTVAR_VAR,))
+_PAIR = SourceCommand(
+    name="code",
+    description="CoDe: two official VARs in one chain. A large one draws the first scales, a small one the rest.",
+    examples=(
+        "fastvar-export code --drafter var_d30.pth --refiner var_d16.pth --vae vae_ch160v4096z32.pth \\\n"
+        "    --switch 8 --out out/code",
+    ),
+    options=(
+        click.Option(["--drafter"], type=click.Path(path_type=Path), required=True, help="The official file."),
+        click.Option(["--refiner"], type=click.Path(path_type=Path), required=True, help="The official file."),
+        _VAE,
+        click.Option(["--switch"], type=int, default=8, show_default=True, help="Scales that the drafter draws."),
+        _CONFIG,
+    ),
+    load=_load_pair,
+    default_plan=lambda **_: DENSE.name,
+    top_k=600,  # `sample_CoDe.py`
+)
+VAR = Family("var", (_FILES, _PAIR), _from_configs, (_FASTVAR_VAR,))

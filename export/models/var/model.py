@@ -183,7 +183,11 @@ class VAR(CodeBookModel):
         """The start token, or f_hat area-resized to the scale's map and embedded: see the base class."""
         if f_hat is None:
             return condition[names.START].unsqueeze(1) + self.weight("pos.0")
-        return self.embedded(f_hat, scale) + self.weight(f"pos.{scale}")
+        return self.embed_map(self.at_scale(f_hat, scale), scale)
+
+    def embed_map(self, own: Tensor, scale: int) -> Tensor:
+        """f_hat at a scale's map [B, C_vae, h, w] as tokens with their positions, fp32 [B, L, C]."""
+        return self.embedded(own) + self.weight(f"pos.{scale}")
 
     def logits(self, x: Tensor, condition: Mapping[str, Tensor], scale: int, cfg: Tensor | None) -> Tensor:
         """Logits fp32 [B, L, V], guided by `(1 + t) cond - t uncond` with t = cfg * scale / (K - 1).

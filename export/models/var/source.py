@@ -19,7 +19,22 @@ from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.precision import Precision
 
 # Where VAR's trainer keeps the models in a training checkpoint.
-_NESTED, _NESTED_VAE = ("trainer", "var_wo_ddp"), ("trainer", "vae_local")
+NESTED, NESTED_VAE = ("trainer", "var_wo_ddp"), ("trainer", "vae_local")
+
+
+def check_overrides(overrides: Mapping[str, Any] | None) -> None:
+    """That --config names what state dicts do not tell.
+
+    Raises:
+        CheckpointError: another key.
+    """
+    known = {"num_heads", "patch_nums", "quant_resi"}
+    unknown = sorted(set(overrides or {}) - known)
+    if unknown:
+        raise CheckpointError(
+            f"--config: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}, everything else is "
+            "read from the state dict"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +53,7 @@ class VARSource(Source):
         Raises:
             CheckpointError: a file that is missing, damaged, or not of this model.
         """
-        return cls.from_state(load_state_dict(checkpoint, _NESTED), load_state_dict(vae, _NESTED_VAE), overrides)
+        return cls.from_state(load_state_dict(checkpoint, NESTED), load_state_dict(vae, NESTED_VAE), overrides)
 
     @classmethod
     def from_state(
@@ -54,13 +69,7 @@ class VARSource(Source):
         Raises:
             CheckpointError: keys, shapes or sizes that do not belong together.
         """
-        known = {"num_heads", "patch_nums", "quant_resi"}
-        unknown = sorted(set(overrides or {}) - known)
-        if unknown:
-            raise CheckpointError(
-                f"--config: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}, everything else is "
-                "read from the state dict"
-            )
+        check_overrides(overrides)
         config = VARConfig.from_state_dict(state, overrides)
         vae_config = VQVAEConfig.from_state_dict(vae_state, (overrides or {}).get("quant_resi", 0.5))
         check_checkpoints(config, vae_config, state, vae_state)
