@@ -305,7 +305,8 @@ class PruningPlan:
         """
         if not isinstance(data, Mapping):
             raise PlanError(f"plan {name!r}: got a JSON {type(data).__name__}, expected an object")
-        known = {"name", "pruned", "cache_scale", "first_layer", "last_layer", "unguided_from", "score"}
+        # Where `fastvar tune` has found it to lie is for people.
+        known = {"name", "pruned", "cache_scale", "first_layer", "last_layer", "unguided_from", "score", "measured"}
         unknown = sorted(set(data) - known)
         if unknown:
             raise PlanError(f"plan {name!r}: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}")

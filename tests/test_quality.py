@@ -17,7 +17,7 @@ from conftest import TINY_PLAN
 from fastvar_trt.export.exporter import ExportOptions, export_again
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import Pipeline, read_manifest
-from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.runtime.errors import PlanError, RequestError
 from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli import main
@@ -169,6 +169,14 @@ def test_candidates_need_a_cache_before_the_pruned_scales() -> None:
     ]
 
 
+def test_half_of_the_candidates_are_left_out_in_every_round() -> None:
+    assert tune.rounds(8, 6, None) == tune.rounds(8, 6, 48) == [(range(8), 6)]
+    assert tune.rounds(8, 6, 47) == [(range(4), 6), (range(4, 8), 3)]
+    assert [alive for _, alive in tune.rounds(8, 6, 16)] == [6, 3, 2, 1, 1, 1, 1]
+    with pytest.raises(PlanError, match="--budget 15: 6 candidates and 8 pictures need 16 at least"):
+        tune.rounds(8, 6, 15)
+
+
 @pytest.fixture(scope="module")
 def other_size(export_once: Callable[..., tuple[Path, object]]) -> Path:
     from conftest import tiny_states
@@ -213,6 +221,11 @@ def test_tune_command(tiny_bundle: Path, tmp_path: Path) -> None:
     plan = PruningPlan.from_json(json.loads((tmp_path / "tuned" / "plan.json").read_text()))
     record = json.loads((tmp_path / "tuned" / "tune.json").read_text())
     assert record["chosen"] == plan.name and len(record["candidates"]) == 5
+    place = json.loads((tmp_path / "tuned" / "plan.json").read_text())["measured"]
+    (found,) = [c for c in record["candidates"] if c["plan"]["name"] == plan.name]
+    assert (place["bundle"], place["images"]) == (str(tiny_bundle), 2)
+    assert all(place[key] == found[key] for key in ("work", "metrics", "compliance", "measured"))
+    assert place["measured"]["speedup"] > 0
     (extra,) = (candidate for candidate in record["candidates"] if candidate["is_marked"])
     assert extra["plan"]["name"] == "wasteful" and extra["measured"] is not None
     assert Image.open(tmp_path / "tuned" / "front.png").width > 500

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
-from conftest import INFINITY_PLAN, TINY_PLAN, tiny_infinity
+from conftest import INFINITY_PLAN, TINY_PLAN, tiny_infinity, tiny_states
 from fastvar_trt.export.build.base import BuildReport, Progress, build_bundle, no_progress
 from fastvar_trt.export.build.registry import parse_targets
 from fastvar_trt.export.build.tensorrt import builder
@@ -23,11 +23,13 @@ from fastvar_trt.export.build.tensorrt.engine import BuiltEngine, build_engine
 from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS, Flavour
 from fastvar_trt.export.build.tensorrt.layers import read_activation_bytes, read_layers
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.models.var.code import CoDeSource
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.plugins import DOMAIN, VERSION, onnx_functions, tensorrt_functions
 from fastvar_trt.runtime.engines import EngineLayer, EngineRecord, read_engines
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import read_manifest
+from fastvar_trt.runtime.plan import PruningPlan
 from fastvar_trt.tools.cli import main
 from fastvar_trt.tools.measure.estimate import Gpu, _times
 from fastvar_trt.tools.measure.work import chain_multiply_adds
@@ -366,6 +368,20 @@ def test_infinity_builds(export_once: Callable[..., tuple[Path, ExportReport]], 
         kernels = engines[f"step_{k:02d}.onnx"].kernels
         assert kernels["attention"] == 4, "two per layer"
         assert kernels["gemm_bias_gelu"] == 2, "one per layer"
+
+
+def test_a_pair_of_models_builds(export_once: Callable[..., tuple[Path, ExportReport]], tmp_path: Path) -> None:
+    """The refiner's first step has an attention per scale; after it a step restores from it, without guidance."""
+    (drafter, vae), (refiner, _) = tiny_states(depth=3, width=192, num_heads=3), tiny_states()
+    source = CoDeSource.from_states({"drafter": drafter, "refiner": refiner}, vae, 2)
+    plan = PruningPlan("late", ((-1, 0.5),), cache_scale=-2, unguided_from=-1)
+    shared, report = export_once("pair_fp16", source, ExportOptions(plan=plan, precision="fp16", compare=False))
+    bundle = Path(shutil.copytree(shared, tmp_path / "b"))
+    build_tensorrt(bundle, "sm86")
+    engines = read_engines(bundle, "tensorrt_rtx").records
+    assert set(engines) == {graph.file for graph in report.manifest.graphs}
+    attentions = [engines[f"step_{k:02d}.onnx"].kernels["attention"] for k in range(4)]
+    assert attentions == [3, 3, 2 * 3, 2], "one per layer, and scale at the switch"
 
 
 def test_more_pivotal_tokens_than_one_top_k_takes() -> None:

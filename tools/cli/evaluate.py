@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import click
@@ -15,17 +14,16 @@ from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Condition
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, counting_bar, examples, runtime_options
-from fastvar_trt.tools.cli.pictures import check_takes_prompts, vif_option
+from fastvar_trt.tools.cli.pictures import check_takes_prompts, judge_of, judge_options, vif_option
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure.compare import check_comparable, shared_sampling
-from fastvar_trt.tools.measure.evaluate import ALL, Case, Evaluation, Share, load_checker, read_cases
+from fastvar_trt.tools.measure.evaluate import ALL, Evaluation, Share
 from fastvar_trt.tools.measure.evaluate import evaluate as measure
 from fastvar_trt.tools.measure.quality import mean_metrics, require_libraries
 from fastvar_trt.tools.sheets import contact_sheet, save_image
 from fastvar_trt.tools.tables import format_table
 
 _ON_SHEET = 8
-_SCENES = "fastvar_trt.tools.scenes.cases:check"
 
 
 @click.command(
@@ -36,19 +34,7 @@ _SCENES = "fastvar_trt.tools.scenes.cases:check"
     ),
 )
 @click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--scenes", "num_scenes", type=click.IntRange(1), help="So many scenes of the demo model's world.")
-@click.option(
-    "--held-out/--trained",
-    default=None,
-    help="Scenes with what training never showed, or without. Default: --held-out.",
-)
-@click.option(
-    "--prompts",
-    "prompts_file",
-    type=click.Path(path_type=Path),
-    help="In place of scenes: a JSON object per line with prompt, tag, and what the checker takes (GenEval's format).",
-)
-@click.option("--checker", help="What looks at the pictures of --prompts: module:function, also of this folder.")
+@judge_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Prompt i gets seed + i.")
 @click.option("--cfg", type=float, help="Guidance scale; default: the bundle's.")
 @vif_option
@@ -74,27 +60,18 @@ def evaluate(
     measured in turn. Needs the extras `quality` and `text`.
     """
     require_libraries()
-    if (num_scenes is None) == (prompts_file is None):
+    judge = judge_of(num_scenes, held_out, prompts_file, checker, seed)
+    if judge is None:
         raise click.UsageError("give one of --scenes and --prompts")
-    if (prompts_file is None) != (checker is None):
-        raise click.UsageError("--prompts needs --checker, which says what they are to show; scenes have their own")
-    if held_out is not None and num_scenes is None:
-        raise click.UsageError("--held-out and --trained are for --scenes")
     for path in (out, json_file):
         if path is not None:
             check_writable(path)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a command is not given it, as `python` is
-    look = load_checker(checker or _SCENES)
-    cases = read_cases(prompts_file) if prompts_file else _scenes(num_scenes or 0, seed, held_out is not False)
     with contextlib.ExitStack() as stack:
         pipelines = [stack.enter_context(runtime.load(bundle)) for bundle in bundles]
         _check_bundles(pipelines)
         options = shared_sampling(pipelines, cfg)
-        with counting_bar("drawing", len(cases)) as progress:
-            result = measure(
-                pipelines, cases, look, options, seed=seed, vif=vif, num_samples=_ON_SHEET, progress=progress
-            )
+        with counting_bar("drawing", len(judge.cases)) as progress:
+            result = measure(pipelines, judge, options, vif=vif, num_samples=_ON_SHEET, progress=progress)
     names = [bundle.name for bundle in bundles]
     click.echo(_compliance_table(result, names))
     if len(bundles) > 1:
@@ -106,12 +83,6 @@ def evaluate(
         write_text(json_file, line + "\n")
     if out is not None:
         save_image(_sheet(result, names), out)
-
-
-def _scenes(count: int, seed: int, held_out: bool) -> list[Case]:
-    from fastvar_trt.tools.scenes.cases import cases  # needs scipy, which comes with the extra
-
-    return cases(count, seed, held_out)
 
 
 def _check_bundles(pipelines: list[Pipeline]) -> None:

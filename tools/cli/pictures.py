@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from PIL import Image
 from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Condition, Manifest
 from fastvar_trt.tools.measure.compare import Pictures
+from fastvar_trt.tools.measure.evaluate import Judge, load_checker, read_cases
 
 _FEW_CLASSES = 16  # all of them are drawn where nothing else is asked for
+_SCENES = "fastvar_trt.tools.scenes.cases:check"
 _IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -38,6 +41,54 @@ def request_options(command: Any) -> Any:
     ):
         command = option(command)
     return command
+
+
+def judge_options(command: Any) -> Any:
+    """Give a command the options that say which prompts are drawn, and who looks whether pictures show them."""
+    for option in (
+        click.option("--checker", help="Looks at the pictures of --prompts: module:function, also of this folder."),
+        click.option(
+            "--prompts",
+            "prompts_file",
+            type=click.Path(path_type=Path),
+            help="In place of scenes: a JSON object per line with prompt, tag, and what the checker takes (GenEval's "
+            "format).",
+        ),
+        click.option(
+            "--held-out/--trained",
+            default=None,
+            help="Scenes with what training never showed, or without. Default: --held-out.",
+        ),
+        click.option("--scenes", "num_scenes", type=click.IntRange(1), help="So many scenes of the demo's world."),
+    ):
+        command = option(command)
+    return command
+
+
+def judge_of(
+    num_scenes: int | None, held_out: bool | None, prompts_file: Path | None, checker: str | None, seed: int
+) -> Judge | None:
+    """What the options of `judge_options` ask for; None where neither scenes nor prompts are.
+
+    Raises:
+        UsageError: both, or options that do not go together.
+        RequestError: a file of prompts or a checker that cannot be read.
+    """
+    if num_scenes is not None and prompts_file is not None:
+        raise click.UsageError("give one of --scenes and --prompts")
+    if (prompts_file is None) != (checker is None):
+        raise click.UsageError("--prompts needs --checker, which says what they are to show; scenes have their own")
+    if held_out is not None and num_scenes is None:
+        raise click.UsageError("--held-out and --trained are for --scenes")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a command is not given it, as `python` is
+    if prompts_file is not None and checker is not None:
+        return Judge(tuple(read_cases(prompts_file)), load_checker(checker), seed)
+    if num_scenes is None:
+        return None
+    from fastvar_trt.tools.scenes.cases import cases  # needs scipy, which comes with the extra
+
+    return Judge(tuple(cases(num_scenes, seed, held_out is not False)), load_checker(_SCENES), seed)
 
 
 def picture_requests(

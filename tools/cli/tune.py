@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from fastvar_trt.export.models.registry import load_plan
 from fastvar_trt.runtime.errors import BackendError, BundleError, PlanError
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples, integers, numbers
-from fastvar_trt.tools.cli.pictures import picture_requests, references_of, request_options
+from fastvar_trt.tools.cli.pictures import (
+    check_takes_prompts,
+    judge_of,
+    judge_options,
+    picture_requests,
+    references_of,
+    request_options,
+)
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure.quality import require_libraries
 from fastvar_trt.tools.tables import format_table
@@ -24,12 +32,15 @@ _FILES = ("tune.json", "front.png", "plan.json")
 @click.command(
     cls=ErrorCommand,
     epilog=examples(
+        "fastvar tune out/demo_dense --scenes 12 --budget 96 --fractions 0.4,0.5,1,1 --fractions 0.4,1,1,1 \\\n"
+        "    --cache-scales=-5 --first-layers 0,3 --unguided-from=-4,-5 --plan fastvar-infinity --out out/tune",
         "fastvar tune out/demo_dense --prompt 'two red cubes on snow' --plan fastvar-infinity --out out/tune",
         "fastvar tune out/d16 --class 207 --class 88 --fractions 0.4,0.5 --fractions 0.5,0.75 --out out/tune",
     ),
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @request_options
+@judge_options
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder of plan.json, front.png, tune.json."
 )
@@ -44,6 +55,11 @@ _FILES = ("tune.json", "front.png", "plan.json")
 @click.option(
     "--plan", "marked", multiple=True, help="Preset or plan file that is measured and shown wherever it lies; repeat."
 )
+@click.option(
+    "--budget",
+    type=click.IntRange(1),
+    help="Pictures that candidates may draw in all: half of them are left out in every round. Default: all draw all.",
+)
 @click.option("--min-ssim", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the chosen plan.")
 @click.option(
     "--max-drop",
@@ -52,6 +68,13 @@ _FILES = ("tune.json", "front.png", "plan.json")
     show_default=True,
     help="Relative rise of the distance to the references that the chosen plan may have.",
 )
+@click.option(
+    "--max-loss",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Of scenes and prompts with a checker: share that may show less than dense.",
+)
 def tune(
     bundle: Path,
     labels: tuple[int, ...],
@@ -59,19 +82,26 @@ def tune(
     seeds: int,
     cfg: float | None,
     references: Path | None,
+    num_scenes: int | None,
+    held_out: bool | None,
+    prompts_file: Path | None,
+    checker: str | None,
     out: Path,
     fractions: tuple[tuple[float, ...], ...],
     cache_scales: tuple[int, ...],
     first_layers: tuple[int, ...] | None,
     unguided_from: tuple[int, ...],
     marked: tuple[str, ...],
+    budget: int | None,
     min_ssim: float,
     max_drop: float,
+    max_loss: float,
 ) -> None:
     """Choose a pruning plan by measurement: sweep pruned fraction, cache scale, first pruned layer and end of guidance.
 
-    Every candidate's pictures are compared with the dense ones; those that nothing beats in both work and SSIM are
-    exported and timed beside the dense chain. Needs the extras `export` and `quality`, and `text` for prompts.
+    Every candidate's pictures are compared with the dense ones, or, of --scenes and of --prompts with a --checker, with
+    what they are to show. Those that nothing beats in both work and quality are exported and timed beside the dense
+    chain. Needs the extras `export` and `quality`, and `text` for prompts.
     """
     require_libraries()
     try:
@@ -86,7 +116,14 @@ def tune(
         )
     depth = manifest.model.depth
     layers = first_layers or tuple(sorted({0, depth // 8, depth // 4, depth // 2}))
-    pictures = picture_requests(bundle, labels, prompts, seeds, manifest)
+    judge = judge_of(num_scenes, held_out, prompts_file, checker, seed=0)
+    if judge is None:
+        pictures = picture_requests(bundle, labels, prompts, seeds, manifest)
+    elif labels or prompts:
+        raise click.UsageError("--class and --prompt go without --scenes and --prompts, which have their own")
+    else:
+        check_takes_prompts(manifest, bundle)
+        pictures = judge.pictures
     guidance = manifest.sampling.cfg if cfg is None else cfg
     plans = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers, unguided_from)
     try:
@@ -95,18 +132,20 @@ def tune(
         raise PlanError(str(error).replace("--prune", "--plan", 1)) from error
     known = references_of(references, pictures, manifest)
     tuning.check(bundle, [*plans, *extra], pictures)
+    rounds = tuning.rounds(len(pictures), len(plans), budget)
     for name in _FILES:
         check_writable(out / name)
         (out / name).unlink(missing_ok=True)  # of an earlier run: it would stand beside this one's
-    with counting_bar("sweep", (len(plans) + len(extra) + 1) * len(pictures)) as progress:
-        result = tuning.sweep(bundle, plans, pictures, guidance, known, progress, extra)
+    drawn = sum(len(rows) * (alive + len(extra) + 1) for rows, alive in rounds)
+    with counting_bar("sweep", drawn) as progress:
+        result = tuning.sweep(bundle, plans, pictures, guidance, known, progress, extra, judge, budget)
     num_front = sum(candidate.on_front or candidate.is_marked for candidate in result.candidates)
     with (
         tempfile.TemporaryDirectory(dir=out) as scratch,
         counting_bar("front", num_front + 1) as progress,
     ):
-        result = tuning.measure_front(bundle, result, Path(scratch), pictures, guidance, known, progress)
-    chosen = tuning.choose(result, min_ssim=min_ssim, max_drop=max_drop)
+        result = tuning.measure_front(bundle, result, Path(scratch), pictures, guidance, known, progress, judge)
+    chosen = tuning.choose(result, min_ssim=min_ssim, max_drop=max_drop, max_loss=max_loss)
     click.echo(_front_table(result.candidates, chosen))
     record = {
         "bundle": str(bundle),
@@ -118,11 +157,19 @@ def tune(
     tuning.plot_front(result, chosen, out / "front.png")
     if chosen is None:
         raise PlanError(
-            f"no plan keeps SSIM {min_ssim} and the distance within {max_drop:.1%}; see {out / 'front.png'}, and allow "
-            "more with --min-ssim or --max-drop, or give smaller --fractions"
+            f"no plan keeps SSIM {min_ssim}, the distance within {max_drop:.1%} and compliance within {max_loss:.1%}; "
+            f"see {out / 'front.png'}, and allow more with --min-ssim, --max-drop or --max-loss, or give smaller "
+            "--fractions"
         )
-    write_text(out / "plan.json", json.dumps(chosen.plan.to_json(), indent=1) + "\n")
+    write_text(out / "plan.json", json.dumps(_with_place(chosen, record), indent=1) + "\n")
     click.echo(f"{out / 'plan.json'}: {chosen.plan.name}")
+
+
+def _with_place(chosen: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan as a plan file, with where it was found to lie."""
+    found = chosen.to_json()
+    measured = {key: found[key] for key in ("work", "metrics", "compliance", "measured")}
+    return {**found["plan"], "measured": {"bundle": record["bundle"], "images": record["images"], **measured}}
 
 
 def _front_table(candidates: Any, chosen: Any) -> str:
@@ -133,10 +180,11 @@ def _front_table(candidates: Any, chosen: Any) -> str:
             continue
         row = [("* " if chosen is not None and candidate.plan is chosen.plan else "") + candidate.plan.name]
         row += [f"{candidate.work:.3f}", f"{m.speedup:.2f}x", f"{m.mean.psnr_db:.2f}", f"{m.mean.ssim:.4f}"]
+        row.append("" if candidate.compliance is None else f"{candidate.compliance.value:.3f}")
         if m.references is None:
             row.append("")
         else:
             row.append(f"{m.references[1].distance / m.references[0].distance - 1:+.2%}")
         rows.append(list(row))
-    header = ["plan (* chosen)", "work", "speed-up", "PSNR dB", "SSIM", "distance to references"]
+    header = ["plan (* chosen)", "work", "speed-up", "PSNR dB", "SSIM", "compliance", "distance to references"]
     return format_table(header, rows)

@@ -104,6 +104,39 @@ def load_checker(name: str) -> Checker:
 
 
 @dataclasses.dataclass(frozen=True)
+class Judge:
+    """Tells of pictures whether they show what their prompts ask for.
+
+    Attributes:
+        cases: one per picture.
+        checker: looks at them.
+        seed: picture i is drawn with seed + i.
+    """
+
+    cases: tuple[Case, ...]
+    checker: Checker
+    seed: int = 0
+
+    @property
+    def pictures(self) -> Pictures:
+        """What is drawn."""
+        seeds = tuple(range(self.seed, self.seed + len(self.cases)))
+        return Pictures(tuple(case.prompt for case in self.cases), seeds)
+
+    def checks(self, index: int, picture: NDArray[np.uint8]) -> Mapping[str, bool]:
+        """Whether each category holds in a picture uint8 [H, W, 3] of a case.
+
+        Raises:
+            RequestError: the checker cannot check it.
+        """
+        return _checked(self.checker, picture, self.cases[index])
+
+    def share(self, pictures: Sequence[NDArray[np.uint8]], first: int = 0) -> Share:
+        """How many of pictures of consecutive cases show everything."""
+        return Share(sum(all(self.checks(first + i, x).values()) for i, x in enumerate(pictures)), len(pictures))
+
+
+@dataclasses.dataclass(frozen=True)
 class Share:
     """How many of some checks held, of at least one, with the 95 % interval of Wilson (1927)."""
 
@@ -228,11 +261,9 @@ class Evaluation:
 
 def evaluate(
     pipelines: Sequence[Pipeline],
-    cases: Sequence[Case],
-    checker: Checker,
+    judge: Judge,
     options: Mapping[str, Any],
     *,
-    seed: int = 0,
     vif: bool = True,
     num_samples: int = 8,
     sample_side: int = 256,
@@ -242,10 +273,8 @@ def evaluate(
 
     Args:
         pipelines: bundles of one model of text, the reference first.
-        cases: what is drawn.
-        checker: looks at the pictures.
+        judge: has what is drawn, and looks at the pictures.
         options: further arguments of `Pipeline.generate`.
-        seed: case i is drawn with seed + i.
         vif: compute VIF, which takes longest.
         num_samples: of how many cases the pictures are kept, scaled to `sample_side` pixels of width.
         sample_side: see there.
@@ -254,7 +283,7 @@ def evaluate(
     Raises:
         RequestError: no batch size that all bundles hold, or a checker that cannot check a case.
     """
-    pictures = Pictures(tuple(case.prompt for case in cases), tuple(range(seed, seed + len(cases))))
+    pictures = judge.pictures
     checks: list[list[Mapping[str, bool]]] = [[] for _ in pipelines]
     metrics: list[list[ImageMetrics]] = [[] for _ in pipelines]
     seconds: list[list[float]] = [[] for _ in pipelines]
@@ -265,14 +294,14 @@ def evaluate(
             images = turn.result.images
             seconds[i].append(turn.seconds)
             timings[i].append(turn.result.timings)
-            checks[i] += [_checked(checker, x, case) for x, case in zip(images, cases[rows], strict=True)]
+            checks[i] += [judge.checks(rows.start + j, x) for j, x in enumerate(images)]
             if i:
                 first = turns[0].result.images
                 metrics[i] += [image_metrics(x, y, vif=vif) for x, y in zip(first, images, strict=True)]
             samples[i] += [_small(x, sample_side) for x in images[: max(num_samples - rows.start, 0)]]
-        progress(len(cases[rows]))
+        progress(len(pictures[rows]))
     return Evaluation(
-        tuple(cases),
+        judge.cases,
         tuple(str(pipe.bundle) for pipe in pipelines),
         tuple(
             BundleResult(

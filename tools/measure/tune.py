@@ -1,7 +1,11 @@
 """A pruning plan by measurement: sweep, keep the front of work and quality, time it in the runtime, choose.
 
 The sweep runs in eager PyTorch over the bundle's own weights: the scales before the first pruned one are the same for
-every candidate and run once. Only the candidates on the front are exported and timed.
+every candidate and run once. With a budget, the worse half of the candidates is left out after each batch of pictures
+(successive halving, Jamieson and Talwalkar, arXiv 1502.07943). Only the candidates on the front are exported and timed.
+
+Quality is the share of pictures that show what their prompts ask for, where somebody looks; else the SSIM against the
+dense pictures.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.plan import DENSE, PruningPlan, ResolvedPlan
 from fastvar_trt.runtime.text import PromptTokenizer
 from fastvar_trt.tools.measure.compare import Comparison, Pictures, compare, draw_side_by_side, shared_sampling
+from fastvar_trt.tools.measure.evaluate import Judge, Share
 from fastvar_trt.tools.measure.quality import (
     ImageMetrics,
     ReferenceMetrics,
@@ -52,6 +57,8 @@ class Candidate:
         plan: the plan.
         work: multiply-adds of the transformer as a share of the dense chain's.
         metrics: mean of all images.
+        num_images: how many were drawn, of those that were asked for; on the front all of them.
+        compliance: how many show what was asked for; None where nobody looks.
         references: against photographs of the classes; None without any.
         on_front: no other candidate has less work and a higher SSIM.
         is_marked: it was asked for by name: measured and shown wherever it lies.
@@ -62,16 +69,25 @@ class Candidate:
     work: float
     metrics: ImageMetrics
     references: ReferenceMetrics | None
+    num_images: int = 0
+    compliance: Share | None = None
     on_front: bool = False
     is_marked: bool = False
     measured: Comparison | None = None
+
+    @property
+    def quality(self) -> tuple[float, float]:
+        """What candidates are ordered by: compliance where there is one, then SSIM."""
+        return (0.0 if self.compliance is None else self.compliance.value, self.metrics.ssim)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         return {
             "plan": self.plan.to_json(),
             "work": round(self.work, 4),
+            "images": self.num_images,
             "metrics": self.metrics.to_json(),
+            "compliance": None if self.compliance is None else self.compliance.to_json(),
             "references": None if self.references is None else dataclasses.asdict(self.references),
             "on_front": self.on_front,
             "is_marked": self.is_marked,
@@ -85,6 +101,7 @@ class Sweep:
 
     candidates: tuple[Candidate, ...]
     dense_references: ReferenceMetrics | None
+    dense_compliance: Share | None = None
 
 
 def candidate_plans(
@@ -194,6 +211,50 @@ def condition_inputs(model: NextScaleModel, tokenizer: PromptTokenizer, pictures
     }
 
 
+@dataclasses.dataclass
+class _Drawn:
+    """What a candidate, or the dense chain, has drawn so far."""
+
+    num_images: int = 0
+    held: int = 0
+    metrics: list[ImageMetrics] = dataclasses.field(default_factory=list)
+    references: list[tuple[ReferenceMetrics, int]] = dataclasses.field(default_factory=list)  # and of how many images
+
+    def mean_references(self) -> ReferenceMetrics | None:
+        """Over all images."""
+        if not self.references:
+            return None
+        parts, sizes = zip(*self.references, strict=True)
+        return ReferenceMetrics(
+            distance=float(np.average([part.distance for part in parts], weights=sizes)),
+            accuracy=float(np.average([part.accuracy for part in parts], weights=sizes)),
+        )
+
+
+def rounds(num_pictures: int, num_plans: int, budget: int | None) -> list[tuple[range, int]]:
+    """Which pictures are drawn by how many of the candidates, half of which are left out after every round.
+
+    Args:
+        num_pictures: what those draw that stay to the end.
+        num_plans: candidates.
+        budget: pictures that all candidates may draw together; None: all draw all.
+
+    Raises:
+        PlanError: not enough for any number of rounds.
+    """
+    cost = 0
+    for count in range(1, num_pictures + 1):
+        bounds = itertools.pairwise(num_pictures * i // count for i in range(count + 1))
+        found = [(range(start, stop), -(-num_plans // 2**i)) for i, (start, stop) in enumerate(bounds)]
+        cost = sum(len(rows) * alive for rows, alive in found)
+        if budget is None or cost <= budget:
+            return found
+    raise PlanError(
+        f"--budget {budget}: {num_plans} candidates and {num_pictures} pictures need {cost} at least; allow more, or "
+        "give fewer candidates"
+    )
+
+
 def sweep(
     bundle: Path,
     plans: Sequence[PruningPlan],
@@ -202,6 +263,8 @@ def sweep(
     references: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int], None] = lambda count: None,
     marked: Sequence[PruningPlan] = (),
+    judge: Judge | None = None,
+    budget: int | None = None,
 ) -> Sweep:
     """Judge every plan by its pictures.
 
@@ -212,55 +275,86 @@ def sweep(
         cfg: guidance scale.
         references: class -> photographs uint8 [M, H, W, 3].
         progress: called with the number of images drawn since the last call, the dense ones included.
-        marked: further candidates, which are measured and shown wherever they lie.
+        marked: further candidates, which draw all pictures and are measured and shown wherever they lie.
+        judge: looks whether pictures show what their prompts ask for.
+        budget: how many pictures the candidates may draw together, besides those that are marked; None: all of theirs.
 
     Raises:
-        PlanError: a plan that does not fit the model.
+        PlanError: a plan that does not fit the model, or a budget that is too small.
     """
     model, manifest = load_bundle_model(bundle)
     plans = list(dict.fromkeys([*marked, *plans]))
+    resolved = {plan: manifest.default.resolve(manifest.model, plan) for plan in plans}
     tokenizer = PromptTokenizer(bundle, manifest)
-    resolved = [manifest.default.resolve(manifest.model, plan) for plan in plans]
-    everything = manifest.default.resolve(manifest.model, DENSE)
-    metrics: list[list[ImageMetrics]] = [[] for _ in plans]
-    against_photographs: list[list[ReferenceMetrics]] = [[] for _ in range(len(plans) + 1)]
-    sizes = []
-    for start in range(0, len(pictures), _BATCH):  # outermost: the states that plans share are those of one batch
-        part = pictures[start : start + _BATCH]
-        drawer = _Drawer(model, condition_inputs(model, tokenizer, part), part.seeds, cfg)
-        dense = drawer.draw(everything)
-        sizes.append(len(dense))
-        progress(len(dense))
+    drawn = {plan: _Drawn() for plan in (DENSE, *plans)}
+
+    def add(plan: PruningPlan, dense: NDArray[Any], images: NDArray[Any], start: int) -> None:
+        own = drawn[plan]
+        own.num_images += len(images)
+        if images is not dense:
+            own.metrics += [image_metrics(x, y, vif=False) for x, y in zip(dense, images, strict=True)]
         if references is not None:
-            against_photographs[-1].append(reference_metrics(dense, part.labels, references))
-        for i, plan in enumerate(resolved):
-            images = drawer.draw(plan)
-            metrics[i] += [image_metrics(x, y, vif=False) for x, y in zip(dense, images, strict=True)]
-            if references is not None:
-                against_photographs[i].append(reference_metrics(images, part.labels, references))
-            progress(len(images))
+            labels = pictures[start : start + len(images)].labels
+            own.references.append((reference_metrics(images, labels, references), len(images)))
+        if judge is not None:
+            own.held += judge.share(list(images), start).held
+        progress(len(images))
 
-    def over_batches(parts: list[ReferenceMetrics]) -> ReferenceMetrics | None:
-        if not parts:
-            return None
-        return ReferenceMetrics(
-            distance=float(np.average([part.distance for part in parts], weights=sizes)),
-            accuracy=float(np.average([part.accuracy for part in parts], weights=sizes)),
+    def candidate(plan: PruningPlan) -> Candidate:
+        own = drawn[plan]
+        return Candidate(
+            plan,
+            relative_work(manifest, resolved[plan]),
+            mean_metrics(own.metrics),
+            own.mean_references(),
+            own.num_images,
+            None if judge is None else Share(own.held, own.num_images),
+            is_marked=plan in marked,
         )
 
-    candidates = [
-        Candidate(
-            plan, relative_work(manifest, places), mean_metrics(found), over_batches(parts), is_marked=plan in marked
-        )
-        for plan, places, found, parts in zip(plans, resolved, metrics, against_photographs, strict=False)
-    ]
-    candidates.sort(key=lambda c: (c.work, -c.metrics.ssim))
-    best = -1.0
-    for i, candidate in enumerate(candidates):
-        if candidate.metrics.ssim > best:  # with less work, nothing was as good
-            best = candidate.metrics.ssim
-            candidates[i] = dataclasses.replace(candidate, on_front=True)
-    return Sweep(tuple(candidates), over_batches(against_photographs[-1]))
+    alive = [plan for plan in plans if plan not in marked]
+    for number, (rows, count) in enumerate(rounds(len(pictures), len(alive), budget)):
+        if number and count < len(alive):
+            alive = [one.plan for one in _best_first(map(candidate, alive))[:count]]
+        for start in range(rows.start, rows.stop, _BATCH):  # outermost: the states that plans share are of one batch
+            part = pictures[start : min(start + _BATCH, rows.stop)]
+            drawer = _Drawer(model, condition_inputs(model, tokenizer, part), part.seeds, cfg)
+            dense = drawer.draw(manifest.default.resolve(manifest.model, DENSE))
+            add(DENSE, dense, dense, start)
+            for plan in (*marked, *alive):
+                add(plan, dense, drawer.draw(resolved[plan]), start)
+
+    candidates = sorted(map(candidate, plans), key=_by_work)
+    front = _front([one for one in candidates if one.num_images == len(pictures)])
+    of_dense = drawn[DENSE]
+    return Sweep(
+        tuple(dataclasses.replace(one, on_front=any(one is other for other in front)) for one in candidates),
+        of_dense.mean_references(),
+        None if judge is None else Share(of_dense.held, of_dense.num_images),
+    )
+
+
+def _by_work(candidate: Candidate) -> tuple[float, ...]:
+    return (candidate.work, *(-value for value in candidate.quality))
+
+
+def _front(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Those that are better than all with less work."""
+    front: list[Candidate] = []
+    for one in sorted(candidates, key=_by_work):
+        if not front or one.quality > front[-1].quality:
+            front.append(one)
+    return front
+
+
+def _best_first(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The front, then that of the others, and so on."""
+    rest, ordered = list(candidates), []
+    while rest:
+        front = _front(rest)
+        ordered += front
+        rest = [one for one in rest if not any(one is other for other in front)]
+    return ordered
 
 
 def measure_front(
@@ -271,6 +365,7 @@ def measure_front(
     cfg: float,
     references: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int], None] = lambda count: None,
+    judge: Judge | None = None,
 ) -> Sweep:
     """Export the plans of the front, and those that are marked, and run each beside the dense chain.
 
@@ -282,6 +377,7 @@ def measure_front(
         cfg: guidance scale.
         references: as for `sweep`.
         progress: called with the number of plans measured since the last call.
+        judge: as for `sweep`.
     """
     dense = folder / "dense"
     batches = (min(read_manifest(bundle).batches),)
@@ -298,23 +394,28 @@ def measure_front(
                 options = shared_sampling([reference, pipe], cfg)
                 a, b = draw_side_by_side([reference, pipe], pictures, options)
             measured = compare(a, b, pictures, references)
-            candidates[i] = dataclasses.replace(candidate, measured=measured)
+            held = None if judge is None else judge.share(list(b.images))
+            candidates[i] = dataclasses.replace(candidate, measured=measured, compliance=held)
             shutil.rmtree(pruned)
             progress(1)
     return dataclasses.replace(result, candidates=tuple(candidates))
 
 
-def choose(result: Sweep, *, min_ssim: float, max_drop: float) -> Candidate | None:
+def choose(result: Sweep, *, min_ssim: float, max_drop: float, max_loss: float = 0.0) -> Candidate | None:
     """The fastest plan of the front whose pictures hold; None where none does.
 
     Args:
         result: a sweep whose front was measured.
         min_ssim: mean SSIM against the dense pictures.
         max_drop: relative rise of the distance to the photographs of the classes, where there are some.
+        max_loss: share of the prompts that may hold less often than dense, where somebody looks.
     """
 
     def holds(candidate: Candidate) -> bool:
         if candidate.measured is None or candidate.measured.mean.ssim < min_ssim:
+            return False
+        held, dense_held = candidate.compliance, result.dense_compliance
+        if held is not None and dense_held is not None and held.value < dense_held.value - max_loss:
             return False
         if candidate.measured.references is None:
             return True
@@ -326,25 +427,30 @@ def choose(result: Sweep, *, min_ssim: float, max_drop: float) -> Candidate | No
 
 
 def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
-    """SSIM over work: every candidate, the front with its measured speed-ups, what is marked, and the choice."""
+    """Quality over work: every candidate, the front with its measured speed-ups, what is marked, and the choice."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    looked_at = result.dense_compliance is not None
+
+    def place(candidate: Candidate) -> tuple[float, float]:
+        return candidate.work, candidate.quality[0 if looked_at else 1]
+
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    others = [c for c in result.candidates if not c.on_front and not c.is_marked]
-    front = [c for c in result.candidates if c.on_front]
-    axes.scatter([c.work for c in others], [c.metrics.ssim for c in others], color="0.7", label="other plans")
-    axes.plot([c.work for c in front], [c.metrics.ssim for c in front], "o-", color="tab:blue", label="front")
-    axes.plot([1.0], [1.0], "s", color="black", label="dense")
+    others = [place(c) for c in result.candidates if not c.on_front and not c.is_marked]
+    front = sorted((c for c in result.candidates if c.on_front), key=lambda c: c.work)
+    axes.scatter([x for x, _ in others], [y for _, y in others], color="0.7", label="other plans")
+    axes.plot(*zip(*map(place, front), strict=True), "o-", color="tab:blue", label="front")
+    axes.plot([1.0], [1.0 if result.dense_compliance is None else result.dense_compliance.value], "ks", label="dense")
     last_labelled = -1.0
-    for candidate in sorted(front, key=lambda c: c.work):
+    for candidate in front:
         # Labels of near points would cover each other.
         if candidate.measured is not None and candidate.work - last_labelled > _LABEL_DISTANCE:
             axes.annotate(
                 f"{candidate.measured.speedup:.2f}x",
-                (candidate.work, candidate.metrics.ssim),
+                place(candidate),
                 textcoords="offset points",
                 xytext=(-8, 7),
                 horizontalalignment="center",
@@ -356,11 +462,11 @@ def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
             name = candidate.plan.name
             if candidate.measured is not None:
                 name += f", {candidate.measured.speedup:.2f}x"
-            axes.plot([candidate.work], [candidate.metrics.ssim], "D", color="tab:orange", label=name)
+            axes.plot(*place(candidate), "D", label=name)
     if chosen is not None:
-        axes.plot([chosen.work], [chosen.metrics.ssim], "*", markersize=16, color="tab:red", label="chosen")
+        axes.plot(*place(chosen), "*", markersize=16, color="tab:red", label="chosen")
     axes.set_xlabel("multiply-adds of the transformer, share of dense")
-    axes.set_ylabel("SSIM against the dense pictures")
+    axes.set_ylabel("pictures that show their prompt, share" if looked_at else "SSIM against the dense pictures")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)
