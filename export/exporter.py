@@ -80,7 +80,8 @@ class ExportReport:
     """What an export found."""
 
     manifest: Manifest
-    errors: Mapping[str, GraphError]  # graph file -> how far it is from PyTorch
+    errors: Mapping[str, GraphError]  # graph file -> how far it is from PyTorch, of those that were compared
+    traced: tuple[str, ...]  # graph files; the others were there already
 
 
 def export_model(
@@ -147,7 +148,7 @@ def export_again(
 ) -> ExportReport:
     """Write a bundle of the same weights and precision with another plan, without the checkpoint.
 
-    Graphs that the other plan leaves as they are get copied; the report has the errors of the traced ones only.
+    Graphs that the other plan leaves as they are get copied.
 
     Args:
         bundle: a bundle.
@@ -206,7 +207,7 @@ def _write_graphs(
         np.savez(folder / REFERENCE_FILE, allow_pickle=False, **writer.reference)
     manifest = _manifest(model, options, batches, auxiliary, graphs, folder)
     _write_manifest(manifest, folder)
-    return ExportReport(manifest, writer.errors)
+    return ExportReport(manifest, writer.errors, tuple(writer.traced))
 
 
 def _write_weights(source: Source, folder: Path, options: ExportOptions) -> dict[str, TensorPlace]:
@@ -231,7 +232,8 @@ class _GraphWriter:
     the comparison covers the draw; the greedy images are left in the bundle as its known-answer test.
 
     Attributes:
-        errors: graph file -> how far it is from PyTorch, of those that were traced.
+        errors: graph file -> how far it is from PyTorch, of those that were compared.
+        traced: graph files.
         reference: arrays of the reference file.
     """
 
@@ -248,6 +250,7 @@ class _GraphWriter:
         self._model, self._places, self._folder = model, places, folder
         self._progress, self._there, self._compare = progress, there, compare
         self.errors: dict[str, GraphError] = {}
+        self.traced: list[str] = []
         self.reference: dict[str, Any] = {}
 
     @torch.inference_mode()
@@ -285,6 +288,7 @@ class _GraphWriter:
             return
         with torch.inference_mode(False):  # tracing needs autograd's view tracking
             graph = build_graph(function, self._model, self._places, self._folder)
+        self.traced.append(spec.file)
         self._report(function, "check")
         save_graph(graph, self._folder / spec.file)
         if not self._compare:

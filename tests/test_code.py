@@ -62,7 +62,7 @@ def test_it_draws_what_the_public_code_draws(export_once: Export) -> None:
     np.testing.assert_allclose(result.float_images, expected["image"], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("switch", [1, 2, 3])
+@pytest.mark.parametrize("switch", [1, 3])
 def test_one_model_as_both_is_that_model(switch: int, export_once: Export) -> None:
     state, vae = tiny_states()
     alone, report = export_once("code_alone", VARSource.from_state(state, vae), ExportOptions(batches=(2,)))
@@ -102,7 +102,7 @@ def test_another_plan_needs_no_checkpoint(tmp_path: Path, export_once: Export) -
     dense, _ = export_once("pair", tiny_pair(), ExportOptions(plan=PruningPlan("pair"), batches=(1, 2)))
     pruned, report = export_once(plan.name, tiny_pair(), ExportOptions(plan=plan, batches=(1, 2)))
     again = export_again(dense, tmp_path / "again", plan)
-    assert sorted(again.errors) == ["step_02.onnx", "step_02_b2.onnx", "step_03.onnx", "step_03_b2.onnx"]
+    assert sorted(again.traced) == ["step_02.onnx", "step_02_b2.onnx", "step_03.onnx", "step_03_b2.onnx"]
     for graph in report.manifest.graphs:
         assert (tmp_path / "again" / graph.file).read_bytes() == (pruned / graph.file).read_bytes()
 

@@ -457,6 +457,7 @@ def test_an_export_without_pytorch_says_so(
     quick = tmp_path / "quick"
     report = export_model(tiny_source, quick, ExportOptions(plan=TINY_PLAN, batches=(1, 2), compare=False))
     assert not report.errors and REFERENCE_FILE not in report.manifest.files
+    assert set(report.traced) == {graph.file for graph in report.manifest.graphs}
     assert {name: spec.sha256 for name, spec in report.manifest.files.items()} == {
         name: spec.sha256 for name, spec in read_manifest(compared).files.items() if name != REFERENCE_FILE
     }

@@ -159,7 +159,7 @@ def _run(export: Export, out: Path, targets: str | None, triton: Path | None, *,
         built = build_targets(out, builders, progress)
     manifest = report.manifest
     size = sum(spec.num_bytes for spec in manifest.files.values()) / 2**20
-    click.echo(f"{out}: {len(manifest.graphs)} graphs ({len(report.errors)} traced), {size:.1f} MiB")
+    click.echo(f"{out}: {len(manifest.graphs)} graphs ({len(report.traced)} traced), {size:.1f} MiB")
     if report.errors:
         worst_file, worst = max(report.errors.items(), key=lambda item: item[1].relative_error)
         click.echo(
