@@ -346,8 +346,11 @@ class ModelSpec:
                 raise ValueError(f"model.{field.name}: got {value!r}, expected a positive whole number")
         if self.context_tokens not in (0, self.text_length):
             raise ValueError(f"model.context_tokens: got {self.context_tokens!r}, expected 0 or {self.text_length}")
-        if (self.drafter is None) != (self.num_drafted == 0):
-            raise ValueError(f"model.num_drafted: got {self.num_drafted!r}, and a drafter or none")
+        is_number = type(self.num_drafted) is int and self.num_drafted >= 0
+        if not is_number or (self.drafter is None) != (self.num_drafted == 0):
+            raise ValueError(f"model.num_drafted: got {self.num_drafted!r}, expected 1 or more with a drafter, else 0")
+        if self.drafter is not None and self.drafter.drafter is not None:
+            raise ValueError("model.drafter: has a drafter of its own")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -126,6 +127,14 @@ class ResolvedPlan:
     def kept(self, scale: int, layer: int) -> int:
         """K, the tokens that `layer` computes at `scale`, and so the keys that it adds."""
         return self.work(scale, layer).num_computed
+
+    def num_pairs(self, scale: int, layer: int) -> int:
+        """Pairs of a query and a key that it sees, of one row of a layer at a scale."""
+        kept = self.kept(scale, layer)
+        if kept and scale == self.switch:  # a scale does not see later ones
+            lengths = [self.num_tokens(k) for k in range(scale + 1)]
+            return sum(own * seen for own, seen in zip(lengths, itertools.accumulate(lengths), strict=True))
+        return kept * (self.num_past(scale, layer) + kept)
 
     def writes_cache(self, scale: int, layer: int) -> bool:
         """True where the layer's sublayer outputs are kept for the pruned scales."""
@@ -269,7 +278,12 @@ class PruningPlan:
         )
 
     def _check_drafted(self, drafted: Drafted, lengths: Sequence[int], num_kept: Sequence[int]) -> None:
-        """That nothing is pruned before the refiner's first step is over."""
+        """That either model draws some scales, and nothing is pruned before the refiner's first step is over."""
+        if not 0 < drafted.num_scales < len(lengths):
+            raise PlanError(
+                f"plan {self.name!r}: the drafter draws {drafted.num_scales} of {len(lengths)} scales, expected 1 to "
+                f"{len(lengths) - 1}"
+            )
         for scale in range(drafted.num_scales + 1):
             if num_kept[scale] < lengths[scale]:
                 raise PlanError(

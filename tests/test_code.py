@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_agai
 from fastvar_trt.export.models.var.code import CoDeSource
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import Pipeline
-from fastvar_trt.runtime.chain import kv_bytes
-from fastvar_trt.runtime.errors import CheckpointError, PlanError
+from fastvar_trt.runtime.chain import _placed, kv_bytes
+from fastvar_trt.runtime.errors import BundleError, CheckpointError, PlanError
+from fastvar_trt.runtime.manifest import MANIFEST_FILE, Manifest
 from fastvar_trt.runtime.plan import Drafted, PruningPlan, Work
+from fastvar_trt.runtime.precision import DTYPES
 from fastvar_trt.runtime.request import example_requests
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli import main
@@ -111,9 +116,39 @@ def test_the_refiner_takes_the_memory_of_the_drafter(export_once: Export) -> Non
     bundle, report = export_once("pair", tiny_pair(), ExportOptions(plan=PruningPlan("pair"), batches=(1, 2)))
     token = 2 * 2 * 4  # keys and values of both halves, in fp32, per channel
     drafter, refiner = 3 * 192 * 1 * token, 2 * 128 * (1 + 9 + 25) * token
-    assert drafter > 0 and kv_bytes(report.manifest.default.chain(1)) == refiner
+    assert kv_bytes(report.manifest.default.chain(1)) == refiner
     with Pipeline.load(bundle) as pipe:
-        assert pipe.num_buffer_bytes >= refiner
+        shapes = pipe.buffer_shapes["128x128", 1]
+        kept = [4 * math.prod(shape) for name, shape in shapes.items() if name.startswith(("keys_", "values_"))]
+        assert sum(kept) == drafter + refiner
+        (chain,) = (c for key, c in pipe._chains.items() if key[1] == 1)
+        others = sum(
+            math.prod(buffer.shape) * DTYPES[buffer.dtype].num_bytes
+            for name, buffer in chain._buffers.items()
+            if not name.startswith(("keys_", "values_"))
+        )
+        assert chain.num_buffer_bytes == others + refiner
+
+
+def test_what_is_needed_at_the_same_time_lies_apart() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        spans = {str(i): tuple(sorted(rng.integers(0, 8, 2).tolist())) for i in range(rng.integers(1, 12))}
+        sizes = {name: int(rng.integers(1, 2000)) for name in spans}
+        offsets, total = _placed(sizes, spans)
+        assert total == max(offsets[name] + sizes[name] for name in spans)
+        assert all(offset % 256 == 0 for offset in offsets.values())
+        for a, b in itertools.combinations(spans, 2):
+            if spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]:
+                assert offsets[a] + sizes[a] <= offsets[b] or offsets[b] + sizes[b] <= offsets[a]
+
+
+def test_previews_do_not_disturb_a_pair(export_once: Export) -> None:
+    bundle, report = export_once("pair", tiny_pair(), ExportOptions(plan=PruningPlan("pair"), batches=(1, 2)))
+    with Pipeline.load(bundle) as pipe:
+        *previews, last = pipe.stream([3], seeds=1, preview_scales=list(report.manifest.preview_scales))
+        assert len(previews) == 3
+        np.testing.assert_array_equal(last.images, pipe.generate([3], seeds=1).images)
 
 
 def test_who_runs_where() -> None:
@@ -132,6 +167,7 @@ def test_who_runs_where() -> None:
         (PruningPlan("p", ((1, 0.5),), cache_scale=0), "scale 1 is pruned, which the drafter draws"),
         (PruningPlan("p", ((2, 0.5),), cache_scale=0), "scale 2 is pruned, .* prune scales after 2"),
         (PruningPlan("p", ((-1, 0.5),), cache_scale=1), "cache_scale 1 is drawn by the drafter; .* 2 or later"),
+        (PruningPlan("p", ((2, 1.0), (3, 1.0), (4, 1.0))), "scale 2 is pruned"),
         (PruningPlan("p", unguided_from=2), "got scale 2, expected one after scale 2"),
         (
             PruningPlan("p", ((-1, 0.5),), cache_scale=-2, first_layer=4),
@@ -144,6 +180,26 @@ def test_plans_that_do_not_fit_a_pair(plan: PruningPlan, message: str) -> None:
         plan.resolve(MAPS, 4, drafted=DRAFTED)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_drafted": 4}, "the drafter draws 4 of 4 scales, expected 1 to 3"),
+        ({"num_drafted": 3}, "expected .* in axis 0"),
+        ({"num_drafted": 0}, "num_drafted: got 0"),
+        ({"num_drafted": True}, "num_drafted: got True"),
+        ({"drafter": None}, "num_drafted: got 2"),
+        ({"drafter": {"depth": 3}}, "condition"),
+    ],
+)
+def test_damaged_manifests_of_a_pair(changes: dict[str, Any], message: str, export_once: Export) -> None:
+    bundle, _ = export_once("pair", tiny_pair(), ExportOptions(plan=PruningPlan("pair"), batches=(1, 2)))
+    data = json.loads((bundle / MANIFEST_FILE).read_text())
+    assert json.loads(json.dumps(Manifest.from_json(data, "x").to_json())) == data
+    data["model"] |= changes
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(data, "x")
+
+
 def test_pairs_that_do_not_fit_together() -> None:
     refiner, vae = tiny_states()
     for changes, message in (
@@ -153,7 +209,7 @@ def test_pairs_that_do_not_fit_together() -> None:
         drafter, _ = tiny_states(**changes)
         with pytest.raises(CheckpointError, match=message):
             CoDeSource.from_states({"drafter": drafter, "refiner": refiner}, vae, 2)
-    for switch in (0, 4, -1):
+    for switch in (4, 5):
         with pytest.raises(CheckpointError, match=f"--switch {switch}: expected 1 to 3"):
             CoDeSource.from_states({"drafter": refiner, "refiner": refiner}, vae, switch)
     damaged = {key: tensor for key, tensor in refiner.items() if key != "blocks.1.ffn.fc1.bias"}

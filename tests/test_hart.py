@@ -27,8 +27,8 @@ from conftest import Golden
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.hart.source import HARTSource
 from fastvar_trt.export.models.registry import load_plan
-from fastvar_trt.runtime import GenerationResult, Pipeline, Request
-from fastvar_trt.runtime.errors import CheckpointError
+from fastvar_trt.runtime import GenerationResult, Pipeline, PruningPlan, Request
+from fastvar_trt.runtime.errors import CheckpointError, PlanError
 from fastvar_trt.runtime.manifest import Role, TensorSpec
 from fastvar_trt.runtime.service import Service
 from fastvar_trt.runtime.verify import verify_bundle
@@ -254,6 +254,12 @@ def llm(tmp_path: Path) -> Path:
         vocab_size=32,
         attn_l2_norm=True,
     )
+
+
+def test_the_last_scale_is_what_the_residual_diffusion_starts_from(llm: Path) -> None:
+    model = HARTSource.from_folders(llm).new_model(ExportOptions().check())
+    with pytest.raises(PlanError, match="is skipped, from which HART's residual diffusion starts; prune it instead"):
+        model.resolve(PruningPlan("short", ((-1, 1.0),)))
 
 
 def test_folders_that_are_not_a_hart_are_named(llm: Path, tmp_path: Path) -> None:

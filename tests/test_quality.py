@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -22,8 +23,15 @@ from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.cli import main
 from fastvar_trt.tools.measure import tune
-from fastvar_trt.tools.measure.compare import Pictures, compare, draw_side_by_side
-from fastvar_trt.tools.measure.quality import image_metrics, mean_metrics, nearest_distances, reference_metrics
+from fastvar_trt.tools.measure.compare import Comparison, Pictures, compare, draw_side_by_side
+from fastvar_trt.tools.measure.evaluate import Share
+from fastvar_trt.tools.measure.quality import (
+    ImageMetrics,
+    image_metrics,
+    mean_metrics,
+    nearest_distances,
+    reference_metrics,
+)
 from fastvar_trt.tools.measure.work import chain_multiply_adds, step_multiply_adds
 from fastvar_trt.tools.scenes.renderer import render
 from fastvar_trt.tools.scenes.world import random_scene
@@ -167,6 +175,34 @@ def test_candidates_need_a_cache_before_the_pruned_scales() -> None:
         ("0.5-cache2-layer0-unguided3", -3),
         ("0.5-cache2-layer0-unguided1", -1),
     ]
+
+
+def candidate(work: float, ssim: float, held: int | None = None) -> tune.Candidate:
+    share = None if held is None else Share(held, 10)
+    return tune.Candidate(PruningPlan(f"{work}"), work, ImageMetrics(30.0, ssim, 1.0), None, 10, share)
+
+
+def test_the_best_are_the_front_and_some_all_along_it() -> None:
+    front = [candidate(0.1 * i, 0.5 + 0.05 * i) for i in range(1, 6)]
+    behind = [candidate(0.1 * i + 0.05, 0.4 + 0.05 * i) for i in range(1, 6)]
+    assert tune.best([*behind, *front], 5) == front
+    assert tune.best([*behind, *front], 3) == [front[4], front[2], front[0]]
+    assert tune.best([*behind, *front], 1) == [front[4]]
+    assert tune.best([*behind, *front], 7) == [*front, behind[4], behind[0]]
+    shown = [candidate(0.1, 0.9, held=5), candidate(0.2, 0.8, held=9), candidate(0.3, 0.95, held=8)]
+    assert tune.best(shown, 2) == shown[:2], "compliance comes first"
+
+
+def test_a_plan_may_lose_so_many_prompts() -> None:
+    found = []
+    for i in range(3):  # the less work, the faster, and the fewer prompts hold
+        measured = Comparison(PICTURES, (), ImageMetrics(30.0, 0.95, 1.0), {}, 9.0 - i, (1.0, 0.5), None)
+        one = candidate(0.1 * (i + 1), 0.9, held=8 + i)
+        found.append(dataclasses.replace(one, on_front=True, measured=measured))
+    result = tune.Sweep(tuple(found), None, Share(10, 10))
+    for max_loss, expected in ((0.0, 2), (0.11, 1), (0.21, 0)):
+        assert tune.choose(result, min_ssim=0.9, max_drop=0, max_loss=max_loss) == found[expected]
+    assert tune.choose(result, min_ssim=0.96, max_drop=0, max_loss=1) is None
 
 
 def test_half_of_the_candidates_are_left_out_in_every_round() -> None:

@@ -18,7 +18,13 @@ from fastvar_trt.runtime.precision import DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """Memory of a backend, allocated once: a dense row-major tensor. `owner` keeps it alive."""
+    """Memory of a backend: a dense row-major tensor.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        pointer: where it starts; graphs are bound by this, shape and dtype alone.
+        owner: keeps the memory alive; a backend's own, of the whole allocation, of which a buffer may be a part.
+    """
 
     shape: tuple[int, ...]
     dtype: str

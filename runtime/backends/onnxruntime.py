@@ -24,7 +24,7 @@ from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_
 from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 
 CPU_TARGET = "cpu"
-_CPU_GRAPHS = "2"  # those that `fastvar build --target cpu` writes
+_CPU_GRAPHS = "3"  # those that `fastvar build --target cpu` writes
 
 # As ONNX Runtime calls the dtypes of sessions' inputs and outputs.
 _ORT_TYPE: Mapping[str, str] = {f"tensor({name})": name for name in DTYPES} | {"tensor(float)": "float32"}

@@ -10,8 +10,6 @@ from pathlib import Path
 import click
 from PIL import Image
 
-from fastvar_trt.runtime.errors import RequestError
-from fastvar_trt.runtime.manifest import Condition
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, counting_bar, examples, runtime_options
 from fastvar_trt.tools.cli.pictures import check_takes_prompts, judge_of, judge_options, vif_option
@@ -87,8 +85,6 @@ def evaluate(
 
 def _check_bundles(pipelines: list[Pipeline]) -> None:
     for pipe in pipelines:
-        if pipe.manifest.model.condition is not Condition.TEXT:
-            raise RequestError(f"bundle {pipe.bundle}: draws classes, expected one that draws from text")
         check_takes_prompts(pipe.manifest, pipe.bundle)
         check_comparable(pipelines[0], pipe)
 

@@ -45,12 +45,13 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
         f"{variant.image_width}x{variant.image_height} pixels, {manifest.precision}, "
         f"batch {', '.join(map(str, manifest.batches))}"
     )
+    first = 0 if model.drafter is None else model.drafter.depth  # plans number the refiner's layers
     click.echo(
         f"plan {variant.plan.name}"
         + (
             ""
             if plan.cache_scale is None
-            else f": cache of scale {plan.cache_scale}, layers {plan.first_layer} to {plan.last_layer}"
+            else f": cache of scale {plan.cache_scale}, layers {plan.first_layer - first} to {plan.last_layer - first}"
         )
     )
     rows = [

@@ -118,11 +118,13 @@ def picture_requests(
 
 
 def check_takes_prompts(manifest: Manifest, bundle: Path) -> None:
-    """That a bundle of text has its text encoder.
+    """That a bundle draws from text, and has its text encoder.
 
     Raises:
-        RequestError: it has not.
+        RequestError: it does not.
     """
+    if manifest.model.condition is not Condition.TEXT:
+        raise RequestError(f"bundle {bundle}: draws classes, expected one that draws from text")
     if manifest.text_encoder is None:
         raise RequestError(f"bundle {bundle}: has no text encoder for prompts; export it with --text-encoder")
 

@@ -60,7 +60,11 @@ _FILES = ("tune.json", "front.png", "plan.json")
     type=click.IntRange(1),
     help="Pictures that candidates may draw in all: half of them are left out in every round. Default: all draw all.",
 )
-@click.option("--min-ssim", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Of the chosen plan.")
+@click.option(
+    "--min-ssim",
+    type=click.FloatRange(0, 1),
+    help="Of the chosen plan. Default: 0.9, or none where pictures are judged by what they show.",
+)
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
@@ -93,7 +97,7 @@ def tune(
     unguided_from: tuple[int, ...],
     marked: tuple[str, ...],
     budget: int | None,
-    min_ssim: float,
+    min_ssim: float | None,
     max_drop: float,
     max_loss: float,
 ) -> None:
@@ -119,17 +123,19 @@ def tune(
     judge = judge_of(num_scenes, held_out, prompts_file, checker, seed=0)
     if judge is None:
         pictures = picture_requests(bundle, labels, prompts, seeds, manifest)
-    elif labels or prompts:
-        raise click.UsageError("--class and --prompt go without --scenes and --prompts, which have their own")
     else:
+        if labels or prompts:
+            raise click.UsageError("--class and --prompt go without --scenes and --prompts, which have their own")
         check_takes_prompts(manifest, bundle)
         pictures = judge.pictures
+    least_ssim = (0.9 if judge is None else 0.0) if min_ssim is None else min_ssim
     guidance = manifest.sampling.cfg if cfg is None else cfg
-    plans = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers, unguided_from)
     try:
-        extra = [load_plan(name) for name in marked]
+        extra = list(dict.fromkeys(load_plan(name) for name in marked))
     except PlanError as error:
         raise PlanError(str(error).replace("--prune", "--plan", 1)) from error
+    swept = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers, unguided_from)
+    plans = tuning.distinct(swept, extra)
     known = references_of(references, pictures, manifest)
     tuning.check(bundle, [*plans, *extra], pictures)
     rounds = tuning.rounds(len(pictures), len(plans), budget)
@@ -145,7 +151,7 @@ def tune(
         counting_bar("front", num_front + 1) as progress,
     ):
         result = tuning.measure_front(bundle, result, Path(scratch), pictures, guidance, known, progress, judge)
-    chosen = tuning.choose(result, min_ssim=min_ssim, max_drop=max_drop, max_loss=max_loss)
+    chosen = tuning.choose(result, min_ssim=least_ssim, max_drop=max_drop, max_loss=max_loss)
     click.echo(_front_table(result.candidates, chosen))
     record = {
         "bundle": str(bundle),
@@ -157,9 +163,9 @@ def tune(
     tuning.plot_front(result, chosen, out / "front.png")
     if chosen is None:
         raise PlanError(
-            f"no plan keeps SSIM {min_ssim}, the distance within {max_drop:.1%} and compliance within {max_loss:.1%}; "
-            f"see {out / 'front.png'}, and allow more with --min-ssim, --max-drop or --max-loss, or give smaller "
-            "--fractions"
+            f"no plan keeps SSIM {least_ssim}, the distance within {max_drop:.1%} and compliance within "
+            f"{max_loss:.1%}; see {out / 'front.png'}, and allow more with --min-ssim, --max-drop or --max-loss, or "
+            "give smaller --fractions"
         )
     write_text(out / "plan.json", json.dumps(_with_place(chosen, record), indent=1) + "\n")
     click.echo(f"{out / 'plan.json'}: {chosen.plan.name}")

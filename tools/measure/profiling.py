@@ -124,8 +124,8 @@ def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
     rows = plan.rows(scale, batch)
     keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in plan.layers(scale))
     text = model.depth * model.text_length if has_cross_attention(model) else 0
-    kv_bytes = DTYPES[precision.kv].num_bytes * 2 * rows * model.width * (keys + text)
-    return round(precision.bytes_per_weight * matrices) + kv_bytes
+    moved = DTYPES[precision.kv].num_bytes * 2 * rows * model.width * (keys + text)
+    return round(precision.bytes_per_weight * matrices) + moved
 
 
 class Recorder:

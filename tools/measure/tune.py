@@ -1,8 +1,9 @@
 """A pruning plan by measurement: sweep, keep the front of work and quality, time it in the runtime, choose.
 
 The sweep runs in eager PyTorch over the bundle's own weights: the scales before the first pruned one are the same for
-every candidate and run once. With a budget, the worse half of the candidates is left out after each batch of pictures
-(successive halving, Jamieson and Talwalkar, arXiv 1502.07943). Only the candidates on the front are exported and timed.
+every candidate and run once. With a budget, half of the candidates are left out after each round of pictures: those
+that lie behind the front, then some of its crowded parts (after successive halving, Jamieson and Talwalkar, arXiv
+1502.07943). Only the candidates on the front are exported and timed.
 
 Quality is the share of pictures that show what their prompts ask for, where somebody looks; else the SSIM against the
 dense pictures.
@@ -60,7 +61,7 @@ class Candidate:
         num_images: how many were drawn, of those that were asked for; on the front all of them.
         compliance: how many show what was asked for; None where nobody looks.
         references: against photographs of the classes; None without any.
-        on_front: no other candidate has less work and a higher SSIM.
+        on_front: it has drawn all pictures, and nothing with less work is as good.
         is_marked: it was asked for by name: measured and shown wherever it lies.
         measured: through exported graphs and the runtime; of the front, and what is marked.
     """
@@ -137,7 +138,7 @@ class _Drawer:
     def __init__(self, model: NextScaleModel, inputs: Mapping[str, Tensor], seeds: Sequence[int], cfg: float) -> None:
         self._model, self._inputs, self._seeds = model, inputs, seeds
         self._request = default_request(model, len(seeds), greedy=False, cfg=cfg)
-        self._prefixes: dict[tuple[int, int], ChainState] = {}
+        self._prefixes: dict[tuple[tuple[int, ...], int], ChainState] = {}  # scales that ran, and the cache's
 
     @torch.inference_mode()
     def draw(self, plan: ResolvedPlan) -> NDArray[Any]:
@@ -154,16 +155,17 @@ class _Drawer:
         """The state before scale `end`. All layers are cached: a plan reads what it needs."""
         if plan.cache_scale is None:  # nothing is restored, and no other candidate is like it
             return self._run_prefix(plan, end)
-        key = (end, plan.cache_scale)
+        key = tuple(k for k in plan.steps if k < end), plan.cache_scale
         if key not in self._prefixes:
             self._prefixes[key] = self._run_prefix(plan, end)
         state = self._prefixes[key]
-        return dataclasses.replace(state, past=dict(state.past), caches=dict(state.caches), handed_on={})
+        past, caches, handed_on = dict(state.past), dict(state.caches), dict(state.handed_on)
+        return dataclasses.replace(state, past=past, caches=caches, handed_on=handed_on)
 
     def _run_prefix(self, plan: ResolvedPlan, end: int) -> ChainState:
         state = ChainState.begin(self._model, self._inputs, self._seeds)
         full = dataclasses.replace(plan, first_layer=0, last_layer=plan.depth - 1)
-        for scale in range(end):
+        for scale in (k for k in plan.steps if k < end):
             self._step(state, full, scale)
         return state
 
@@ -213,7 +215,7 @@ def condition_inputs(model: NextScaleModel, tokenizer: PromptTokenizer, pictures
 
 @dataclasses.dataclass
 class _Drawn:
-    """What a candidate, or the dense chain, has drawn so far."""
+    """What a plan has drawn so far."""
 
     num_images: int = 0
     held: int = 0
@@ -231,8 +233,13 @@ class _Drawn:
         )
 
 
+def distinct(plans: Sequence[PruningPlan], marked: Sequence[PruningPlan]) -> tuple[PruningPlan, ...]:
+    """Candidates without doubles and without those that are marked."""
+    return tuple(plan for plan in dict.fromkeys(plans) if plan not in marked)
+
+
 def rounds(num_pictures: int, num_plans: int, budget: int | None) -> list[tuple[range, int]]:
-    """Which pictures are drawn by how many of the candidates, half of which are left out after every round.
+    """Which pictures are drawn by how many of the candidates: half of them are left out after every round.
 
     Args:
         num_pictures: what those draw that stay to the end.
@@ -270,7 +277,7 @@ def sweep(
 
     Args:
         bundle: the weights, whatever its own plan.
-        plans: candidates.
+        plans: candidates, `distinct` from those that are marked.
         pictures: what is drawn.
         cfg: guidance scale.
         references: class -> photographs uint8 [M, H, W, 3].
@@ -283,13 +290,12 @@ def sweep(
         PlanError: a plan that does not fit the model, or a budget that is too small.
     """
     model, manifest = load_bundle_model(bundle)
-    plans = list(dict.fromkeys([*marked, *plans]))
-    resolved = {plan: manifest.default.resolve(manifest.model, plan) for plan in plans}
+    everything = model.resolve(DENSE)
+    resolved = {plan: model.resolve(plan) for plan in (*marked, *plans)}
     tokenizer = PromptTokenizer(bundle, manifest)
-    drawn = {plan: _Drawn() for plan in (DENSE, *plans)}
+    of_dense, drawn = _Drawn(), {plan: _Drawn() for plan in resolved}
 
-    def add(plan: PruningPlan, dense: NDArray[Any], images: NDArray[Any], start: int) -> None:
-        own = drawn[plan]
+    def add(own: _Drawn, dense: NDArray[Any], images: NDArray[Any], start: int) -> None:
         own.num_images += len(images)
         if images is not dense:
             own.metrics += [image_metrics(x, y, vif=False) for x, y in zip(dense, images, strict=True)]
@@ -312,23 +318,22 @@ def sweep(
             is_marked=plan in marked,
         )
 
-    alive = [plan for plan in plans if plan not in marked]
-    for number, (rows, count) in enumerate(rounds(len(pictures), len(alive), budget)):
-        if number and count < len(alive):
-            alive = [one.plan for one in _best_first(map(candidate, alive))[:count]]
+    alive = list(plans)
+    for rows, count in rounds(len(pictures), len(alive), budget):
+        if count < len(alive):
+            alive = [one.plan for one in best(map(candidate, alive), count)]
         for start in range(rows.start, rows.stop, _BATCH):  # outermost: the states that plans share are of one batch
             part = pictures[start : min(start + _BATCH, rows.stop)]
             drawer = _Drawer(model, condition_inputs(model, tokenizer, part), part.seeds, cfg)
-            dense = drawer.draw(manifest.default.resolve(manifest.model, DENSE))
-            add(DENSE, dense, dense, start)
-            for plan in (*marked, *alive):
-                add(plan, dense, drawer.draw(resolved[plan]), start)
+            dense = drawer.draw(everything)
+            add(of_dense, dense, dense, start)
+            for plan in dict.fromkeys((*marked, *alive)):
+                add(drawn[plan], dense, drawer.draw(resolved[plan]), start)
 
-    candidates = sorted(map(candidate, plans), key=_by_work)
-    front = _front([one for one in candidates if one.num_images == len(pictures)])
-    of_dense = drawn[DENSE]
+    candidates = sorted(map(candidate, resolved), key=_by_work)
+    front = {one.plan for one in _front(one for one in candidates if one.num_images == len(pictures))}
     return Sweep(
-        tuple(dataclasses.replace(one, on_front=any(one is other for other in front)) for one in candidates),
+        tuple(dataclasses.replace(one, on_front=one.plan in front) for one in candidates),
         of_dense.mean_references(),
         None if judge is None else Share(of_dense.held, of_dense.num_images),
     )
@@ -347,14 +352,20 @@ def _front(candidates: Iterable[Candidate]) -> list[Candidate]:
     return front
 
 
-def _best_first(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """The front, then that of the others, and so on."""
-    rest, ordered = list(candidates), []
-    while rest:
+def best(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
+    """So many of them: the front, then that of the others, and so on; of one that is too long, some all along it."""
+    rest, found = list(candidates), list[Candidate]()
+    while rest and len(found) < count:
         front = _front(rest)
-        ordered += front
-        rest = [one for one in rest if not any(one is other for other in front)]
-    return ordered
+        room = count - len(found)
+        if room < len(front):
+            # The best one, and evenly to the one with least work.
+            last = len(front) - 1
+            front = [front[last - last * i // max(room - 1, 1)] for i in range(room)]
+        found += front
+        taken = {one.plan for one in front}
+        rest = [one for one in rest if one.plan not in taken]
+    return found
 
 
 def measure_front(
@@ -383,7 +394,7 @@ def measure_front(
     batches = (min(read_manifest(bundle).batches),)
     export_again(bundle, dense, DENSE, batches=batches)
     progress(1)
-    candidates = list(result.candidates)
+    candidates, dense_held = list(result.candidates), result.dense_compliance
     with Pipeline.load(dense, check="size") as reference:
         for i, candidate in enumerate(candidates):
             if not (candidate.on_front or candidate.is_marked):
@@ -394,11 +405,13 @@ def measure_front(
                 options = shared_sampling([reference, pipe], cfg)
                 a, b = draw_side_by_side([reference, pipe], pictures, options)
             measured = compare(a, b, pictures, references)
-            held = None if judge is None else judge.share(list(b.images))
+            held = None
+            if judge is not None:
+                dense_held, held = judge.share(list(a.images)), judge.share(list(b.images))
             candidates[i] = dataclasses.replace(candidate, measured=measured, compliance=held)
             shutil.rmtree(pruned)
             progress(1)
-    return dataclasses.replace(result, candidates=tuple(candidates))
+    return dataclasses.replace(result, candidates=tuple(candidates), dense_compliance=dense_held)
 
 
 def choose(result: Sweep, *, min_ssim: float, max_drop: float, max_loss: float = 0.0) -> Candidate | None:
@@ -439,9 +452,13 @@ def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
         return candidate.work, candidate.quality[0 if looked_at else 1]
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    others = [place(c) for c in result.candidates if not c.on_front and not c.is_marked]
+    num_images = max(c.num_images for c in result.candidates)
+    others = [place(c) for c in result.candidates if not c.on_front and not c.is_marked and c.num_images == num_images]
+    left_out = [place(c) for c in result.candidates if c.num_images < num_images]
     front = sorted((c for c in result.candidates if c.on_front), key=lambda c: c.work)
     axes.scatter([x for x, _ in others], [y for _, y in others], color="0.7", label="other plans")
+    if left_out:  # judged by fewer pictures
+        axes.scatter([x for x, _ in left_out], [y for _, y in left_out], color="0.8", marker="x", label="left out")
     axes.plot(*zip(*map(place, front), strict=True), "o-", color="tab:blue", label="front")
     axes.plot([1.0], [1.0 if result.dense_compliance is None else result.dense_compliance.value], "ks", label="dense")
     last_labelled = -1.0

@@ -40,11 +40,11 @@ def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
         return 0
     rows = plan.rows(scale)
     model = model.at(scale)
-    total = length * (model.width * model.vocab_size + model.code_channels * model.width)
+    embedded = plan.kept(scale, plan.layers(scale)[0]) if scale == plan.switch else length
+    total = length * model.width * model.vocab_size + embedded * model.code_channels * model.width
     for layer in plan.layers(scale):
         kept = plan.kept(scale, layer)
-        keys = plan.num_past(scale, layer) + kept
-        total += rows * kept * (layer_weights(model) + 2 * model.width * keys)
+        total += rows * (kept * layer_weights(model) + 2 * model.width * plan.num_pairs(scale, layer))
         if has_cross_attention(model):
             total += rows * kept * (2 * model.width**2 + 2 * model.width * model.text_length)
     return total
@@ -76,7 +76,8 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
         model = manifest.model.at(scale)
         rows = plan.rows(scale, batch)
         length = plan.num_tokens(scale)
-        stream = 2 * rows * length * model.width * 4
+        tokens = plan.kept(scale, plan.layers(scale)[0]) if scale == plan.switch else length
+        stream = 2 * rows * tokens * model.width * 4
         inside = 0
         for layer in plan.layers(scale):
             kept = plan.kept(scale, layer)

@@ -27,8 +27,9 @@ from fastvar_trt.export.models.text import TextModel
 from fastvar_trt.export.models.vqvae import VQVAEConfig
 from fastvar_trt.plugins.torch_ops import Selector, gather_tokens
 from fastvar_trt.runtime import manifest as names
+from fastvar_trt.runtime.errors import PlanError
 from fastvar_trt.runtime.manifest import Condition, ModelSpec, Role, SamplingSpec, TensorSpec, Tokens
-from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
 from fastvar_trt.runtime.precision import Precision
 from fastvar_trt.runtime.request import GRAPH_INPUTS
 
@@ -129,6 +130,21 @@ class HART(CodeBookModel, TextModel):
         super().__init__(config.patch_nums, config.depth, vae_config, precision, config.context_tokens)
         self.config = config
         self.text_config = text_config
+
+    def resolve(self, plan: PruningPlan) -> ResolvedPlan:
+        """A plan for this model.
+
+        Raises:
+            PlanError: it does not fit, or skips the last scale, from which the residual diffusion starts.
+        """
+        resolved = super().resolve(plan)
+        last = len(self.patch_nums) - 1
+        if resolved.steps[-1] != last:
+            raise PlanError(
+                f"plan {plan.name!r}: scale {last} is skipped, from which HART's residual diffusion starts; prune it "
+                "instead"
+            )
+        return resolved
 
     def model_spec(self) -> ModelSpec:
         """Text, an index into the code book per position, and sizes."""

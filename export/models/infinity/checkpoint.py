@@ -194,12 +194,16 @@ def _halves(config: InfinityConfig, rows: Tensor, parts: int) -> Tensor:
 def rope_tables(config: InfinityConfig, scale: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of a scale's positions: fp32 [L, D/2] each, the row's angles first, then the column's.
 
-    `precompute_rope2d_freqs_grid` with `rope2d_normalized_by_hw=2`: positions are those of the last scale's map.
+    `precompute_rope2d_freqs_grid` with `rope2d_normalized_by_hw=2`: positions are those of the last scale's map. Of a
+    map that is larger than the span, which the public code does not have, they lie between these.
     """
     frequencies = 1.0 / ROPE_BASE ** (torch.arange(0, config.head_dim // 2, 2).float() / (config.head_dim // 2))
     (height, width), (span_h, span_w) = config.schedule[scale], config.rope_span
-    rows = (torch.arange(height) * (span_h / height)).round()
-    columns = (torch.arange(width) * (span_w / width)).round()
+    rows, columns = (
+        positions.round() if span >= length else positions
+        for length, span in ((height, span_h), (width, span_w))
+        for positions in (torch.arange(length) * (span / length),)
+    )
     angles = torch.cat(
         [
             torch.outer(rows, frequencies)[:, None].expand(-1, width, -1),

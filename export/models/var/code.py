@@ -5,6 +5,8 @@ Both share the VQVAE, and so f_hat, and nothing else. At the switch the refiner 
 in one step, its prefill: from its own start token, and from what the drafter's steps started from (the token hub),
 embedded by itself. No scale sees a later one (`attn_bias_for_masking` in the public code; here an attention per scale).
 
+Sampling is VAR's: top-k and top-p see the logits after the temperature, in the public code of CoDe before.
+
 The layers of the two are numbered on, those of the drafter first; so every key, value and cache has a buffer of its
 own. Other tensors carry a prefix.
 """
@@ -185,7 +187,9 @@ class CoDe(CodeBookModel):
 
     def handed_on(self, x: Tensor, drawn: Tensor, f_hat: Tensor, scale: int) -> dict[str, Tensor]:
         """See `handed_on_specs`."""
-        return {names.hub(spec): self.at_scale(f_hat, spec) for spec in (scale + 1,) if spec < self.config.switch}
+        if scale + 1 >= self.config.switch:
+            return {}
+        return {names.hub(scale + 1): self.at_scale(f_hat, scale + 1)}
 
     def condition(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """labels int64 [B] -> `VAR.condition` of both."""
@@ -277,7 +281,10 @@ class CoDeSource(Source):
         vae_config = VQVAEConfig.from_state_dict(vae_state, (overrides or {}).get("quant_resi", 0.5))
         configs = {}
         for part in (DRAFTER, REFINER):
-            configs[part] = VARConfig.from_state_dict(states[part], overrides)
+            try:
+                configs[part] = VARConfig.from_state_dict(states[part], overrides)
+            except CheckpointError as error:
+                raise CheckpointError(f"--{part}: {error}") from error
             check_checkpoints(configs[part], vae_config, states[part], vae_state, f"--{part}")
         for name in _SAME:
             of_drafter, of_refiner = (getattr(configs[part], name) for part in (DRAFTER, REFINER))

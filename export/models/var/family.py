@@ -92,7 +92,9 @@ _PAIR = SourceCommand(
         click.Option(["--drafter"], type=click.Path(path_type=Path), required=True, help="The official file."),
         click.Option(["--refiner"], type=click.Path(path_type=Path), required=True, help="The official file."),
         _VAE,
-        click.Option(["--switch"], type=int, default=8, show_default=True, help="Scales that the drafter draws."),
+        click.Option(
+            ["--switch"], type=click.IntRange(1), default=8, show_default=True, help="Scales that the drafter draws."
+        ),
         _CONFIG,
     ),
     load=_load_pair,
