@@ -66,12 +66,6 @@ class _Aspect(click.ParamType):
             self.fail(f"got {value!r}, expected two numbers as in 4:3", param, ctx)
 
 
-def _ratio(h_div_w: float | None, aspect: float | None) -> float:
-    if h_div_w is not None and aspect is not None:
-        raise click.UsageError("--h-div-w and --aspect say the same; give one of them")
-    return next((value for value in (h_div_w, aspect) if value is not None), 1.0)
-
-
 def _load(
     checkpoint: Path,
     vae: Path,
@@ -81,9 +75,12 @@ def _load(
     text_length: int | None,
     text_encoder: Path | None,
 ) -> InfinitySource:
+    if h_div_w is not None and aspect is not None:
+        raise click.UsageError("--h-div-w and --aspect say the same; give one of them")
     from fastvar_trt.export.models.infinity.source import InfinitySource
 
-    return InfinitySource.from_files(checkpoint, vae, pn, _ratio(h_div_w, aspect), text_length, text_encoder)
+    ratio = next((value for value in (h_div_w, aspect) if value is not None), 1.0)
+    return InfinitySource.from_files(checkpoint, vae, pn, ratio, text_length, text_encoder)
 
 
 def load_scenes(pn: str, h_div_w: float | None = None, aspect: float | None = None) -> InfinitySource:
@@ -94,8 +91,9 @@ def load_scenes(pn: str, h_div_w: float | None = None, aspect: float | None = No
     """
     checkpoint, vae, text = (SCENE_FOLDER / name for name in ("infinity.safetensors", "vae.safetensors", "t5"))
     source = _load(checkpoint, vae, pn, h_div_w, aspect, None, text)
-    # It was trained at one size: larger maps lie between the positions that it knows, instead of stretching all scales.
-    _, span = schedule(DEFAULT_SIZE, _ratio(h_div_w, aspect))
+    # It knows the positions of one size: with others solids repeat. Of larger maps, tokens lie between these; at other
+    # ratios, solids are as stretched as the picture.
+    _, span = schedule(DEFAULT_SIZE, 1.0)
     return dataclasses.replace(source, config=dataclasses.replace(source.config, cfg=_SCENE_CFG, rope_span=span))
 
 
