@@ -32,7 +32,7 @@ _FILES = ("tune.json", "front.png", "plan.json")
 @click.command(
     cls=ErrorCommand,
     epilog=examples(
-        "fastvar tune out/demo_dense --scenes 12 --budget 96 --fractions 0.4,0.5,1,1 --fractions 0.4,1,1,1 \\\n"
+        "fastvar tune out/demo_dense --scenes 12 --budget 72 --fractions 0.4,0.5,1,1 --fractions 0.4,1,1,1 \\\n"
         "    --cache-scales=-5 --first-layers 0,3 --unguided-from=-4,-5 --plan fastvar-infinity --out out/tune",
         "fastvar tune out/demo_dense --prompt 'two red cubes on snow' --plan fastvar-infinity --out out/tune",
         "fastvar tune out/d16 --class 207 --class 88 --fractions 0.4,0.5 --fractions 0.5,0.75 --out out/tune",
