@@ -456,7 +456,8 @@ def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
     others = [place(c) for c in result.candidates if not c.on_front and not c.is_marked and c.num_images == num_images]
     left_out = [place(c) for c in result.candidates if c.num_images < num_images]
     front = sorted((c for c in result.candidates if c.on_front), key=lambda c: c.work)
-    axes.scatter([x for x, _ in others], [y for _, y in others], color="0.7", label="other plans")
+    if others:
+        axes.scatter([x for x, _ in others], [y for _, y in others], color="0.7", label="other plans")
     if left_out:  # judged by fewer pictures
         axes.scatter([x for x, _ in left_out], [y for _, y in left_out], color="0.8", marker="x", label="left out")
     axes.plot(*zip(*map(place, front), strict=True), "o-", color="tab:blue", label="front")
@@ -474,17 +475,17 @@ def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
                 fontsize=8,
             )
             last_labelled = candidate.work
-    for candidate in result.candidates:
-        if candidate.is_marked:
-            name = candidate.plan.name
-            if candidate.measured is not None:
-                name += f", {candidate.measured.speedup:.2f}x"
-            axes.plot(*place(candidate), "D", label=name)
+    for i, candidate in enumerate(c for c in result.candidates if c.is_marked):
+        name = candidate.plan.name
+        if candidate.measured is not None:
+            name += f", {candidate.measured.speedup:.2f}x"
+        axes.plot(*place(candidate), "D", color=f"C{i + 1}", label=name)
     if chosen is not None:
         axes.plot(*place(chosen), "*", markersize=16, color="tab:red", label="chosen")
     axes.set_xlabel("multiply-adds of the transformer, share of dense")
     axes.set_ylabel("pictures that show their prompt, share" if looked_at else "SSIM against the dense pictures")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.margins(0.1)
+    axes.legend(loc="best")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
