@@ -11,6 +11,7 @@ Prints a table, then one JSON line.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -36,7 +37,7 @@ from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 from fastvar_trt.tools.measure.compare import Pictures, take_turns
 from fastvar_trt.tools.measure.work import chain_multiply_adds
-from fastvar_trt.tools.random_checkpoints import random_checkpoint
+from fastvar_trt.tools.random_checkpoints import PATCH_NUMS_256, random_checkpoint
 from fastvar_trt.tools.tables import format_table
 
 _OFFICIAL = {"num_classes": 1000, "vocab_size": 4096, "vae_channels": 160}
@@ -53,9 +54,9 @@ class Chain:
     def counts(self, precision: str) -> dict[str, float]:
         """TFLOP per image, GB of weights, MB of keys and values per image."""
         fmt = PRECISIONS[precision]
-        model = self.source.on_meta().new_model(fmt)
+        model = self.source.new_model(fmt)
         plan = model.resolve(self.plan)
-        shapes = self.source.on_meta().shapes(fmt, 600)
+        shapes = self.source.shapes(fmt, 600)
         num_bytes = sum(math.prod(shape) * DTYPES[dtype].num_bytes for shape, dtype in shapes.values())
         graphs = [function.spec for function in chain_functions(model, plan, 1)]
         return {
@@ -71,7 +72,7 @@ def chains(drafter: int, refiner: int, switch: int, *, on_meta: bool) -> list[Ch
         large, vae = random_checkpoint(depth=drafter, width=64 * drafter, **_OFFICIAL)
         small, _ = random_checkpoint(depth=refiner, width=64 * refiner, **_OFFICIAL)
     # Where the schedule is read from has to hold values.
-    levels = [torch.full((n * n,), k) for k, n in enumerate((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))]
+    levels = [torch.full((n * n,), k) for k, n in enumerate(PATCH_NUMS_256)]
     states: list[dict[str, Tensor]] = [{**state, "lvl_1L": torch.cat(levels)[None]} for state in (large, small)]
     pair = CoDeSource.from_states({"drafter": states[0], "refiner": states[1]}, vae, switch)
     # As FastVAR's for the last scales, of those that the refiner draws after its first step.
@@ -96,13 +97,12 @@ def times(found: list[Chain], folder: Path, runs: int) -> list[dict[str, float]]
             export_model(chain.source, bundle, ExportOptions(chain.plan, max_top_k=600, compare=False))
         build_targets(bundle, "cpu")
         bundles.append(bundle)
-    pipelines = [Pipeline.load(bundle, check="size") for bundle in bundles]
-    seconds: list[list[float]] = [[] for _ in pipelines]
-    for _, turns in take_turns(pipelines, Pictures((1,) * runs, tuple(range(runs))), {}):
-        for own, turn in zip(seconds, turns, strict=True):
-            own.append(sum(ms for name, ms in turn.result.timings.items() if name.startswith("step")) / 1e3)
-    for pipeline in pipelines:
-        pipeline.close()
+    seconds: list[list[float]] = [[] for _ in bundles]
+    with contextlib.ExitStack() as stack:
+        pipelines = [stack.enter_context(Pipeline.load(bundle, check="size")) for bundle in bundles]
+        for _, turns in take_turns(pipelines, Pictures((1,) * runs, tuple(range(runs))), {}):
+            for own, turn in zip(seconds, turns, strict=True):
+                own.append(sum(ms for name, ms in turn.result.timings.items() if name.startswith("step")) / 1e3)
     return [{"steps_s": statistics.median(own)} for own in seconds]
 
 

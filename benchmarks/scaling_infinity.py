@@ -19,9 +19,10 @@ import numpy as np
 
 from fastvar_trt.export.models.infinity.family import PLAN_OF_SIZE, load_scenes
 from fastvar_trt.runtime import Pipeline
-from fastvar_trt.runtime.manifest import Manifest, Role
+from fastvar_trt.runtime.chain import kv_bytes
+from fastvar_trt.runtime.manifest import Manifest
 from fastvar_trt.runtime.plan import DENSE
-from fastvar_trt.tools.measure.work import chain_multiply_adds, output_bytes
+from fastvar_trt.tools.measure.work import chain_multiply_adds
 from fastvar_trt.tools.tables import format_table
 
 PROMPT = "a red sphere left of a blue cube on sand"
@@ -86,7 +87,7 @@ def main(sizes: str, runs: int, work_dir: Path | None, out: Path) -> None:
                     "dense_s": round(steps[0], 3),
                     "pruned_s": round(steps[1], 3),
                     "tokens": [tokens_forwarded(m) for m in manifests],
-                    "kv_mib": [round(output_bytes(m, 1, Role.KEYS, Role.VALUES) / 2**20, 1) for m in manifests],
+                    "kv_mib": [round(kv_bytes(m.default.chain(1)) / 2**20, 1) for m in manifests],
                     "work": [chain_multiply_adds(m.model, m.resolved_plan) for m in manifests],
                     "steps_ms": [{k: round(ms, 1) for k, ms in m.items()} for m in by_scale],
                 }

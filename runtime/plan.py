@@ -97,13 +97,18 @@ class ResolvedPlan:
         height, width = self.schedule[scale]
         return height * width
 
+    def scale_tokens(self, scale: int) -> tuple[int, ...]:
+        """Tokens that a step starts from, by scale: its own, and at the switch those of all before."""
+        first = 0 if scale == self.switch else scale
+        return tuple(self.num_tokens(k) for k in range(first, scale + 1))
+
     def work(self, scale: int, layer: int) -> LayerWork:
         """What a layer does at a scale. Decided here and nowhere else."""
         length, kept = self.num_tokens(scale), self.num_kept[scale]
         if kept == 0 or layer not in self.layers(scale):
             return LayerWork(Work.SKIPPED, 0)
         if scale == self.switch:
-            return LayerWork(Work.FULL, sum(map(self.num_tokens, range(scale + 1))))
+            return LayerWork(Work.FULL, sum(self.scale_tokens(scale)))
         if kept < length and self._in_pruned_layers(layer):
             return LayerWork(Work.PRUNED, kept)
         return LayerWork(Work.FULL, self.context_tokens or length if scale == 0 else length)
@@ -132,7 +137,7 @@ class ResolvedPlan:
         """Pairs of a query and a key that it sees, of one row of a layer at a scale."""
         kept = self.kept(scale, layer)
         if kept and scale == self.switch:  # a scale does not see later ones
-            lengths = [self.num_tokens(k) for k in range(scale + 1)]
+            lengths = self.scale_tokens(scale)
             return sum(own * seen for own, seen in zip(lengths, itertools.accumulate(lengths), strict=True))
         return kept * (self.num_past(scale, layer) + kept)
 

@@ -224,7 +224,7 @@ class BlockSpec(abc.ABC):
 def block_geometry(plan: ResolvedPlan, scale: int, layer: int, batch: int) -> dict[str, Any]:
     """The fields of `BlockSpec` that follow from the plan."""
     height, width = plan.schedule[scale]
-    scale_tokens = tuple(map(plan.num_tokens, range(scale + 1))) if scale == plan.switch else ()
+    scale_tokens = plan.scale_tokens(scale) if scale == plan.switch else ()
     if scale_tokens:
         height, width = 1, sum(scale_tokens)
     pruned = plan.prunes(scale, layer)

@@ -129,7 +129,20 @@ class Judge:
         Raises:
             RequestError: the checker cannot check it.
         """
-        return _checked(self.checker, picture, self.cases[index])
+        case = self.cases[index]
+        try:
+            found = {str(name): bool(held) for name, held in self.checker(picture, case.expected).items()}
+        except Exception as error:  # of others
+            raise RequestError(
+                f"the checker failed on the prompt {case.prompt!r}: {type(error).__name__}: {error}; are its prompts "
+                "those that the checker is for?"
+            ) from error
+        if not found or ALL in found:
+            raise RequestError(
+                f"the checker: got the categories {', '.join(found) or 'none'} for the prompt {case.prompt!r}, "
+                f"expected at least one, and none that is called {ALL!r}"
+            )
+        return found
 
     def share(self, pictures: Sequence[NDArray[np.uint8]], first: int = 0) -> Share:
         """How many of pictures of consecutive cases show everything."""
@@ -314,22 +327,6 @@ def evaluate(
         ),
         tuple(np.stack(own) for own in samples),
     )
-
-
-def _checked(checker: Checker, picture: NDArray[np.uint8], case: Case) -> Mapping[str, bool]:
-    try:
-        found = {str(name): bool(held) for name, held in checker(picture, case.expected).items()}
-    except Exception as error:  # of others
-        raise RequestError(
-            f"the checker failed on the prompt {case.prompt!r}: {type(error).__name__}: {error}; are its prompts those "
-            "that the checker is for?"
-        ) from error
-    if not found or ALL in found:
-        raise RequestError(
-            f"the checker: got the categories {', '.join(found) or 'none'} for the prompt {case.prompt!r}, expected at "
-            f"least one, and none that is called {ALL!r}"
-        )
-    return found
 
 
 def _small(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

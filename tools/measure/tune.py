@@ -394,7 +394,8 @@ def measure_front(
     batches = (min(read_manifest(bundle).batches),)
     export_again(bundle, dense, DENSE, batches=batches)
     progress(1)
-    candidates, dense_held = list(result.candidates), result.dense_compliance
+    candidates = list(result.candidates)
+    dense_held: Share | None = None  # of the same pictures beside every plan
     with Pipeline.load(dense, check="size") as reference:
         for i, candidate in enumerate(candidates):
             if not (candidate.on_front or candidate.is_marked):
@@ -407,11 +408,13 @@ def measure_front(
             measured = compare(a, b, pictures, references)
             held = None
             if judge is not None:
-                dense_held, held = judge.share(list(a.images)), judge.share(list(b.images))
+                dense_held, held = dense_held or judge.share(list(a.images)), judge.share(list(b.images))
             candidates[i] = dataclasses.replace(candidate, measured=measured, compliance=held)
             shutil.rmtree(pruned)
             progress(1)
-    return dataclasses.replace(result, candidates=tuple(candidates), dense_compliance=dense_held)
+    return dataclasses.replace(
+        result, candidates=tuple(candidates), dense_compliance=dense_held or result.dense_compliance
+    )
 
 
 def choose(result: Sweep, *, min_ssim: float, max_drop: float, max_loss: float = 0.0) -> Candidate | None:

@@ -7,9 +7,10 @@ from fastvar_trt.runtime.plan import DENSE, ResolvedPlan
 from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 
 
-def output_bytes(manifest: Manifest, batch: int, *roles: Role) -> int:
-    """Bytes of the outputs of these roles, over all graphs of a chain: of keys and values, caches, modulations, ..."""
-    return sum(t.num_bytes for g in manifest.default.chain(batch) for t in g.outputs if t.role in roles)
+def output_bytes(manifest: Manifest, batch: int, role: Role) -> int:
+    """Bytes of the outputs of a role, over all graphs of a chain: of caches, modulations, ...; not of keys and values,
+    which share memory (`runtime.chain.kv_bytes`)."""
+    return sum(t.num_bytes for g in manifest.default.chain(batch) for t in g.outputs if t.role is role)
 
 
 def layer_weights(model: ModelSpec) -> int:
@@ -40,7 +41,7 @@ def step_multiply_adds(model: ModelSpec, plan: ResolvedPlan, scale: int) -> int:
         return 0
     rows = plan.rows(scale)
     model = model.at(scale)
-    embedded = plan.kept(scale, plan.layers(scale)[0]) if scale == plan.switch else length
+    embedded = sum(plan.scale_tokens(scale))
     total = length * model.width * model.vocab_size + embedded * model.code_channels * model.width
     for layer in plan.layers(scale):
         kept = plan.kept(scale, layer)
@@ -76,8 +77,7 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
         model = manifest.model.at(scale)
         rows = plan.rows(scale, batch)
         length = plan.num_tokens(scale)
-        tokens = plan.kept(scale, plan.layers(scale)[0]) if scale == plan.switch else length
-        stream = 2 * rows * tokens * model.width * 4
+        stream = 2 * rows * sum(plan.scale_tokens(scale)) * model.width * 4
         inside = 0
         for layer in plan.layers(scale):
             kept = plan.kept(scale, layer)

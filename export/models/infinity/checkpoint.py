@@ -199,11 +199,7 @@ def rope_tables(config: InfinityConfig, scale: int) -> tuple[Tensor, Tensor]:
     """
     frequencies = 1.0 / ROPE_BASE ** (torch.arange(0, config.head_dim // 2, 2).float() / (config.head_dim // 2))
     (height, width), (span_h, span_w) = config.schedule[scale], config.rope_span
-    rows, columns = (
-        positions.round() if span >= length else positions
-        for length, span in ((height, span_h), (width, span_w))
-        for positions in (torch.arange(length) * (span / length),)
-    )
+    rows, columns = _positions(height, span_h), _positions(width, span_w)
     angles = torch.cat(
         [
             torch.outer(rows, frequencies)[:, None].expand(-1, width, -1),
@@ -212,6 +208,11 @@ def rope_tables(config: InfinityConfig, scale: int) -> tuple[Tensor, Tensor]:
         dim=-1,
     ).reshape(height * width, -1)
     return angles.cos(), angles.sin()
+
+
+def _positions(length: int, span: int) -> Tensor:
+    positions = torch.arange(length) * (span / length)
+    return positions.round() if length <= span else positions
 
 
 def _resizes(config: InfinityConfig) -> Iterator[tuple[str, Tensor]]:

@@ -310,9 +310,7 @@ class CoDeSource(Source):
         for part, config in ((DRAFTER, self.config.drafter), (REFINER, self.config.refiner)):
             for name, tensor in transformer_tensors(config, self.states[part], precision):
                 yield self.config.renamed(part, name), tensor
-        refiner = self.config.refiner
-        bound = min(max_top_k or refiner.vocab_size, refiner.vocab_size)
-        yield from shared_tensors(refiner, self.vae_config, self.vae_state, precision, bound)
+        yield from shared_tensors(self.config.refiner, self.vae_config, self.vae_state, precision, max_top_k)
 
     def on_meta(self) -> CoDeSource:
         """The same without data."""

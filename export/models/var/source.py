@@ -81,8 +81,7 @@ class VARSource(Source):
 
     def tensors(self, precision: Precision, max_top_k: int) -> Iterator[tuple[str, Tensor]]:
         """The deployment tensors, one at a time."""
-        bound = min(max_top_k or self.config.vocab_size, self.config.vocab_size)
-        return deployment_tensors(self.config, self.vae_config, self.state, self.vae_state, precision, bound)
+        return deployment_tensors(self.config, self.vae_config, self.state, self.vae_state, precision, max_top_k)
 
     def on_meta(self) -> VARSource:
         """The same without data."""
