@@ -96,8 +96,8 @@ def deployment_tensors(
 def shared_tensors(
     config: VARConfig, vae_config: VQVAEConfig, vae_state: Mapping[str, Tensor], precision: Precision, max_top_k: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Those that are not the transformer's: see `vqvae_tensors`; `sampling.rank` is 0, 1, ... as far as top-k may reach:
-    to `max_top_k`, where that is 0 or too large over the whole vocabulary."""
+    """Those that are not the transformer's: see `vqvae_tensors`; `sampling.rank` is 0, 1, ... as far as top-k may
+    reach: to `max_top_k`, where that is 0 or too large over the whole vocabulary."""
     yield "sampling.rank", torch.arange(min(max_top_k or config.vocab_size, config.vocab_size))
     yield from vqvae_tensors(vae_config, config.patch_nums, vae_state, precision)
 
