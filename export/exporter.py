@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,14 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvar_trt.export.calibration import Subject, calibrate, check_subjects
 from fastvar_trt.export.folders import new_folder
 from fastvar_trt.export.known_answer import GreedyChain, text_reference
 from fastvar_trt.export.models.base import NextScaleModel
+from fastvar_trt.export.models.matrix import FORMATS, write_matrix
 from fastvar_trt.export.models.reference import default_request, gumbel_of, residual_inputs
 from fastvar_trt.export.models.registry import FAMILIES
-from fastvar_trt.export.models.source import Source
+from fastvar_trt.export.models.source import Source, shapes_of, to_meta
 from fastvar_trt.export.progress import Progress, no_progress
-from fastvar_trt.export.tracing import GraphFunction, build_graph, chain_functions, save_graph, text_function
+from fastvar_trt.export.tracing import (
+    GraphFunction,
+    build_graph,
+    chain_functions,
+    linear_layers,
+    save_graph,
+    text_function,
+)
 from fastvar_trt.export.validation import GraphError, compare_with_torch, run_in_onnxruntime
 from fastvar_trt.export.weights_file import map_weights, write_weights
 from fastvar_trt.plugins import DOMAIN, VERSION
@@ -44,7 +54,7 @@ from fastvar_trt.runtime.manifest import (
 )
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.plan import DENSE, PruningPlan, ResolvedPlan
-from fastvar_trt.runtime.precision import PRECISIONS, Precision
+from fastvar_trt.runtime.precision import PLAIN, PRECISIONS, Precision, in_block
 from fastvar_trt.runtime.request import GRAPH_INPUTS
 from fastvar_trt.runtime.weights import TensorPlace, plan_layout, read_layout
 
@@ -61,9 +71,11 @@ class ExportOptions:
     batches: tuple[int, ...] = (1,)
     max_top_k: int = 900  # static bound of top-k in the graphs; 0: the whole vocabulary
     compare: bool = True  # run every graph and PyTorch beside it; without, nothing is left for `fastvar verify`
+    matrices: tuple[tuple[str, str], ...] = ()  # before the family's own: see `Precision.matrices`
+    calibration: tuple[Subject, ...] = ()  # classes or prompts to draw for the scales of activations
 
-    def check(self) -> Precision:
-        """The precision, where everything is in range.
+    def check(self, family: str) -> Precision:
+        """The precision for a family of models, where everything is in range.
 
         Raises:
             ExportError: it is not.
@@ -72,7 +84,16 @@ class ExportOptions:
             raise ExportError(f"precision: got {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
         if not self.batches or min(self.batches) < 1:
             raise ExportError(f"batch: got {self.batches}, expected sizes of 1 or more")
-        return PRECISIONS[self.precision]
+        precision = PRECISIONS[self.precision]
+        if not precision.is_quantised:
+            if self.matrices:
+                raise ExportError(f"matrix: {precision.name} has one format for all; give a precision of few bits")
+            return precision
+        for pattern, name in self.matrices:
+            if name != PLAIN and name not in FORMATS:
+                raise ExportError(f"matrix {pattern}: got {name!r}, expected {PLAIN} or one of {', '.join(FORMATS)}")
+        own = FAMILIES[family].matrices if family in FAMILIES else ()
+        return dataclasses.replace(precision, matrices=(*self.matrices, *own))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +129,43 @@ def export_model(
         ExportError: `out` is taken, the disk is full, or a graph does not match PyTorch.
         PlanError: the plan does not fit the model.
     """
-    model = source.new_model(options.check())
+    spec = source.new_model(PRECISIONS["fp32"]).model_spec()
+    precision = options.check(spec.family)
+    check_subjects(spec, options.calibration)
+    model = source.new_model(precision)
     model.resolve(options.plan)  # an error before anything is written
+    shapes = source.shapes(precision, options.max_top_k)
+    _check_patterns(options.matrices, shapes)
     with _new_bundle(out, force) as folder:
-        places = _write_weights(source, folder, options)
+        places = _write_weights(folder, shapes, source.tensors(precision, options.max_top_k))
         source.copy_files(folder)
-        model.load_tensors(map_weights(folder))
+        _load_calibrated(model, places, folder, options, progress)
         return _write_graphs(model, places, folder, options, progress)
+
+
+def _check_patterns(matrices: Sequence[tuple[str, str]], tensors: Iterable[str]) -> None:
+    """That every exception is from something.
+
+    Raises:
+        ExportError: no matrix has such a name.
+    """
+    linears = sorted({in_block(name.rpartition(".")[0]) for name in tensors if name.endswith((".weight", ".weight_q"))})
+    for pattern, _ in matrices:
+        if not fnmatch.filter(linears, pattern):
+            raise ExportError(f"matrix {pattern}: none has such a name; there are {', '.join(linears)}")
+
+
+def _load_calibrated(
+    model: NextScaleModel,
+    places: Mapping[str, TensorPlace],
+    folder: Path,
+    options: ExportOptions,
+    progress: Progress,
+) -> None:
+    """Give the model its weights, and those the scales of activations, where they have any."""
+    model.load_tensors(map_weights(folder))
+    calibrate(model, model.resolve(options.plan), folder, places, options.calibration, progress)
+    model.load_tensors(map_weights(folder))
 
 
 def load_bundle_model(bundle: Path, *, hashes: bool = True) -> tuple[NextScaleModel, Manifest]:
@@ -131,7 +182,7 @@ def load_bundle_model(bundle: Path, *, hashes: bool = True) -> tuple[NextScaleMo
     check_files(bundle, manifest, hashes=hashes)
     try:
         family = FAMILIES[manifest.model.family]
-        model = family.from_configs(manifest.configs, PRECISIONS[manifest.precision])
+        model = family.from_configs(manifest.configs, manifest.own_precision)
     except (KeyError, TypeError) as error:
         raise BundleError(f"bundle {bundle}: its configs cannot be read ({error}); export it again") from error
     return model.load_tensors(map_weights(bundle)), manifest
@@ -140,53 +191,119 @@ def load_bundle_model(bundle: Path, *, hashes: bool = True) -> tuple[NextScaleMo
 def export_again(
     bundle: Path,
     out: Path,
-    plan: PruningPlan,
+    plan: PruningPlan | None = None,
     *,
+    precision: str | None = None,
+    matrices: tuple[tuple[str, str], ...] = (),
+    calibration: tuple[Subject, ...] = (),
     batches: tuple[int, ...] | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> ExportReport:
-    """Write a bundle of the same weights and precision with another plan, without the checkpoint.
+    """Write a bundle of the same model with another plan or precision, without the checkpoint.
 
-    Graphs that the other plan leaves as they are get copied.
+    Graphs that stay as they are get copied.
 
     Args:
         bundle: a bundle.
         out: the new bundle's folder.
-        plan: its plan.
+        plan: its plan; default: that of `bundle`.
+        precision: one that computes as that of `bundle` does, whose matrices are then rounded; default: that one.
+        matrices: exceptions from the precision's format, before the family's own.
+        calibration: classes or prompts to draw for the scales of activations.
         batches: batch sizes; default: those of `bundle`.
         force: replace the bundle that is there.
         progress: as for `export_model`.
 
     Raises:
         BundleError: a bundle that is incomplete or damaged.
-        ExportError: `out` is taken, the disk is full, or a graph does not match PyTorch.
+        ExportError: `out` is taken, the disk is full, a graph does not match PyTorch, or a precision that cannot be had
+            of these weights.
         PlanError: the plan does not fit the model.
     """
     model, manifest = load_bundle_model(bundle)
     if len(manifest.variants) > 1:
         raise ExportError(f"bundle {bundle}: has {len(manifest.variants)} variants, and another plan is for one")
+    plan = plan or manifest.default.plan
     model.resolve(plan)
     options = ExportOptions(
         plan,
-        manifest.precision,
+        precision or manifest.precision,
         batches or manifest.batches,
         manifest.sampling.max_top_k,
         compare=REFERENCE_FILE in manifest.files,
+        matrices=matrices,
+        calibration=calibration,
     )
-    options.check()
+    options.check(manifest.model.family)
     functions = [
         function
         for batch in manifest.batches
         for function in (text_function(model), *chain_functions(model, manifest.resolved_plan, batch))
-        if function is not None and manifest.tools == tool_versions()
+        if function is not None
     ]
+    if precision is not None:
+        return _export_rounded(model, manifest, bundle, functions, out, options, force=force, progress=progress)
     there = {function.spec.file: (function, bundle / function.spec.file) for function in functions}
     with _new_bundle(out, force) as folder:
-        for name in (WEIGHTS_FILE, names.TOKENIZER_FILE):
-            if name in manifest.files:
-                shutil.copyfile(bundle / name, folder / name)  # onnx.checker refuses hard links
-        return _write_graphs(model, read_layout(folder / WEIGHTS_FILE), folder, options, progress, there)
+        _copy(bundle, folder, manifest, WEIGHTS_FILE, names.TOKENIZER_FILE)
+        places = read_layout(folder / WEIGHTS_FILE)
+        known = there if manifest.tools == tool_versions() else {}
+        return _write_graphs(model, places, folder, options, progress, known)
+
+
+def _export_rounded(
+    model: NextScaleModel,
+    manifest: Manifest,
+    bundle: Path,
+    functions: Sequence[GraphFunction],
+    out: Path,
+    options: ExportOptions,
+    *,
+    force: bool,
+    progress: Progress,
+) -> ExportReport:
+    """The bundle of a model in another format of its matrices."""
+    before, wanted = PRECISIONS[manifest.precision], options.check(manifest.model.family)
+    if before.is_quantised:
+        raise ExportError(f"bundle {bundle}: is {before.name}, and rounding twice loses more; take what it was made of")
+    if wanted.computed != before.computed:
+        raise ExportError(
+            f"bundle {bundle}: is {before.name}, and {wanted.name} computes in {wanted.computed}; take a bundle that "
+            "does, or export from the checkpoint"
+        )
+    check_subjects(manifest.model, options.calibration)
+    linears = linear_layers(model, functions)
+    tensors = {
+        name.removeprefix("image_decoder."): parameter.data
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+    def rounded(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            linear = name.removesuffix(".weight")
+            # Some are kept in fp32, whatever is computed in.
+            if linear in linears and linear != name and tensor.dtype == model.dtype:
+                yield from write_matrix(wanted, linear, tensor)
+            else:
+                yield name, tensor
+
+    with torch.device("meta"):
+        shapes = shapes_of(rounded(to_meta(tensors)))
+    _check_patterns(options.matrices, shapes)
+    quantised = FAMILIES[manifest.model.family].from_configs(manifest.configs, wanted)
+    with _new_bundle(out, force) as folder:
+        places = _write_weights(folder, shapes, rounded(tensors))
+        _copy(bundle, folder, manifest, names.TOKENIZER_FILE)
+        _load_calibrated(quantised, places, folder, options, progress)
+        return _write_graphs(quantised, places, folder, options, progress)
+
+
+def _copy(bundle: Path, folder: Path, manifest: Manifest, *files: str) -> None:
+    """Copy those that the bundle has; onnx.checker refuses hard links."""
+    for name in files:
+        if name in manifest.files:
+            shutil.copyfile(bundle / name, folder / name)
 
 
 def _write_graphs(
@@ -210,10 +327,10 @@ def _write_graphs(
     return ExportReport(manifest, writer.errors, tuple(writer.traced))
 
 
-def _write_weights(source: Source, folder: Path, options: ExportOptions) -> dict[str, TensorPlace]:
+def _write_weights(
+    folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], str]], tensors: Iterator[tuple[str, Tensor]]
+) -> dict[str, TensorPlace]:
     """The weights file: from memory-mapped checkpoints, so no second copy is held."""
-    precision = PRECISIONS[options.precision]
-    shapes = source.shapes(precision, options.max_top_k)
     _, planned = plan_layout(shapes)
     needed = max(place.offset + place.num_bytes for place in planned.values()) + _FREE_SPACE_MARGIN
     free = shutil.disk_usage(folder).free
@@ -222,7 +339,7 @@ def _write_weights(source: Source, folder: Path, options: ExportOptions) -> dict
             f"{folder.parent}: {free / 2**20:.0f} MiB free, the bundle needs about {needed / 2**20:.0f} MiB; free some "
             "space or give another --out"
         )
-    return write_weights(folder, shapes, source.tensors(precision, options.max_top_k))
+    return write_weights(folder, shapes, tensors)
 
 
 class _GraphWriter:
@@ -383,6 +500,7 @@ def _manifest(
         operators={DOMAIN: VERSION},
         tools=tool_versions(),
         configs=model.configs(),
+        matrices=model.precision.matrices,
     )
 
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastvar_trt.export.models.base import BLOCK_DOMAIN, BlockSpec, NextScaleModel, Request
-from fastvar_trt.export.models.matrix import dtype_name, torch_dtype
+from fastvar_trt.export.models.matrix import dtype_name, observing, torch_dtype
 from fastvar_trt.export.weights_file import external_tensor
 from fastvar_trt.plugins import onnx_functions
 from fastvar_trt.plugins.torch_ops import Selector, pivotal_tokens
@@ -366,6 +366,21 @@ def _only_what_it_reads(module: nn.Module, inputs: Sequence[Tensor]) -> Iterator
             part._parameters = own
 
 
+def linear_layers(model: NextScaleModel, functions: Iterable[GraphFunction]) -> frozenset[str]:
+    """The names of the linear layers that graphs multiply with, of a model whose matrices are no more than cast."""
+    names_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = set()
+
+    def observe(linear: str, tensors: Mapping[str, Tensor], x: Tensor) -> None:
+        found.add(names_of[id(tensors[f"{linear}.weight"])].removesuffix(".weight"))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), observing(observe):
+        for function in functions:
+            inputs = {i.name: torch.zeros(i.shape, dtype=torch_dtype(i.dtype)) for i in function.spec.inputs}
+            function.run(inputs, COMPUTE)
+    return frozenset(found)
+
+
 def _trace(
     module: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str]
 ) -> ir.Model:
@@ -406,14 +421,24 @@ def _point_weights(model: ir.Model, places: Mapping[str, TensorPlace], folder: P
         tensor = value.const_value
         assert tensor is not None
         if name in places:
-            assert tuple(tensor.shape) == places[name].shape, (file, name)
-            value.const_value = external_tensor(places[name], name, folder)
+            place = places[name]
+            assert tuple(tensor.shape) == place.shape, (file, name)
+            if _is_int4(value):
+                place = dataclasses.replace(place, dtype="int4", shape=(*place.shape[:-1], 2 * place.shape[-1]))
+                value.shape, value.type = ir.Shape(place.shape), ir.TensorType(ir.DataType.INT4)
+            value.const_value = external_tensor(place, name, folder)
             value.name = name
         elif tensor.nbytes > _MAX_INLINE_BYTES:
             raise ExportError(
                 f"{file}: constant {value.name} of {tensor.nbytes} bytes is not one of the weights; it would be "
                 "copied into every graph"
             )
+
+
+def _is_int4(value: ir.Value) -> bool:
+    """Whether bytes are two numbers each: torch has no such dtype, and a weights file neither."""
+    uses = [node for node, _ in value.uses() if node.op_type == "DequantizeLinear"]
+    return bool(uses) and value.dtype == ir.DataType.UINT8 and uses[0].outputs[0].shape != value.shape
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

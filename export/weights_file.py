@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def write_weights(
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     assert not missing, missing
     return places
+
+
+def overwrite_scalars(folder: Path, places: Mapping[str, TensorPlace], values: Mapping[str, float]) -> None:
+    """Write fp32 scalars over those that the weights file has."""
+    with (folder / WEIGHTS_FILE).open("r+b") as file:
+        for name, value in values.items():
+            assert (places[name].shape, places[name].dtype) == ((), "float32"), (name, places[name])
+            file.seek(places[name].offset)
+            file.write(struct.pack("<f", value))
 
 
 def map_weights(folder: Path) -> dict[str, Tensor]:

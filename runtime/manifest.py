@@ -20,7 +20,7 @@ from typing import Any
 
 from fastvar_trt.runtime.errors import BundleError, PlanError
 from fastvar_trt.runtime.plan import Drafted, PruningPlan, ResolvedPlan
-from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
+from fastvar_trt.runtime.precision import DTYPES, PRECISIONS, Precision
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -187,7 +187,7 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         """Size of the dense tensor in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype].num_bytes
+        return DTYPES[self.dtype].bytes_of(math.prod(self.shape))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, without what is None."""
@@ -588,11 +588,17 @@ class Manifest:
     operators: Mapping[str, int]
     tools: Mapping[str, str]
     configs: Mapping[str, Any]  # the exporter's: what it needs to trace these weights again
+    matrices: tuple[tuple[str, str], ...] = ()  # exceptions from the precision's format: see `Precision.matrices`
 
     @property
     def default(self) -> Variant:
         """The variant that is drawn with where none is asked for."""
         return self.variants[0]
+
+    @property
+    def own_precision(self) -> Precision:
+        """The precision, with this bundle's exceptions."""
+        return dataclasses.replace(PRECISIONS[self.precision], matrices=self.matrices)
 
     @functools.cached_property
     def resolved_plan(self) -> ResolvedPlan:
@@ -645,6 +651,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "model": dataclasses.asdict(self.model),
             "precision": self.precision,
+            "matrices": [list(rule) for rule in self.matrices],
             "batches": list(self.batches),
             "sampling": dataclasses.asdict(self.sampling),
             "variants": [variant.to_json() for variant in self.variants],
@@ -682,6 +689,7 @@ class Manifest:
                 operators={str(name): int(version) for name, version in data["operators"].items()},
                 tools={str(name): str(version) for name, version in data["tools"].items()},
                 configs=dict(data["configs"]),
+                matrices=tuple((str(pattern), str(name)) for pattern, name in data.get("matrices", ())),
             )
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PlanError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import re
 from collections.abc import Mapping
 
 from fastvar_trt.runtime.registry import Registry
@@ -14,33 +16,48 @@ class DType:
 
     Attributes:
         name: in manifests, numpy and torch.
-        num_bytes: of one element.
+        num_bits: of one element.
         onnx: ONNX's `TensorProto.DataType`.
         safetensors: in the header of a safetensors file.
         host: the numpy dtype that holds it: itself, or the bits of what numpy does not know.
     """
 
     name: str
-    num_bytes: int
+    num_bits: int
     onnx: int
     safetensors: str
     host: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one element, where that is whole."""
+        return self.num_bits // 8
+
+    def bytes_of(self, count: int) -> int:
+        """Of so many elements."""
+        return -(-count * self.num_bits // 8)
 
 
 DTYPES: Mapping[str, DType] = {
     dtype.name: dtype
     for dtype in (
-        DType("float32", 4, 1, "F32", "float32"),
-        DType("uint8", 1, 2, "U8", "uint8"),
-        DType("int8", 1, 3, "I8", "int8"),
-        DType("int32", 4, 6, "I32", "int32"),
-        DType("int64", 8, 7, "I64", "int64"),
-        DType("bool", 1, 9, "BOOL", "bool"),
-        DType("float16", 2, 10, "F16", "float16"),
-        DType("bfloat16", 2, 16, "BF16", "uint16"),
+        DType("float32", 32, 1, "F32", "float32"),
+        DType("uint8", 8, 2, "U8", "uint8"),
+        DType("int8", 8, 3, "I8", "int8"),
+        DType("int32", 32, 6, "I32", "int32"),
+        DType("int64", 64, 7, "I64", "int64"),
+        DType("bool", 8, 9, "BOOL", "bool"),
+        DType("float16", 16, 10, "F16", "float16"),
+        DType("bfloat16", 16, 16, "BF16", "uint16"),
+        DType("float8_e4m3fn", 8, 17, "F8_E4M3", "uint8"),
+        DType("int4", 4, 22, "", "uint8"),  # in graphs only: in a weights file it is uint8, two to a byte
     )
 }
 DTYPE_OF_ONNX: Mapping[int, str] = {dtype.onnx: dtype.name for dtype in DTYPES.values()}
+
+
+PLAIN = "plain"  # matrices in the dtype that is computed in
+_IN_BLOCK = re.compile(r"^blocks\.\d+\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,24 +111,63 @@ class Precision:
             `export.models.matrix.FORMATS`.
         computed: dtype of matrix products, attention, biases and convolutions.
         kv: dtype of keys, values and token caches.
-        bytes_per_weight: of the large matrices, scales of quantised ones included.
         tolerance: see there.
+        matrices: exceptions, the first that fits counts: a pattern (`fnmatch`) of the names of linear layers, without
+            `blocks.<layer>.`, and the format of theirs, `PLAIN` for that of `computed`.
+        least_sm: compute capability from which NVIDIA GPUs have its numbers, ten times; 0: all.
     """
 
     name: str
     stored: str
     computed: str
     kv: str
-    bytes_per_weight: float
     tolerance: Tolerance
+    matrices: tuple[tuple[str, str], ...] = ()
+    least_sm: int = 0
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether matrices are stored otherwise than as floating-point numbers that are computed with."""
+        return self.stored not in DTYPES
+
+    def format_of(self, linear: str) -> str:
+        """The format of the matrix of a linear layer."""
+        own = in_block(linear)
+        found = next((name for pattern, name in self.matrices if fnmatch.fnmatchcase(own, pattern)), self.stored)
+        return self.computed if found == PLAIN else found
+
+
+def in_block(linear: str) -> str:
+    """The name of a linear layer without that of its block: the same for all layers."""
+    return _IN_BLOCK.sub("", linear)
 
 
 def _plain(name: str, dtype: str, tolerance: Tolerance) -> Precision:
-    return Precision(name, dtype, dtype, dtype, DTYPES[dtype].num_bytes, tolerance)
+    return Precision(name, dtype, dtype, dtype, tolerance)
+
+
+_HALVES = (
+    _plain("fp16", "float16", Tolerance(2e-2, 0.2, 0.02, 2, 1e-2, 0.1, 2e-2)),
+    _plain("bf16", "bfloat16", Tolerance(1e-1, 0.5, 0.1, 2, 3e-2, 0.3, 1e-1)),
+)
+# Activations that lie near a tie are rounded to the other side (for `w8` and `w4`, too, by ONNX Runtime's products).
+_ROUNDED = Tolerance(3e-1, 0.5, 0.1, 2, 3e-2, 0.3, 3e-1)
+
+
+def _quantised(stored: str, least_sm: int = 0) -> tuple[Precision, ...]:
+    """A format of matrices, with everything else in fp32, or in half precision for GPUs."""
+    whole = Precision(stored, stored, "float32", "float32", _ROUNDED, least_sm=least_sm)
+    halves = (
+        dataclasses.replace(whole, name=f"{stored}-{half.name}", computed=half.computed, kv=half.kv) for half in _HALVES
+    )
+    return whole, *halves
 
 
 PRECISIONS: Registry[Precision] = Registry(
     _plain("fp32", "float32", Tolerance(1e-4, 0.01, 0.002, 0, 1e-3, 0.02, 1e-3)),
-    _plain("fp16", "float16", Tolerance(2e-2, 0.2, 0.02, 2, 1e-2, 0.1, 2e-2)),
-    _plain("bf16", "bfloat16", Tolerance(1e-1, 0.5, 0.1, 2, 3e-2, 0.3, 1e-1)),
+    *_HALVES,
+    *_quantised("w8"),
+    *_quantised("w4"),
+    *_quantised("w8a8"),
+    *_quantised("fp8", least_sm=89),
 )

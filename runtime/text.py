@@ -45,7 +45,7 @@ class PromptTokenizer:
         """
         if self._tokenizer is None:
             check_unreplaced(self._bundle, self._manifest)
-            self._tokenizer = _load_tokenizer(self._bundle / names.TOKENIZER_FILE)
+            self._tokenizer = load_tokenizer(self._bundle / names.TOKENIZER_FILE)
 
     def tokens(self, prompt: str, name: str = "prompt") -> PromptTokens:
         """The tokens of a prompt that is some text.
@@ -115,7 +115,13 @@ def check_unreplaced(bundle: Path, manifest: Manifest) -> None:
         raise BundleError(f"bundle {bundle}: was replaced by another since it was loaded; load it again")
 
 
-def _load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in a file, without padding or truncation.
+
+    Raises:
+        UnavailableError: the package tokenizers is not installed.
+        BundleError: the file is damaged.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

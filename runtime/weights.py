@@ -12,7 +12,7 @@ from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.precision import DTYPES
 
 _HEADER_ALIGNMENT = 64  # bytes
-_NAMES: Mapping[str, str] = {dtype.safetensors: dtype.name for dtype in DTYPES.values()}
+_NAMES: Mapping[str, str] = {dtype.safetensors: dtype.name for dtype in DTYPES.values() if dtype.safetensors}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,9 @@ def plan_layout(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[byte
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     spans = {}
     end = 0
-    for name in sorted(shapes, key=lambda name: -DTYPES[shapes[name][1]].num_bytes):
+    for name in sorted(shapes, key=lambda name: -DTYPES[shapes[name][1]].num_bits):
         shape, dtype = shapes[name]
-        num_bytes = math.prod(shape) * DTYPES[dtype].num_bytes
+        num_bytes = DTYPES[dtype].bytes_of(math.prod(shape))
         entries[name] = {
             "dtype": DTYPES[dtype].safetensors,
             "shape": list(shape),

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fastvar_trt.runtime import BundleError, read_manifest
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE
+from fastvar_trt.runtime.weights import read_layout
 from fastvar_trt.tools.cli import main
 from fastvar_trt.tools.measure import profiling
 from fastvar_trt.tools.measure.profiling import GraphProfile, Profile, step_bytes
@@ -42,7 +44,7 @@ def test_bytes_of_a_step(tiny_bundle: Path) -> None:
     model = manifest.model
     matrices = 2 * (4 * 128**2 + 2 * 128 * model.mlp_width) + 128 * 96
     keys = 2 * (1 + 9 + 25) + (64 + 32)  # the last layer of the last scale keeps half
-    assert step_bytes(manifest, 3, 1) == 4 * (matrices + 2 * 2 * 128 * keys)
+    assert step_bytes(manifest, read_layout(tiny_bundle / WEIGHTS_FILE), 3, 1) == 4 * (matrices + 2 * 2 * 128 * keys)
 
 
 def test_profiles_survive_json_and_others_are_refused() -> None:

@@ -34,6 +34,8 @@ from fastvar_trt.tools.cli import main
 from fastvar_trt.tools.measure.estimate import Gpu, _times
 from fastvar_trt.tools.measure.work import chain_multiply_adds
 
+KINDS = ("total", "attention", "gemm_bias_gelu", "gemm_8_bit", "gemm_dequantising")
+
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
 
@@ -168,7 +170,7 @@ def test_inspect_shows_the_engines(half_bundle: Path, engines: dict[str, EngineR
     assert "tensorrt_rtx" in done.output and "sm86, sm89" in done.output
     row = next(line for line in done.output.splitlines() if line.startswith("step_03.engine"))
     kernels = engines["step_03.onnx"].kernels
-    assert row.split()[-4:] == [str(kernels[key]) for key in ("total", "attention", "gemm_bias_gelu", "plugins")]
+    assert row.split()[-6:] == [str(kernels[key]) for key in (*KINDS, "plugins")]
     data = json.loads((half_bundle / "engines" / "tensorrt_rtx" / "engines.json").read_text())
     assert len(data["engines"]) == 6
 
@@ -321,7 +323,7 @@ def test_estimate_command(half_bundle: Path, engines: dict[str, EngineRecord], t
 
 
 def test_estimated_times() -> None:
-    gpu = Gpu("x", "sm86", 100.0, 10.0, 1000.0)
+    gpu = Gpu("x", "sm86", 100.0, 200.0, 0.0, 10.0, 1000.0)
     layers = (
         EngineLayer("product", "linear", "float16", 10**6, 10**12),  # 10 ms of arithmetic
         EngineLayer("product", "linear", "float32", 10**6, 10**12),  # 100 ms outside tensor cores

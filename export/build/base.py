@@ -25,6 +25,7 @@ from fastvar_trt.runtime.manifest import (
     check_files,
     read_manifest,
 )
+from fastvar_trt.runtime.precision import PRECISIONS, Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,13 @@ class Builder(abc.ABC):
     @abc.abstractmethod
     def built_with(self) -> dict[str, str]:
         """What engines depend on besides graph and weights -> version; see `EngineRecord`."""
+
+    def check_precision(self, precision: Precision) -> None:  # noqa: B027  # most have nothing to check
+        """That the targets have the numbers of a precision.
+
+        Raises:
+            ExportError: one has not.
+        """
 
     def fresh(self, engines: EngineSet, manifest: Manifest, graph: GraphSpec) -> bool:
         """Whether the engine that is there computes the graph on all targets."""
@@ -183,6 +191,7 @@ def build_bundle(bundle: Path, builder: Builder, progress: Progress = no_progres
     begin = time.perf_counter()
     manifest = read_manifest(bundle)
     builder.open()
+    builder.check_precision(PRECISIONS[manifest.precision])
     check_files(bundle, manifest, hashes=True)
     with _writing(engines_folder(bundle, builder.folder)):
         recover(engines_folder(bundle, builder.folder))  # what builds that were killed have left

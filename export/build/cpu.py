@@ -19,9 +19,10 @@ import onnx_ir as ir
 
 from fastvar_trt.export.build.base import Builder, Built
 from fastvar_trt.export.passes.flash_attention import FlashAttention
+from fastvar_trt.export.passes.integer_products import IntegerProducts
 from fastvar_trt.export.passes.widen_bfloat16 import WidenBFloat16
 from fastvar_trt.export.progress import Progress
-from fastvar_trt.runtime.backends.onnxruntime import CPU_TARGET, cpu_built_with, import_onnxruntime
+from fastvar_trt.runtime.backends.onnxruntime import CPU_TARGET, cpu_built_with, cpu_has_vnni, import_onnxruntime
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec
 
@@ -88,8 +89,9 @@ class CpuBuilder(Builder):
             options.add_session_config_entry(key, value)
         model = ir.load(bundle / graph.file)
         source: Any = str(bundle / graph.file)
-        # The provider has no bfloat16 kernels, and would hold the scores of attention.
-        modified = [rewrite(model).modified for rewrite in (WidenBFloat16(), FlashAttention())]
+        # The provider has no bfloat16 kernels, would hold the scores of attention, and dequantise whole matrices.
+        rewrites = (WidenBFloat16(), FlashAttention(), IntegerProducts(has_vnni=cpu_has_vnni()))
+        modified = [rewrite(model).modified for rewrite in rewrites]
         if any(modified):
             source = ir.serde.serialize_model(model).SerializeToString()
         try:

@@ -349,8 +349,7 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     def project(self, name: str, x: Tensor) -> Tensor:
         """A linear layer whose bias is added in fp32, where it carries the 1 of 1 + scale: [M, in] -> fp32 [M, out]."""
-        fmt = matrix.matrix_format(self.precision)
-        return fmt.product(_Weights(self), name, x, None).float() + self.weight(f"{name}.bias")
+        return matrix.product(self.precision, _Weights(self), name, x).float() + self.weight(f"{name}.bias")
 
     # What the graphs take and give, apart from keys, values and caches.
 
@@ -376,6 +375,10 @@ class NextScaleModel(nn.Module, abc.ABC):
 
     def example_text(self) -> dict[str, Tensor]:
         """Inputs of the text encoder to compare its graph with."""
+        raise NotImplementedError
+
+    def text_vocabulary(self) -> int:
+        """Tokens that the text encoder knows."""
         raise NotImplementedError
 
     def encode_text(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -593,7 +596,10 @@ class _Weights(Mapping[str, Tensor]):
         self._model = model
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._model.weight(name)
+        try:
+            return self._model.weight(name)
+        except AttributeError as error:
+            raise KeyError(name) from error
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self._model.named_parameters())

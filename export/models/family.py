@@ -50,9 +50,12 @@ class Family:
         from_configs: a manifest's `configs` and precision to the model, without weights; raises KeyError or TypeError
             where they are not complete.
         presets: pruning plans that were made for it.
+        matrices: exceptions from formats of few bits, as in `Precision.matrices`: what they cannot hold, or do not pay
+            for.
     """
 
     name: str
     commands: tuple[SourceCommand, ...]
     from_configs: Callable[[Mapping[str, Any], Precision], NextScaleModel]
     presets: tuple[PruningPlan, ...]
+    matrices: tuple[tuple[str, str], ...] = ()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvar_trt.export.models.checkpoint import key_problems, load_folder, read_config
-from fastvar_trt.export.models.matrix import matrix_format, torch_dtype, write_linear
+from fastvar_trt.export.models.matrix import matrix_format, torch_dtype, write_linear, write_matrix
 from fastvar_trt.export.models.text import TEXT_PREFIX, TextEncoderConfig
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.manifest import TOKENIZER_FILE
@@ -151,11 +151,10 @@ class Qwen2Source:
                 for part in ("weight", "bias")
             )
             yield from write_linear(precision, f"{TEXT_PREFIX}{layer}qkv", weight, bias)
-            fmt = matrix_format(precision)
-            yield from fmt.write(f"{TEXT_PREFIX}{layer}o", state[f"{layer}self_attn.o_proj.weight"])
+            yield from write_matrix(precision, f"{TEXT_PREFIX}{layer}o", state[f"{layer}self_attn.o_proj.weight"])
             gate_up = torch.cat([state[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up")])
-            yield from fmt.write(f"{TEXT_PREFIX}{layer}gate_up", gate_up)
-            yield from fmt.write(f"{TEXT_PREFIX}{layer}down", state[f"{layer}mlp.down_proj.weight"])
+            yield from write_matrix(precision, f"{TEXT_PREFIX}{layer}gate_up", gate_up)
+            yield from write_matrix(precision, f"{TEXT_PREFIX}{layer}down", state[f"{layer}mlp.down_proj.weight"])
         yield f"{TEXT_PREFIX}norm.weight", state["norm.weight"].float()
         half = config.head_dim // 2
         frequencies = config.rope_base ** -(torch.arange(half).float() / half)
@@ -238,7 +237,6 @@ def encode(
         fp32 [1, T, width], padding where the tokenizer puts it.
     """
     dtype = torch_dtype(precision.computed)
-    fmt = matrix_format(precision)
     place, count, system = weights["position"], config.num_positions, config.system_length  # [S + T]
     if config.pads_left:
         is_padding = (place >= system) & (place < count - length)
@@ -249,6 +247,9 @@ def encode(
     bias = torch.clamp_min(weights["causal"] + is_padding.float() * _MASKED, _MASKED).to(dtype)[None, None]
     x = F.embedding(tokens, weights["embed_tokens.weight"]).float()
     cos, sin = (weights[f"rope.{part}"] for part in ("cos", "sin"))  # [S + T, 1, D/2]
+
+    def product(name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return matrix_format(precision, f"{TEXT_PREFIX}{name}").product(weights, name, x, bias)
 
     def normed(x: Tensor, name: str) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps) * weights[f"{name}.weight"]
@@ -261,14 +262,14 @@ def encode(
     for i in range(config.depth):
         layer = f"layers.{i}."
         hidden = normed(x, f"{layer}input_layernorm").to(dtype)
-        qkv = fmt.product(weights, f"{layer}qkv", hidden, weights[f"{layer}qkv.bias"])
+        qkv = product(f"{layer}qkv", hidden, weights[f"{layer}qkv.bias"])
         q, k, v = qkv.view(count, heads + 2 * kv_heads, config.head_dim).split([heads, kv_heads, kv_heads], dim=1)
         q, k = turned(q), turned(k)
         k, v = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (k, v))
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)[0].transpose(0, 1).reshape(count, -1)
-        x = x + fmt.product(weights, f"{layer}o", attended, None).float()
+        x = x + product(f"{layer}o", attended).float()
         hidden = normed(x, f"{layer}post_attention_layernorm").to(dtype)
-        gate, up = fmt.product(weights, f"{layer}gate_up", hidden, None).chunk(2, dim=-1)
-        x = x + fmt.product(weights, f"{layer}down", F.silu(gate) * up, None).float()
+        gate, up = product(f"{layer}gate_up", hidden).chunk(2, dim=-1)
+        x = x + product(f"{layer}down", F.silu(gate) * up).float()
     return normed(x, "norm")[config.system_length :].unsqueeze(0)

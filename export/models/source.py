@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -40,8 +40,12 @@ class Source(abc.ABC):
     def shapes(self, precision: Precision, max_top_k: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every deployment tensor."""
         with torch.device("meta"):
-            tensors = self.on_meta().tensors(precision, max_top_k)
-            return {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors}
+            return shapes_of(self.on_meta().tensors(precision, max_top_k))
+
+
+def shapes_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor."""
+    return {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors}
 
 
 def to_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

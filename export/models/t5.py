@@ -165,7 +165,7 @@ def position_bias(config: T5Config, table: Tensor) -> Tensor:
 def _format(precision: Precision, linear: str) -> MatrixFormat:
     """That of the precision; of `wo` fp32 in fp16, which its products exceed in T5."""
     overflows = linear.endswith(".wo") and precision.computed == "float16"
-    return FORMATS["float32"] if overflows else matrix_format(precision)
+    return FORMATS["float32"] if overflows else matrix_format(precision, f"{TEXT_PREFIX}{linear}")
 
 
 def encode(

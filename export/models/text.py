@@ -60,6 +60,11 @@ class TextModel(NextScaleModel):
         ids = torch.arange(length)[None] * 31 % self.text_config.vocab_size
         return {names.TOKEN_IDS: ids, names.TOKEN_COUNT: torch.tensor([max(length // 2, 1)])}
 
+    def text_vocabulary(self) -> int:
+        """Tokens that the text encoder knows."""
+        assert self.text_config is not None
+        return self.text_config.vocab_size
+
     def encode_text(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tokens to features."""
         assert self.text_config is not None

@@ -9,6 +9,8 @@ _MIN_PROMOTED_BYTES = 16 << 10
 # Operators and operand positions at which TensorRT takes a tensor that is known at run time only. Convolutions want
 # theirs at build time: the kernels of the decoder and of phi stay inside.
 _PROMOTABLE = {("Gemm", 1), ("Gemm", 2), ("Gather", 0), ("Add", 0), ("Add", 1), ("MatMul", 0), ("MatMul", 1)}
+# The scales stay inside: TensorRT multiplies in 8 bits only where it knows them.
+_PROMOTABLE |= {("DequantizeLinear", 0)}
 
 
 class PromoteWeights(ir.passes.InPlacePass):

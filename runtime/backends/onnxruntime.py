@@ -70,6 +70,12 @@ def cpu_fields() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def cpu_has_vnni() -> bool:
+    """Whether products of uint8 and int8 are added in 32 bits: on x86-64 with VNNI, and everywhere else."""
+    flags = cpu_fields().get("flags", "").split()
+    return not flags or any(flag.endswith("_vnni") for flag in flags)
+
+
 def cpu_built_with(onnxruntime: Any) -> dict[str, str]:
     """What a prepacked graph depends on: the processor, the version of ONNX Runtime, and what `build` makes of it."""
     fields = cpu_fields()

@@ -17,7 +17,9 @@ from fastvar_trt.runtime.precision import PRECISIONS, Precision
 class Int8Rows(MatrixFormat):
     """`q * scale`, rounded to the nearest."""
 
-    parts = ("weight_q", "weight_scale")
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("weight_q", "weight_scale")
 
     def write(self, linear: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-8) / 127
@@ -30,4 +32,4 @@ class Int8Rows(MatrixFormat):
 
 
 FORMAT = Int8Rows("int8_rows")
-TOY8 = Precision("toy8", FORMAT.name, "float32", "float32", 1.0, PRECISIONS["fp32"].tolerance)
+TOY8 = Precision("toy8", FORMAT.name, "float32", "float32", PRECISIONS["fp32"].tolerance)

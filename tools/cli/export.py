@@ -18,6 +18,7 @@ from fastvar_trt.tools.cli.command import ErrorCommand, ErrorGroup, ProgressBar,
 
 _BUNDLE_EXAMPLES = (
     "fastvar-export bundle --from out/demo --prune none --out out/demo_dense",
+    "fastvar-export bundle --from out/demo --precision w8a8 --target cpu --out out/demo_w8a8",
     "fastvar-export bundle --from out/demo --triton out/model_repository",
 )
 Export = Callable[[Path, ProgressBar], Any]  # writes the bundle to a folder, and gives the exporter's report
@@ -27,6 +28,55 @@ def _prune(*, has_default: bool = True) -> click.Option:
     default = "  Default: the model's own preset." if has_default else ""
     names = ", ".join(presets())
     return click.Option(["--prune"], help=f"Pruning plan: a preset ({names}) or a JSON file.{default}")
+
+
+class _Rule(click.ParamType):
+    """PATTERN=FORMAT."""
+
+    name = "PATTERN=FORMAT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        pattern, _, name = value.partition("=")
+        if not pattern or not name:
+            self.fail(f"got {value!r}, expected a pattern and a format as in head=w8", param, ctx)
+        return pattern, name
+
+
+class _Subject(click.ParamType):
+    """A class or a prompt."""
+
+    name = "CLASS|PROMPT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _precision(default: str | None) -> list[click.Option]:
+    """How matrices are stored and computed with; `default` for bundles: as they are."""
+    return [
+        click.Option(
+            ["--precision"],
+            type=click.Choice(list(PRECISIONS)),
+            default=default,
+            show_default=default is not None,
+            help="Matrices in 8 or 4 bits (w8, w4), products of 8-bit numbers (w8a8, fp8); the rest in fp32, or in the "
+            "half precision that is named behind, for GPUs.",
+        ),
+        click.Option(
+            ["--matrix", "matrices"],
+            type=_Rule(),
+            multiple=True,
+            help="Another format for linear layers whose names fit a pattern, as in 'ffn.fc2=plain'; repeatable.",
+        ),
+        click.Option(
+            ["--calibrate", "calibration"],
+            type=_Subject(),
+            multiple=True,
+            help="Class or prompt to draw for the scales of activations (w8a8, fp8); repeatable. Default: four.",
+        ),
+    ]
 
 
 def _batches(default: str) -> click.Option:
@@ -62,6 +112,8 @@ def _source_command(command: SourceCommand) -> click.Command:
         triton: Path | None,
         force: bool,
         compare: bool,
+        matrices: tuple[tuple[str, str], ...],
+        calibration: tuple[Any, ...],
         max_top_k: int = 0,
         **own: Any,
     ) -> None:
@@ -70,10 +122,10 @@ def _source_command(command: SourceCommand) -> click.Command:
         def export(out: Path, progress: ProgressBar) -> Any:
             from fastvar_trt.export.exporter import ExportOptions, export_model
 
-            options = ExportOptions(plan, precision, batches or (1,), max_top_k, compare)
+            options = ExportOptions(plan, precision, batches or (1,), max_top_k, compare, matrices, calibration)
             return export_model(command.load(**own), out, options, force=force, progress=progress)
 
-        _run(export, out, targets, triton, force=force)
+        _run(export, out, precision, targets, triton, force=force)
 
     top_k = click.Option(
         ["--max-top-k"],
@@ -85,9 +137,7 @@ def _source_command(command: SourceCommand) -> click.Command:
     params: list[click.Parameter] = [
         *command.options,
         _prune(),
-        click.Option(
-            ["--precision"], type=click.Choice(list(PRECISIONS)), default=next(iter(PRECISIONS)), show_default=True
-        ),
+        *_precision(next(iter(PRECISIONS))),
         _batches("1"),
         click.Option(
             ["--compare/--no-compare"],
@@ -105,44 +155,62 @@ def _bundle_command() -> click.Command:
     def run(
         bundle: Path,
         prune: str | None,
+        precision: str | None,
+        matrices: tuple[tuple[str, str], ...],
+        calibration: tuple[Any, ...],
         batches: tuple[int, ...] | None,
         out: Path | None,
         targets: str | None,
         triton: Path | None,
         force: bool,
     ) -> None:
+        changes = (prune, precision, batches, targets)
         if out is None:
-            if triton is None or prune is not None or batches is not None or targets is not None:
+            if triton is None or any(change is not None for change in changes):
                 raise click.UsageError("give --out; without it, --triton alone writes the bundle as it is")
             _write_triton(bundle, triton, force=force)
             return
-        if prune is None:
-            raise click.UsageError("--out needs --prune: the plan of the new bundle")
-        plan = load_plan(prune)
+        if prune is None and precision is None:
+            raise click.UsageError("--out needs --prune or --precision: the plan or the precision of the new bundle")
+        if precision is None and (matrices or calibration):
+            raise click.UsageError("--matrix and --calibrate need --precision")
+        plan = None if prune is None else load_plan(prune)
 
         def export(out: Path, progress: ProgressBar) -> Any:
             from fastvar_trt.export.exporter import export_again
 
-            return export_again(bundle, out, plan, batches=batches, force=force, progress=progress)
+            return export_again(
+                bundle,
+                out,
+                plan,
+                precision=precision,
+                matrices=matrices,
+                calibration=calibration,
+                batches=batches,
+                force=force,
+                progress=progress,
+            )
 
-        _run(export, out, targets, triton, force=force)
+        _run(export, out, precision, targets, triton, force=force)
 
     source = click.Option(
         ["--from", "bundle"], type=click.Path(path_type=Path), required=True, help="The bundle whose weights are taken."
     )
     plan, batch = _prune(has_default=False), _batches("those of the bundle")
-    params: list[click.Parameter] = [source, plan, batch, *_destinations(out_required=False)]
+    params: list[click.Parameter] = [source, plan, *_precision(None), batch, *_destinations(out_required=False)]
     return ErrorCommand(
         "bundle",
         params=params,
         callback=run,
-        help="The weights of a bundle with another pruning plan, without the checkpoint: only the graphs that it "
-        "changes are traced. With --triton and no --out, the bundle goes into a model repository as it is.",
+        help="The model of a bundle with another pruning plan or precision, without the checkpoint: only the graphs "
+        "that a plan changes are traced. With --triton and no --out, the bundle goes into a model repository as it is.",
         epilog=examples(*_BUNDLE_EXAMPLES),
     )
 
 
-def _run(export: Export, out: Path, targets: str | None, triton: Path | None, *, force: bool) -> None:
+def _run(
+    export: Export, out: Path, precision: str | None, targets: str | None, triton: Path | None, *, force: bool
+) -> None:
     """Write a bundle and what was asked for beyond it, and say what came out."""
     try:
         import fastvar_trt.export.exporter  # noqa: F401  # with all that it needs, before minutes of work
@@ -151,6 +219,9 @@ def _run(export: Export, out: Path, targets: str | None, triton: Path | None, *,
     except ModuleNotFoundError as error:
         raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
     builders = parse_targets(targets) if targets is not None else []  # an error before minutes of work
+    if precision is not None:
+        for builder in builders:
+            builder.check_precision(PRECISIONS[precision])
     if triton is not None:
         check_free(model_folder(triton, out), force=force)
     begin = time.perf_counter()

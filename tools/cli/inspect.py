@@ -20,7 +20,9 @@ from fastvar_trt.runtime.manifest import (
     check_files,
     read_manifest,
 )
+from fastvar_trt.runtime.weights import read_layout
 from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, examples
+from fastvar_trt.tools.measure.stored import StoredMatrices, quantised_matrices
 from fastvar_trt.tools.measure.work import activation_bytes, output_bytes
 from fastvar_trt.tools.tables import format_table
 
@@ -59,6 +61,9 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
         for k, (h, w) in enumerate(variant.schedule)
     ]
     click.echo("\n" + format_table(["scale", "map", "tokens", "kept", "past keys, first layer", "last layer"], rows))
+    stored = quantised_matrices(read_layout(bundle / WEIGHTS_FILE), manifest.own_precision)
+    if stored:
+        click.echo("\n" + _matrix_table(stored, manifest))
     memory = _memory_rows(manifest)
     click.echo("\n" + format_table(["memory, batch", *[str(b) for b in manifest.batches]], memory))
     files = [[name, f"{spec.num_bytes / 2**20:.2f}", spec.sha256[:12]] for name, spec in manifest.files.items()]
@@ -77,6 +82,29 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
                 for t in ts
             ]
             click.echo(format_table(["", "tensor", "dtype", "shape"], lines))
+
+
+def _matrix_table(stored: list[StoredMatrices], manifest: Manifest) -> str:
+    """Matrices of few bits, and what they save."""
+    precision = manifest.own_precision
+    rows: list[list[object]] = [
+        [
+            m.name,
+            m.format,
+            m.count,
+            f"{m.bits:.2f}",
+            f"{m.num_bytes / 2**20:.2f}",
+            f"{m.num_saved(precision) / 2**20:.2f}",
+        ]
+        for m in stored
+    ]
+    total, saved = sum(m.num_bytes for m in stored), sum(m.num_saved(precision) for m in stored)
+    bits = 8 * total / sum(m.num_weights for m in stored)
+    rows.append(
+        ["all", "", sum(m.count for m in stored), f"{bits:.2f}", f"{total / 2**20:.2f}", f"{saved / 2**20:.2f}"]
+    )
+    header = ["matrices", "format", "count", "bits per weight", "MiB", f"MiB less than {precision.computed}"]
+    return format_table(header, rows)
 
 
 def _sizes(model: ModelSpec) -> str:

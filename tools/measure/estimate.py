@@ -41,6 +41,8 @@ class Gpu:
         name: on the command line.
         target: compute capability, as `fastvar build --target` calls it.
         half_tflop_per_s: dense products of fp16 or bf16 with sums in fp32, on tensor cores.
+        int8_tflop_per_s: of int8 with sums in int32.
+        fp8_tflop_per_s: of fp8 with sums in fp32; 0 where there are none.
         float_tflop_per_s: fp32 outside tensor cores.
         gbyte_per_s: of device memory.
     """
@@ -48,17 +50,19 @@ class Gpu:
     name: str
     target: str
     half_tflop_per_s: float
+    int8_tflop_per_s: float
+    fp8_tflop_per_s: float
     float_tflop_per_s: float
     gbyte_per_s: float
 
 
 # NVIDIA's architecture white papers (Ampere GA102, Ada, Blackwell) and data sheets (L40S, A100 80 GB SXM).
 GPUS: Registry[Gpu] = Registry(
-    Gpu("rtx3090", "sm86", 71.0, 35.6, 936.0),
-    Gpu("rtx4090", "sm89", 165.2, 82.6, 1008.0),
-    Gpu("rtx5090", "sm120", 209.5, 104.8, 1792.0),
-    Gpu("l40s", "sm89", 362.0, 91.6, 864.0),
-    Gpu("a100", "sm80", 312.0, 19.5, 2039.0),
+    Gpu("rtx3090", "sm86", 71.0, 284.0, 0.0, 35.6, 936.0),
+    Gpu("rtx4090", "sm89", 165.2, 660.6, 330.3, 82.6, 1008.0),
+    Gpu("rtx5090", "sm120", 209.5, 838.0, 419.0, 104.8, 1792.0),
+    Gpu("l40s", "sm89", 362.0, 733.0, 733.0, 91.6, 864.0),
+    Gpu("a100", "sm80", 312.0, 624.0, 0.0, 19.5, 2039.0),
 )
 
 
@@ -162,7 +166,12 @@ def _part(layers: Sequence[EngineLayer], gpu: Gpu) -> Part:
 
 def _times(layer: EngineLayer, gpu: Gpu) -> tuple[float, float]:
     """Milliseconds: at least, and probably."""
-    peak = gpu.float_tflop_per_s if layer.dtype == "float32" else gpu.half_tflop_per_s
+    peaks = {
+        "float32": gpu.float_tflop_per_s,
+        "int8": gpu.int8_tflop_per_s,
+        "float8_e4m3fn": gpu.fp8_tflop_per_s,
+    }
+    peak = peaks.get(layer.dtype, gpu.half_tflop_per_s)
     moving = layer.num_bytes / gpu.gbyte_per_s / 1e6
     computing = layer.flop / peak / 1e9
     share = ARITHMETIC_SHARE.get(layer.kind, _OTHER_ARITHMETIC_SHARE)

@@ -19,6 +19,8 @@ from fastvar_trt.runtime.chain import kv_bytes
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, Role
 from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
+from fastvar_trt.runtime.weights import TensorPlace, read_layout
+from fastvar_trt.tools.measure.stored import bytes_per_weight
 from fastvar_trt.tools.measure.work import (
     has_cross_attention,
     layer_weights,
@@ -115,17 +117,19 @@ def statistics_of(samples: Sequence[float]) -> dict[str, float]:
     }
 
 
-def step_bytes(manifest: Manifest, scale: int, batch: int) -> int:
-    """What a step moves at least: its matrices once, keys and values of the past read, new ones written."""
+def step_bytes(manifest: Manifest, layout: Mapping[str, TensorPlace], scale: int, batch: int) -> int:
+    """What a step moves at least: its matrices once, as the weights file stores them, keys and values of the past read,
+    new ones written."""
     model, plan = manifest.model.at(scale), manifest.resolved_plan
     precision = PRECISIONS[manifest.precision]
     per_layer = layer_weights(model) + (2 * model.width**2 if has_cross_attention(model) else 0)
-    matrices = model.depth * per_layer + model.width * model.vocab_size
+    matrices = model.depth * per_layer * bytes_per_weight(layout, precision, "blocks.")
+    matrices += model.width * model.vocab_size * bytes_per_weight(layout, precision, "head.")
     rows = plan.rows(scale, batch)
     keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in plan.layers(scale))
     text = model.depth * model.text_length if has_cross_attention(model) else 0
     moved = DTYPES[precision.kv].num_bytes * 2 * rows * model.width * (keys + text)
-    return round(precision.bytes_per_weight * matrices) + moved
+    return round(matrices) + moved
 
 
 class Recorder:
@@ -161,7 +165,7 @@ class Recorder:
     def profile(self, warmup: int) -> Profile:
         """What the runs that counted say, and the memory of this process now."""
         manifest = self._pipe.manifest
-        plan = manifest.resolved_plan
+        plan, layout = manifest.resolved_plan, read_layout(self._pipe.bundle / WEIGHTS_FILE)
         sum_of_means = sum(float(np.mean(samples)) for samples in self._times.values())
         graphs = []
         for graph in manifest.default.chain(self._batch):
@@ -172,7 +176,7 @@ class Recorder:
                     "tokens_kept": plan.num_kept[graph.scale],
                     "tokens": plan.num_tokens(graph.scale),
                     "multiply_adds": self._batch * step_multiply_adds(manifest.model, plan, graph.scale),
-                    "num_bytes": step_bytes(manifest, graph.scale, self._batch),
+                    "num_bytes": step_bytes(manifest, layout, graph.scale, self._batch),
                 }
             share = round(float(np.mean(samples)) / sum_of_means, 4)
             graphs.append(GraphProfile(graph.name, share=share, scale=graph.scale, **figures))

@@ -24,6 +24,7 @@ from fastvar_trt.runtime.backends.tensorrt import CURRENT_TARGET, ENTERPRISE_FLA
 from fastvar_trt.runtime.engines import EngineSet
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_same_tensors
+from fastvar_trt.runtime.precision import Precision
 
 WITH_PLUGINS = f"{CURRENT_TARGET}+plugins"
 
@@ -48,10 +49,20 @@ class RtxBuilder(Builder):
         """The version of TensorRT."""
         return {self.folder: self._flavour.version}
 
+    def check_precision(self, precision: Precision) -> None:
+        """See `Builder.check_precision`."""
+        least = f"sm{precision.least_sm}"
+        for target in self.targets:
+            if precision.least_sm and _rank(target) < _rank(least):
+                raise ExportError(
+                    f"--target {target}: has no numbers of the precision {precision.name}, {least} is the first that "
+                    "has; leave it out, or take another precision (w8a8 runs everywhere)"
+                )
+
     def all_targets(self, engines: EngineSet) -> tuple[str, ...]:
         """With those of the engines that this version has built before."""
         known = {t for r in engines.records.values() if r.built_with == self.built_with() for t in r.targets}
-        return tuple(sorted({*self.targets, *known}, key=lambda target: (len(target), target)))
+        return tuple(sorted({*self.targets, *known}, key=_rank))
 
     def build(
         self, bundle: Path, graph: GraphSpec, targets: tuple[str, ...], scratch: Path, progress: Progress
@@ -135,6 +146,11 @@ def tensorrt_graph(path: Path, *, plugins: bool = False) -> tuple[bytes, tuple[T
         UsePlugins()(model)
     AllowAttentionDecomposition()(model)
     return ir.serde.serialize_model(model).SerializeToString(), weights
+
+
+def _rank(target: str) -> tuple[int, str]:
+    """Orders compute capabilities: sm89 before sm120."""
+    return len(target), target
 
 
 def _caches_are_smaller(graph: ir.Graph) -> bool:

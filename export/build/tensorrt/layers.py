@@ -27,16 +27,19 @@ _DTYPES: Mapping[str, str] = {
     "BFloat16": "bfloat16",
     "Int32": "int32",
     "Int64": "int64",
+    "Int4": "int4",
     "Int8": "int8",
+    "FP8": "float8_e4m3fn",
     "UInt8": "uint8",
     "Bool": "bool",
 }
 _ATTENTION = re.compile(r"_gemm_mha|_mha_|fmha|flash", re.IGNORECASE)
 _CONVOLUTION = re.compile(r"^correlation$|_Corr", re.IGNORECASE)
 _SORT = re.compile(r"Topk|Bott|Sort", re.IGNORECASE)
-_PRODUCT = re.compile(r"^gemm$|_Fc(?=[A-Z_])|matmul", re.IGNORECASE)
+_PRODUCT = re.compile(r"^gemm$|(?-i:Fc)(?=[A-Z_])|matmul", re.IGNORECASE)
 # TensorRT names what it fuses by the first letters of its parts.
 _COPY = re.compile(r"^__myl_(Resh|Tran|Move|Slic|Conc|Cast|Repl)+_myl")
+_GEMM_DEQUANTISING = re.compile(r"CastMul\w*Fc(?=[A-Z_])")  # numbers of few bits become others on their way in
 _GEMM_BIAS_GELU = re.compile(r"_FcAdd\w*Tanh")  # the tanh of GELU inside the fusion of a matrix product and its bias
 
 _COMPARISON = re.compile(r"(Eql|Lt|Gtr)\w*Sum_")  # of the bodies that select and put in order by counting
@@ -62,6 +65,8 @@ def count_kernels(layers: Sequence[EngineLayer]) -> dict[str, int]:
         "total": len(layers),
         "attention": sum(layer.kind == "attention" for layer in layers),
         "gemm_bias_gelu": sum(bool(_GEMM_BIAS_GELU.search(layer.name)) for layer in layers),
+        "gemm_8_bit": sum(layer.kind == "linear" and DTYPES[layer.dtype].num_bits == 8 for layer in layers),
+        "gemm_dequantising": sum(bool(_GEMM_DEQUANTISING.search(layer.name)) for layer in layers),
     }
 
 
@@ -112,7 +117,7 @@ def _tensors(text: str) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return math.prod(shape) * (DTYPES[dtype].num_bytes if dtype in DTYPES else 1)
+    return DTYPES[dtype].bytes_of(math.prod(shape)) if dtype in DTYPES else math.prod(shape)
 
 
 def _comparisons(read: _Tensors, outputs: _Tensors) -> int:

@@ -12,7 +12,7 @@ from fastvar_trt.export.models.base import MAX_Q_SCALE
 from fastvar_trt.export.models.checkpoint import check_keys, key_problems
 from fastvar_trt.export.models.hart.config import HARTConfig
 from fastvar_trt.export.models.hart.diffusion import FREQUENCIES, diffusion_steps, sinusoids
-from fastvar_trt.export.models.matrix import matrix_format, write_linear
+from fastvar_trt.export.models.matrix import write_linear, write_matrix
 from fastvar_trt.export.models.vqvae import VQVAEConfig, check_book, vae_problems, vqvae_tensors
 from fastvar_trt.runtime.precision import Precision
 
@@ -94,14 +94,14 @@ def deployment_tensors(
 
     What is fp32 whatever the precision: as for VAR (`models.var.checkpoint.deployment_tensors`).
     """
-    c, matrix = config.width, matrix_format(precision)
+    c = config.width
 
     def linear(name: str, source: str) -> Iterator[tuple[str, Tensor]]:
         return write_linear(precision, name, state[f"{source}.weight"], state[f"{source}.bias"])
 
     def modulation(name: str, source: str, ones: Tensor) -> Iterator[tuple[str, Tensor]]:
         """One whose users take 1 + scale: the one joins the bias, in fp32."""
-        yield from matrix.write(name, state[f"{source}.weight"])
+        yield from write_matrix(precision, name, state[f"{source}.weight"])
         yield f"{name}.bias", state[f"{source}.bias"].float() + ones
 
     yield "sampling.rank", torch.arange(max_top_k)
@@ -126,8 +126,8 @@ def deployment_tensors(
             yield block + "attn.q_scale", scale.view(config.num_heads, 1)
         yield from linear(block + "attn.proj", source + "attn.proj")
         gate_up = torch.cat([state[f"{source}ffn.{part}_proj.weight"] for part in ("gate", "up")])
-        yield from matrix.write(block + "ffn.gate_up", gate_up)
-        yield from matrix.write(block + "ffn.down", state[source + "ffn.down_proj.weight"])
+        yield from write_matrix(precision, block + "ffn.gate_up", gate_up)
+        yield from write_matrix(precision, block + "ffn.down", state[source + "ffn.down_proj.weight"])
     yield "head.norm.weight", state["head_nm.ln_wo_grad.weight"].float()
     yield from modulation("head_modulation", "head_nm.ada_lin.1", torch.cat([torch.ones(c), torch.zeros(c)]))
     yield from linear("head", "head")

@@ -11,7 +11,7 @@ import click
 from fastvar_trt.export.models.family import Family, SourceCommand
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.plan import PruningPlan
-from fastvar_trt.runtime.precision import Precision
+from fastvar_trt.runtime.precision import PLAIN, Precision
 
 if TYPE_CHECKING:
     from fastvar_trt.export.models.hart.model import HART as Model
@@ -102,4 +102,12 @@ _FOLDERS = SourceCommand(
     default_plan=lambda **_: _FASTVAR_HART.name,
     top_k=600,
 )
-HART = Family("hart", (_FOLDERS,), _from_configs, (_FASTVAR_HART,))
+# Computed once per prompt, or where rounding is multiplied: the first step of the diffusion by thousands.
+_OF_FEW_ROWS = tuple((pattern, "w8") for pattern in ("context.*", "text_encoder.*", "*modulation", "diffusion.*"))
+HART = Family(
+    "hart",
+    (_FOLDERS,),
+    _from_configs,
+    (_FASTVAR_HART,),
+    matrices=(("head", PLAIN), *_OF_FEW_ROWS),
+)

@@ -21,7 +21,7 @@ from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l
 from fastvar_trt.export.models.codebook import CodeBookModel, top_k
 from fastvar_trt.export.models.hart.config import HARTConfig
 from fastvar_trt.export.models.hart.diffusion import DiffusionStep, diffusion_steps
-from fastvar_trt.export.models.matrix import linear_names, matrix_format
+from fastvar_trt.export.models.matrix import linear_names, matrix_names, product
 from fastvar_trt.export.models.qwen2 import Qwen2Config
 from fastvar_trt.export.models.text import TextModel
 from fastvar_trt.export.models.vqvae import VQVAEConfig
@@ -66,15 +66,13 @@ class HARTBlockSpec(BlockSpec):
     def weight_names(self) -> tuple[str, ...]:
         """Names of the layer's weights, below `blocks.<layer>.`."""
         q_scale = ("attn.q_scale",) if self.attn_l2_norm else ()
-        fmt = matrix_format(self.precision)
-        without_bias = (*fmt.names("ffn.gate_up"), *fmt.names("ffn.down"))
+        without_bias = matrix_names(self.precision, "ffn.gate_up", "ffn.down")
         return ("norm.weight", *q_scale, *linear_names(self.precision, "attn.mat_qkv", "attn.proj"), *without_bias)
 
     def run(self, tensors: Mapping[str, Tensor], select: Selector) -> tuple[Tensor, ...]:
         """See `BlockSpec.run`; cos, sin fp32 [B2, L, D]."""
         x, norm = tensors["x"], tensors["norm.weight"]
         full = (self.rows, self.num_computed, self.channels)
-        fmt = matrix_format(self.precision)
 
         computed, indices = self.selected(x, select)
         hidden = rms_norm(computed, norm, self.norm_eps).flatten(0, 1).to(self.dtype)
@@ -86,8 +84,8 @@ class HARTBlockSpec(BlockSpec):
 
         computed, indices = self.selected(x, select)
         hidden = rms_norm(computed, norm, self.norm_eps).flatten(0, 1).to(self.dtype)
-        gate, up = fmt.product(tensors, "ffn.gate_up", hidden, None).chunk(2, dim=-1)
-        y_ffn = fmt.product(tensors, "ffn.down", F.silu(gate) * up, None).view(full)
+        gate, up = product(self.precision, tensors, "ffn.gate_up", hidden).chunk(2, dim=-1)
+        y_ffn = product(self.precision, tensors, "ffn.down", F.silu(gate) * up).view(full)
         y_ffn = self.restored(y_ffn, indices, tensors.get("cached_ffn"))
         x = x + y_ffn.float()
         return self.collect(x, new_k, new_v, (y_attn, y_ffn))

@@ -12,7 +12,7 @@ from fastvar_trt.export.models.base import MAX_Q_SCALE
 from fastvar_trt.export.models.checkpoint import check_keys, key_problems
 from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
 from fastvar_trt.export.models.infinity.vae import official_keys
-from fastvar_trt.export.models.matrix import matrix_format, torch_dtype, write_linear
+from fastvar_trt.export.models.matrix import torch_dtype, write_linear, write_matrix
 from fastvar_trt.export.models.resize import bilinear_matrix
 from fastvar_trt.runtime.precision import Precision
 
@@ -112,7 +112,7 @@ def deployment_tensors(
     What is fp32 whatever the precision: as for VAR (`models.var.checkpoint.deployment_tensors`), and all that
     normalises the text.
     """
-    c, matrix, dtype = config.width, matrix_format(precision), torch_dtype(precision.computed)
+    c, dtype = config.width, torch_dtype(precision.computed)
 
     def linear(name: str, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor]]:
         return write_linear(precision, name, weight, bias)
@@ -138,7 +138,7 @@ def deployment_tensors(
 
     plus_one = torch.zeros(6, c)  # the blocks use 1 + scale: the one is added to the bias here, once
     plus_one[2:4] = 1.0
-    yield from matrix.write("shared_modulation", state["shared_ada_lin.1.weight"])
+    yield from write_matrix(precision, "shared_modulation", state["shared_ada_lin.1.weight"])
     yield "shared_modulation.bias", state["shared_ada_lin.1.bias"].float()
     for i, source in enumerate(config.block_prefixes):
         block = f"blocks.{i}."
@@ -161,7 +161,7 @@ def deployment_tensors(
         for name, key in (("attn.proj", "sa.proj"), ("ffn.fc1", "ffn.fc1"), ("ffn.fc2", "ffn.fc2")):
             yield from linear(block + name, state[f"{source}{key}.weight"], state[f"{source}{key}.bias"])
     head_plus_one = torch.cat([torch.ones(c), torch.zeros(c)])  # scale, shift
-    yield from matrix.write("head_modulation", state["head_nm.ada_lin.1.weight"])
+    yield from write_matrix(precision, "head_modulation", state["head_nm.ada_lin.1.weight"])
     yield "head_modulation.bias", state["head_nm.ada_lin.1.bias"].float() + head_plus_one
     yield from linear("head", state["head.weight"], state["head.bias"])
 

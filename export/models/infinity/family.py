@@ -13,7 +13,7 @@ import click
 from fastvar_trt.export.models.family import Family, SourceCommand
 from fastvar_trt.export.models.infinity.schedules import SIZES, schedule
 from fastvar_trt.runtime.plan import DENSE, PruningPlan
-from fastvar_trt.runtime.precision import Precision
+from fastvar_trt.runtime.precision import PLAIN, Precision
 
 if TYPE_CHECKING:
     from fastvar_trt.export.models.infinity.model import Infinity as Model
@@ -151,6 +151,12 @@ _SCENES = SourceCommand(
     default_plan=lambda pn, **_: PLAN_OF_SIZE[pn].name,
     top_k=0,
 )
+# Computed once per prompt, over few rows: there is nothing to gain from rounding what they multiply.
+_OF_CONDITION = tuple((pattern, "w8") for pattern in ("text.*", "text_encoder.*", "cross.mat_kv", "*modulation"))
 INFINITY = Family(
-    "infinity", (_SCENES, _FILES), _from_configs, (*(p for p in PLAN_OF_SIZE.values() if p is not DENSE), *_MEASURED)
+    "infinity",
+    (_SCENES, _FILES),
+    _from_configs,
+    (*(p for p in PLAN_OF_SIZE.values() if p is not DENSE), *_MEASURED),
+    matrices=(("head", PLAIN), *_OF_CONDITION),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvar_trt.export.models.base import MAX_Q_SCALE
 from fastvar_trt.export.models.checkpoint import check_keys, key_problems
-from fastvar_trt.export.models.matrix import matrix_format, write_linear
+from fastvar_trt.export.models.matrix import write_linear, write_matrix
 from fastvar_trt.export.models.var.config import VARConfig
 from fastvar_trt.export.models.vqvae import VQVAEConfig, check_book, vae_problems, vqvae_tensors
 from fastvar_trt.runtime.precision import Precision
@@ -111,7 +111,7 @@ def transformer_tensors(
     residual stream), modulation biases (1 + scale would lose the scale's digits) and normalisation parameters.
     `norm.weight` (ones) is a constant that would otherwise be repeated in every graph.
     """
-    c, matrix = config.width, matrix_format(precision)
+    c = config.width
     yield "norm.weight", torch.ones(c)
     yield "class_emb.weight", state["class_emb.weight"].float()
     yield "word_embed.weight", state["word_embed.weight"].float()
@@ -129,14 +129,14 @@ def transformer_tensors(
     plus_one = torch.zeros(6, c)
     plus_one[2:4] = 1.0
     if config.shared_aln:
-        yield from matrix.write("shared_modulation", state["shared_ada_lin.1.weight"])
+        yield from write_matrix(precision, "shared_modulation", state["shared_ada_lin.1.weight"])
         yield "shared_modulation.bias", state["shared_ada_lin.1.bias"].float()
     for i in range(config.depth):
         source = block = f"blocks.{i}."
         if config.shared_aln:
             yield block + "modulation.bias", state[source + "ada_gss"].view(6, c).float() + plus_one
         else:
-            yield from matrix.write(block + "modulation", state[source + "ada_lin.1.weight"])
+            yield from write_matrix(precision, block + "modulation", state[source + "ada_lin.1.weight"])
             yield block + "modulation.bias", state[source + "ada_lin.1.bias"].float() + plus_one.flatten()
         q_bias, v_bias = state[source + "attn.q_bias"], state[source + "attn.v_bias"]
         qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
@@ -148,6 +148,6 @@ def transformer_tensors(
             weight, bias = (state[f"{source}{linear}.{part}"] for part in ("weight", "bias"))
             yield from write_linear(precision, block + linear, weight, bias)
     head_plus_one = torch.cat([torch.ones(c), torch.zeros(c)])  # scale, shift
-    yield from matrix.write("head_modulation", state["head_nm.ada_lin.1.weight"])
+    yield from write_matrix(precision, "head_modulation", state["head_nm.ada_lin.1.weight"])
     yield "head_modulation.bias", state["head_nm.ada_lin.1.bias"].float() + head_plus_one
     yield from write_linear(precision, "head", state["head.weight"], state["head.bias"])

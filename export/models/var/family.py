@@ -12,7 +12,7 @@ import click
 from fastvar_trt.export.models.family import Family, SourceCommand
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.plan import DENSE, PruningPlan
-from fastvar_trt.runtime.precision import Precision
+from fastvar_trt.runtime.precision import PLAIN, Precision
 
 if TYPE_CHECKING:
     from fastvar_trt.export.models.base import NextScaleModel
@@ -101,4 +101,11 @@ _PAIR = SourceCommand(
     default_plan=lambda **_: DENSE.name,
     top_k=600,  # `sample_CoDe.py`
 )
-VAR = Family("var", (_FILES, _PAIR), _from_configs, (_FASTVAR_VAR,))
+VAR = Family(
+    "var",
+    (_FILES, _PAIR),
+    _from_configs,
+    (_FASTVAR_VAR,),
+    # The modulations are computed once per image, over few rows: rounding what they multiply would gain nothing.
+    matrices=(("*head", PLAIN), ("*modulation", "w8")),
+)

@@ -1,0 +1,141 @@
+"""The scales of rounded activations: how large they get where the model itself draws.
+
+One scale per linear layer and not per call, image or scale step, so that an image does not depend on its neighbours and
+TensorRT has a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvar_trt.export.models.base import NextScaleModel
+from fastvar_trt.export.models.matrix import largest_number, observing
+from fastvar_trt.export.models.reference import default_request, generate
+from fastvar_trt.export.progress import Progress
+from fastvar_trt.export.weights_file import overwrite_scalars
+from fastvar_trt.runtime import manifest as names
+from fastvar_trt.runtime.errors import ExportError
+from fastvar_trt.runtime.manifest import TOKENIZER_FILE, Condition, ModelSpec
+from fastvar_trt.runtime.noise import uniform_noise
+from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.text import load_tokenizer
+from fastvar_trt.runtime.weights import TensorPlace
+
+Subject = int | str  # a class, or a prompt
+NUM_SUBJECTS = 4  # where none are given
+_SUFFIX = ".input_scale"
+
+
+def check_subjects(spec: ModelSpec, subjects: Sequence[Subject]) -> None:
+    """That a model can draw them.
+
+    Raises:
+        ExportError: naming the one that it cannot.
+    """
+    for subject in subjects:
+        if isinstance(subject, str) and spec.condition is Condition.CLASS:
+            raise ExportError(f"calibration: got the prompt {subject!r}, the model draws classes; give their numbers")
+        if isinstance(subject, int) and spec.condition is Condition.TEXT:
+            raise ExportError(f"calibration: got the class {subject}, the model draws from text; give prompts")
+        if isinstance(subject, int) and not 0 <= subject < spec.num_classes:
+            raise ExportError(f"calibration: class {subject}: the model has 0 to {spec.num_classes - 1}")
+
+
+@torch.inference_mode()
+def calibrate(
+    model: NextScaleModel,
+    plan: ResolvedPlan,
+    folder: Path,
+    places: Mapping[str, TensorPlace],
+    subjects: Sequence[Subject],
+    progress: Progress,
+) -> None:
+    """Draw, and write the scales of activations into the weights file; nothing where no format has any.
+
+    Args:
+        model: over the weights file.
+        plan: with which it draws.
+        folder: of the weights file, and the tokenizer.
+        places: of the file's tensors.
+        subjects: classes or prompts; without any, the first classes, prompts of random tokens, or what the model is
+            compared on, where it has no text encoder.
+        progress: called with `calibration`, `compare` and the share that is done.
+
+    Raises:
+        ExportError: what was multiplied is not finite.
+    """
+    scales = {id(parameter): name for name, parameter in model.named_parameters() if name.endswith(_SUFFIX)}
+    if not scales:
+        return
+    largest = dict.fromkeys(scales.values(), 0.0)
+
+    def observe(linear: str, tensors: Mapping[str, Tensor], x: Tensor) -> None:
+        name = scales.get(id(tensors.get(linear + _SUFFIX)))
+        if name is not None:
+            largest[name] = max(largest[name], float(x.abs().max()))
+
+    conditions = [_condition(model, folder, subject, i) for i, subject in enumerate(subjects or _defaults(model))]
+    request = default_request(model, 1, greedy=False)
+    for i, encoder_inputs in enumerate(conditions):
+        progress("calibration", "compare", i / len(conditions))
+        noise = {
+            scale: torch.from_numpy(np.stack([uniform_noise(i, scale, model.token_spec(scale)[0])]))
+            for scale in plan.steps
+        }
+        with observing(observe):
+            inputs = encoder_inputs if model.text_specs() is None else _encoded(model, encoder_inputs)
+            generate(model, plan, inputs, noise, request, [i])
+    progress("calibration", "done", 1.0)
+    unusable = [name for name, size in largest.items() if not np.isfinite(size)]
+    if unusable:
+        raise ExportError(
+            f"calibration: what {unusable[0].removesuffix(_SUFFIX)} multiplies is not finite; the weights are damaged, "
+            f"or exceed {model.precision.computed}"
+        )
+    # Of a layer that no step of the plan runs: any number will do.
+    overwrite_scalars(
+        folder, places, {name: (size or 1.0) / largest_number(_dtype(places, name)) for name, size in largest.items()}
+    )
+
+
+def _dtype(places: Mapping[str, TensorPlace], name: str) -> str:
+    return places[f"{name.removesuffix(_SUFFIX)}.weight_q"].dtype
+
+
+def _defaults(model: NextScaleModel) -> Sequence[Subject | None]:
+    spec = model.model_spec()
+    if spec.condition is Condition.CLASS:
+        return range(min(NUM_SUBJECTS, spec.num_classes))
+    return [None] * (NUM_SUBJECTS if model.text_specs() is not None else 1)
+
+
+def _condition(model: NextScaleModel, folder: Path, subject: Subject | None, seed: int) -> dict[str, Tensor]:
+    """Inputs of the condition graph, or of the text encoder where there is one."""
+    if isinstance(subject, int):
+        return {names.LABELS: torch.tensor([subject])}
+    if model.text_specs() is None:
+        return model.example_condition(1)
+    length = model.model_spec().text_length
+    if subject is None:
+        ids = torch.randint(model.text_vocabulary(), (length,), generator=torch.Generator().manual_seed(seed))
+        count = max(length * (seed + 1) // (2 * NUM_SUBJECTS), 1)
+    else:
+        tokens = load_tokenizer(folder / TOKENIZER_FILE).encode(subject).ids[:length]
+        ids, count = torch.zeros(length, dtype=torch.int64), len(tokens)
+        ids[:count] = torch.tensor(tokens)
+    return {names.TOKEN_IDS: ids[None], names.TOKEN_COUNT: torch.tensor([count])}
+
+
+def _encoded(model: NextScaleModel, prompt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A prompt without a negative one, as inputs of the condition graph."""
+    features = model.encode_text(prompt)[names.ENCODED]
+    return {
+        names.TEXT_FEATURES: features.repeat(2, 1, 1),
+        names.TEXT_LENGTHS: prompt[names.TOKEN_COUNT].repeat(2),
+        names.NEGATIVE: torch.tensor([False]),
+    }

@@ -1,0 +1,359 @@
+"""Matrices of few bits: what is written, that graphs multiply with it exactly, what engines make of it, bad input."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from conftest import INFINITY_PLAN, TINY_PLAN, Golden, tiny_infinity, tiny_states
+from fastvar_trt.export.build.registry import build_targets
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_again, export_model, load_bundle_model
+from fastvar_trt.export.models.base import Request
+from fastvar_trt.export.models.infinity.source import InfinitySource
+from fastvar_trt.export.models.matrix import FORMATS, observing
+from fastvar_trt.export.models.reference import generate
+from fastvar_trt.export.models.source import Source
+from fastvar_trt.export.models.var.source import VARSource
+from fastvar_trt.export.passes.integer_products import IntegerProducts
+from fastvar_trt.export.weights_file import map_weights
+from fastvar_trt.runtime import ExportError, Pipeline, PlanError, read_manifest
+from fastvar_trt.runtime.engines import read_engines
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE
+from fastvar_trt.runtime.plan import PruningPlan
+from fastvar_trt.runtime.precision import PRECISIONS
+from fastvar_trt.runtime.verify import verify_bundle
+from fastvar_trt.runtime.weights import read_layout
+from fastvar_trt.tools.cli import main as fastvar
+from fastvar_trt.tools.cli.export import main as fastvar_export
+from fastvar_trt.tools.measure.profiling import step_bytes
+
+Export = Callable[..., tuple[Path, ExportReport]]
+QUANTISED = ("w8", "w4", "w8a8", "fp8")
+BITS = {"w8": 8, "w4": 4, "w8a8": 8, "fp8": 8}
+
+
+@pytest.fixture
+def quantised(tiny_source: VARSource, export_once: Export) -> Callable[[str], Path]:
+    def export(precision: str) -> Path:
+        return export_once(precision, tiny_source, ExportOptions(plan=TINY_PLAN, precision=precision))[0]
+
+    return export
+
+
+def dequantised(tensors: Mapping[str, Tensor], linear: str) -> np.ndarray[Any, Any]:
+    """A matrix [out, in] in fp32, by numpy alone, from what the file holds."""
+    q, scale = (tensors[f"{linear}.{part}"].contiguous() for part in ("weight_q", "weight_scale"))
+    if q.dtype == torch.uint8:  # two to a byte, the first in the lower half
+        packed = q.numpy()
+        values = np.empty((packed.shape[0], 2 * packed.shape[1]), dtype=np.int32)
+        values[:, 0::2], values[:, 1::2] = packed & 15, packed >> 4
+        values[values > 7] -= 16
+    else:
+        values = q.float().numpy()
+    scales = scale.numpy()
+    if scales.ndim == 2:
+        scales = np.repeat(scales, len(values) // len(scales), axis=0)
+    return (values * scales).T.astype(np.float32)
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_matrices_lie_in_the_file_once_in_few_bits(
+    precision: str, quantised: Callable[[str], Path], tiny_bundle: Path
+) -> None:
+    bundle = quantised(precision)
+    ours, plain = read_layout(bundle / WEIGHTS_FILE), read_layout(tiny_bundle / WEIGHTS_FILE)
+    tensors, before = map_weights(bundle), map_weights(tiny_bundle)
+    linears = [name.removesuffix(".weight_q") for name in ours if name.endswith(".weight_q")]
+    in_blocks = [linear for linear in linears if linear.endswith(("mat_qkv", "attn.proj", "fc1", "fc2"))]
+    assert len(in_blocks) == 8 and "head" not in linears and "head.weight" in ours
+    for linear in in_blocks:
+        assert f"{linear}.weight" not in ours
+        assert ours[f"{linear}.weight_q"].num_bytes * 32 == BITS[precision] * plain[f"{linear}.weight"].num_bytes
+        exact, rounded = before[f"{linear}.weight"].numpy(), dequantised(tensors, linear)
+        error = np.abs(rounded - exact).mean() / np.abs(exact).mean()
+        assert error < {"w4": 0.15, "fp8": 0.04}.get(precision, 0.015)
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_graphs_compute_what_pytorch_computes(precision: str, quantised: Callable[[str], Path]) -> None:
+    """To rounding, as long as nothing lies near a tie; and as a chain, prepacked or not."""
+    bundle = quantised(precision)
+    with Pipeline.load(bundle) as pipe:
+        found = verify_bundle(pipe)
+    assert not found.failures
+    first = found.steps[0]
+    assert first.relative_error is not None and first.relative_error < (2e-2 if precision == "fp8" else 1e-5)
+
+
+GOLDENS = {"var_d4_256": "w8", "infinity_d4_006M": "w4", "infinity_d4_006M again": "w8", "var_d4_256 again": "w4"}
+
+
+@pytest.mark.parametrize("case", GOLDENS)
+def test_tokens_are_those_of_a_model_of_the_same_weights(case: str, export_once: Export) -> None:
+    """An fp32 model over matrices that numpy dequantised draws what the bundle draws, token for token."""
+    golden, precision = Golden(case.removesuffix(" again")), GOLDENS[case]
+    source: Source
+    if case.startswith("var"):
+        source = golden.source()
+        inputs = {"labels": torch.tensor(golden.case["labels"][:1])}
+        arguments: dict[str, Any] = {"labels": golden.case["labels"][:1]}
+    else:
+        source = InfinitySource.from_files(golden.folder / "infinity.pth", golden.vae, golden.case["pn"])
+        features = golden.expected["text_features"]
+        arguments = {"text_features": [features], "temperature": golden.case["tau"]}
+        padded = torch.zeros(2, source.config.text_length, source.config.text_width)
+        padded[0, : len(features)] = torch.from_numpy(features)
+        lengths = torch.full((2,), len(features))
+        inputs = {"text_features": padded, "text_lengths": lengths, "has_negative": torch.tensor([False])}
+    bundle, _ = export_once(f"{precision}_golden", source, ExportOptions(precision=precision, compare=False))
+    with Pipeline.load(bundle, engines="off") as pipe:
+        drawn = pipe.generate(cfg=golden.case["cfg"], greedy=True, return_logits=True, **arguments)
+    held = map_weights(bundle)
+    tensors = {name: tensor for name, tensor in held.items() if not name.endswith((".weight_q", ".weight_scale"))}
+    for linear in [name.removesuffix(".weight_q") for name in held if name.endswith(".weight_q")]:
+        tensors[f"{linear}.weight"] = torch.from_numpy(dequantised(held, linear))
+    model = source.new_model(PRECISIONS["fp32"]).load_tensors(tensors)
+    names = [spec.name for spec in model.condition_inputs(1)]
+    plan = model.resolve(PruningPlan())
+    noise = {k: torch.zeros(1, *model.token_spec(k)[0]) for k in plan.steps}
+    ones = torch.ones(1)
+    request = Request(
+        ones * golden.case["cfg"], ones * golden.case.get("tau", 1.0), ones.long(), ones, torch.tensor([True])
+    )
+    expected = generate(model, plan, dict(zip(names, inputs.values(), strict=True)), noise, request)
+    assert drawn.logits is not None
+    for k in plan.steps:
+        np.testing.assert_array_equal(drawn.tokens[k], expected.tokens[k].numpy(), err_msg=f"scale {k}")
+        np.testing.assert_allclose(drawn.logits[k], expected.logits[k].numpy(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4", "w8a8"])
+def test_the_cpu_multiplies_in_few_bits(precision: str, quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(quantised(precision), tmp_path / "b"))
+    build_targets(bundle, "cpu")
+    for graph in read_manifest(bundle).graphs:
+        nodes = onnx.load(bundle / "engines" / "cpu" / graph.file, load_external_data=False).graph.node
+        operators = [node.op_type for node in nodes]
+        assert "DequantizeLinear" not in operators, graph.file
+        if graph.scale is not None:
+            assert operators.count("MatMulIntegerToFloat" if precision == "w8a8" else "MatMulNBits") == 8
+    with Pipeline.load(bundle, engines="require") as packed, Pipeline.load(bundle, engines="off") as plain:
+        assert not verify_bundle(packed).failures
+        a, b = (pipe.generate([1], seeds=1, return_logits=True) for pipe in (packed, plain))
+    assert a.logits is not None and b.logits is not None
+    assert np.abs(a.logits[0] - b.logits[0]).max() < 0.05 * np.abs(b.logits[0]).max()
+
+
+@pytest.mark.parametrize("has_vnni", [True, False])
+def test_products_of_integers_are_exact(has_vnni: bool, rng: np.random.Generator, tmp_path: Path) -> None:
+    """With int8 matrices, or uint8 ones, where pairs of products would saturate: the standard's form, to rounding."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    q = rng.choice(np.array([-127, 127], dtype=np.int8), (64, 48))
+    x = rng.choice(np.array([-1.27, 1.27], dtype=np.float32), (5, 64))
+    constants: dict[str, Any] = {"s": rng.random(48, dtype=np.float32), "xs": np.float32(0.01), "xz": np.int8(0)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "xs"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=1),
+        helper.make_node("Gemm", ["xd", "w", "b"], ["y"], name="product"),
+    ]
+    values = {"q": q, "b": rng.random(48, dtype=np.float32), **constants}
+    proto = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 64])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, 48])],
+            [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=11,
+    )
+    proto = onnx.shape_inference.infer_shapes(proto)
+    model = ir.serde.deserialize_model(proto)
+    assert IntegerProducts(has_vnni=has_vnni)(model).modified
+    assert [node.op_type for node in model.graph] == ["QuantizeLinear", "MatMulIntegerToFloat"]
+    rewritten = ir.serde.serialize_model(model).SerializeToString()
+    got = onnxruntime.InferenceSession(rewritten, providers=["CPUExecutionProvider"]).run(["y"], {"x": x})[0]
+    exact = (x / 0.01).round() @ q.astype(np.float32) * constants["s"] * np.float32(0.01) + values["b"]
+    if has_vnni:
+        from fastvar_trt.runtime.backends.onnxruntime import cpu_has_vnni
+
+        if not cpu_has_vnni():
+            pytest.skip("this processor adds pairs of products in 16 bits, which saturate")
+    np.testing.assert_allclose(got, exact, rtol=1e-5)
+
+
+def test_scales_of_activations_are_the_largest_that_were_seen(tiny_source: VARSource, tmp_path: Path) -> None:
+    """Of the classes that were given: drawn once more in fp32, nothing is larger, and one thing is as large."""
+    export_model(
+        tiny_source, tmp_path / "b", ExportOptions(plan=TINY_PLAN, precision="w8a8", compare=False, calibration=(5, 7))
+    )
+    model, manifest = load_bundle_model(tmp_path / "b")
+    scales = {id(p): float(p) for name, p in model.named_parameters() if name.endswith("input_scale")}
+    assert len(scales) == 8 and all(0 < scale < 10 for scale in scales.values())
+    seen = dict.fromkeys(scales, 0.0)
+
+    def observe(linear: str, tensors: Mapping[str, Tensor], x: Tensor) -> None:
+        key = id(tensors.get(f"{linear}.input_scale"))
+        if key in seen:
+            seen[key] = max(seen[key], float(x.abs().max()) / 127)
+
+    from fastvar_trt.export.models.reference import default_request
+    from fastvar_trt.runtime.noise import uniform_noise
+
+    plan = manifest.resolved_plan
+    with observing(observe):
+        for i, label in enumerate((5, 7)):
+            noise = {k: torch.from_numpy(uniform_noise(i, k, model.token_spec(k)[0]))[None] for k in plan.steps}
+            generate(model, plan, {"labels": torch.tensor([label])}, noise, default_request(model, 1, greedy=False))
+    assert seen == pytest.approx(scales, rel=1e-5)
+
+
+def test_a_bundle_becomes_one_of_few_bits(tiny_bundle: Path, quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    """By the command, with another plan at once; the weights are those that an export of the checkpoint writes."""
+    arguments = [
+        "bundle",
+        "--from",
+        str(tiny_bundle),
+        "--precision",
+        "w8",
+        "--batch",
+        "1",
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    done = CliRunner().invoke(fastvar_export, arguments)
+    assert done.exit_code == 0, done.output
+    ours, theirs = map_weights(tmp_path / "b"), map_weights(quantised("w8"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    export_again(tmp_path / "b", tmp_path / "dense", PruningPlan())
+    dense = read_manifest(tmp_path / "dense")
+    assert (dense.precision, dense.default.plan.name) == ("w8", "none")
+    shown = CliRunner().invoke(fastvar, ["inspect", str(tmp_path / "b")]).output
+    assert "blocks.*.ffn.fc1" in shown and "w8" in shown
+
+
+def test_a_step_reads_what_is_stored(quantised: Callable[[str], Path], tiny_bundle: Path) -> None:
+    """Bytes of the smallest step, all but matrices left out: the head stays in fp32."""
+    in_blocks, head, keys = 2 * (4 * 128**2 + 2 * 128 * 512), 128 * 96, 2 * 2 * 2 * 128
+    outputs = 2 * (3 * 128 + 128 + 512 + 128)
+    found = {}
+    for precision in ("w8", "w4"):
+        bundle = quantised(precision)
+        found[precision] = step_bytes(read_manifest(bundle), read_layout(bundle / WEIGHTS_FILE), 0, 1)
+    # The modulations are of the condition graph, but of blocks: their scales are spread over all.
+    assert found["w8"] == pytest.approx(in_blocks + 4 * outputs + 4 * (head + keys), rel=0.01)
+    layout = read_layout(tiny_bundle / WEIGHTS_FILE)
+    assert found["w4"] < found["w8"] < step_bytes(read_manifest(tiny_bundle), layout, 0, 1) / 3
+
+
+def test_text_models_calibrate_on_prompts(export_once: Export, tmp_path: Path) -> None:
+    bundle, report = export_once("infinity_w8a8", tiny_infinity(), ExportOptions(plan=INFINITY_PLAN, precision="w8a8"))
+    assert max(error.relative_error for error in report.errors.values()) < PRECISIONS["w8a8"].tolerance.error
+    names = read_layout(bundle / WEIGHTS_FILE)
+    assert "blocks.0.cross.mat_q.input_scale" in names
+    assert "blocks.0.cross.mat_kv.weight_q" in names and "blocks.0.cross.mat_kv.input_scale" not in names
+    with pytest.raises(ExportError, match="got the class 3, the model draws from text"):
+        export_model(tiny_infinity(), tmp_path / "b", ExportOptions(precision="w8a8", calibration=(3,)))
+
+
+def test_exceptions_from_the_format(tiny_source: VARSource, tmp_path: Path) -> None:
+    options = ExportOptions(precision="w4", compare=False, matrices=(("ffn.fc2", "plain"), ("attn.*", "w8")))
+    export_model(tiny_source, tmp_path / "b", options)
+    layout = read_layout(tmp_path / "b" / WEIGHTS_FILE)
+    assert "blocks.1.ffn.fc2.weight" in layout
+    dtypes = {name: layout[f"blocks.0.{name}.weight_q"].dtype for name in ("attn.proj", "ffn.fc1")}
+    assert dtypes == {"attn.proj": "int8", "ffn.fc1": "uint8"}
+    with Pipeline.load(tmp_path / "b") as pipe:
+        assert pipe.manifest.matrices[:2] == options.matrices
+        pipe.generate([1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ExportOptions(precision="w8", matrices=(("ffn.fc3", "plain"),)), r"matrix ffn.fc3: none .* ffn.fc2"),
+        (ExportOptions(precision="w8", matrices=(("head", "w5"),)), "matrix head: got 'w5', expected plain or one of"),
+        (ExportOptions(precision="fp16", matrices=(("head", "w8"),)), "fp16 has one format for all"),
+        (ExportOptions(precision="w8a8", calibration=("a cat",)), "got the prompt 'a cat', the model draws classes"),
+        (ExportOptions(precision="w8a8", calibration=(4000,)), "class 4000: the model has 0 to"),
+    ],
+)
+def test_options_that_do_not_fit(options: ExportOptions, message: str, tiny_source: VARSource, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_model(tiny_source, tmp_path / "b", options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_no_format_holds(tmp_path: Path) -> None:
+    state, vae = tiny_states()
+    state["blocks.1.ffn.fc1.weight"][3, 4] = torch.nan
+    with pytest.raises(ExportError, match=r"blocks\.1\.ffn\.fc1: the matrix holds numbers that are not finite"):
+        export_model(VARSource.from_state(state, vae), tmp_path / "b", ExportOptions(precision="w8"))
+    with pytest.raises(ExportError, match="not of whole blocks of 64, which w4 needs; leave it out with --matrix"):
+        list(FORMATS["w4"].write("blocks.0.ffn.fc1", torch.ones(8, 96)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_bundles_that_cannot_be_rounded(quantised: Callable[[str], Path], tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="is w8, and rounding twice loses more"):
+        export_again(quantised("w8"), tmp_path / "b", precision="w4")
+    with pytest.raises(ExportError, match="is fp32, and w8-fp16 computes in float16"):
+        export_again(tiny_bundle, tmp_path / "b", precision="w8-fp16")
+    with pytest.raises(PlanError):
+        export_again(tiny_bundle, tmp_path / "b", PruningPlan("x", ((9, 0.5),), cache_scale=-2), precision="w8")
+    done = CliRunner().invoke(fastvar_export, ["bundle", "--from", str(tiny_bundle), "--out", str(tmp_path / "b")])
+    assert done.exit_code == 2 and "--prune or --precision" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("w8-fp16", "gemm_dequantising"), ("w8a8-bf16", "gemm_8_bit"), ("fp8-fp16", "gemm_8_bit")]
+)
+def test_engines_multiply_in_few_bits(precision: str, kind: str, tmp_path: Path) -> None:
+    """With the matrices as inputs, shared by all engines: they hold none of them."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    states = tiny_states(width=256, num_heads=4)
+    export_model(
+        VARSource.from_state(*states), tmp_path / "b", ExportOptions(TINY_PLAN, precision=precision, compare=False)
+    )
+    build_targets(tmp_path / "b", "sm89,sm120")
+    layout = read_layout(tmp_path / "b" / WEIGHTS_FILE)
+    for record in read_engines(tmp_path / "b", "tensorrt_rtx").records.values():
+        if record.graph.startswith("step"):
+            assert record.kernels[kind] == 8, record.graph
+            bound = [name for name in record.weights if name.endswith("weight_q")]
+            assert len(bound) == 8 and all(layout[name].num_bytes >= 16 << 10 for name in bound)
+    if precision.startswith("fp8"):
+        before = (tmp_path / "b" / "engines" / "tensorrt_rtx" / "engines.json").read_bytes()
+        done = CliRunner().invoke(fastvar, ["build", str(tmp_path / "b"), "--target", "sm86"])
+        assert (
+            done.exit_code == 1 and "sm86: has no numbers of the precision fp8-fp16, sm89 is the first" in done.output
+        )
+        assert (tmp_path / "b" / "engines" / "tensorrt_rtx" / "engines.json").read_bytes() == before
+
+
+def test_engines_of_four_bits(tmp_path: Path) -> None:
+    """TensorRT takes int4 as an input, and dequantises it before the product."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    states = tiny_states(width=256, num_heads=4)
+    export_model(
+        VARSource.from_state(*states), tmp_path / "b", ExportOptions(TINY_PLAN, precision="w4-fp16", compare=False)
+    )
+    build_targets(tmp_path / "b", "sm86")
+    record = read_engines(tmp_path / "b", "tensorrt_rtx").records["step_03.onnx"]
+    dtypes = {spec.name: spec.dtype for spec in record.inputs if spec.name.endswith("weight_q")}
+    assert len(dtypes) == 8 and set(dtypes.values()) == {"int4"}
