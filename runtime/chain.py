@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer, CapturedChain, View
+from fastvar_trt.runtime.backends import Backend, BoundGraph, BoundOnDemand, Buffer, CapturedChain, View
 from fastvar_trt.runtime.errors import BackendError, BundleError, CancelledError
 from fastvar_trt.runtime.manifest import DECODER, HALVED_ROLES, NOISES, OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
 from fastvar_trt.runtime.precision import Tolerance
@@ -164,8 +164,11 @@ class Chain:
         self._graphs = tuple(graphs)
         self._layout = _Layout(graphs)
         for graph in graphs:
-            backend.load(graph)
-        self._kv_memory = backend.allocate((self._layout.kv_bytes,), "uint8")
+            if not backend.is_on_demand(graph):
+                backend.load(graph)
+        # The decoder runs when no keys and values are needed any more, and may have their memory.
+        lent = max((backend.num_activation_bytes(graph) for graph in graphs if backend.is_on_demand(graph)), default=0)
+        self._kv_memory = backend.allocate((max(self._layout.kv_bytes, lent),), "uint8")
         self._buffers: dict[str, Buffer] = {}
         self._bound: dict[frozenset[Role], list[BoundGraph]] = {}
         self._captured: dict[frozenset[Role], CapturedChain] = {}
@@ -187,7 +190,7 @@ class Chain:
     def num_buffer_bytes(self) -> int:
         """Memory of all buffers."""
         own = (b for key, b in self._buffers.items() if key not in self._layout.kv_offsets)
-        return self._layout.kv_bytes + sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in own)
+        return self._kv_memory.shape[0] + sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in own)
 
     def close(self) -> None:
         """Drop what was captured; before the backend is closed."""
@@ -274,7 +277,7 @@ class Chain:
                 place = _Place(key) if spec.role is Role.F_HAT else self._layout.inputs[index][spec.name]
                 inputs[spec.name] = self._view(decoder, spec, place)
             outputs = {spec.name: pixels.view() for spec in decoder.outputs if spec.role is Role.PIXELS}
-            self._decoders[key] = self._backend.bind(decoder, inputs, outputs)
+            self._decoders[key] = self._bound_graph(decoder, inputs, outputs, None)
         self._decoders[key].enqueue()
         return self._backend.download(pixels)
 
@@ -340,8 +343,15 @@ class Chain:
                 for spec in graph.outputs
                 if spec.role not in OPTIONAL_ROLES or spec.role in optional
             }
-            bound.append(self._backend.bind(graph, read, written))
+            bound.append(self._bound_graph(graph, read, written, self._kv_memory))
         self._bound[optional] = bound
+
+    def _bound_graph(
+        self, graph: GraphSpec, read: Mapping[str, View], written: Mapping[str, View], spare: Buffer | None
+    ) -> BoundGraph:
+        if self._backend.is_on_demand(graph):
+            return BoundOnDemand(self._backend, graph, read, written, spare)
+        return self._backend.bind(graph, read, written)
 
     def _buffer(self, place: _Place, spec: TensorSpec) -> Buffer:
         """The buffer behind a tensor; allocated at its first use."""

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import (
+    DECODER,
     ENGINES_FILE,
     ENGINES_FOLDER,
+    ON_DEMAND,
     WEIGHTS_FILE,
     FileSpec,
     Manifest,
+    Role,
     TensorSpec,
 )
+from fastvar_trt.runtime.weights import TensorPlace
 
 FORMAT_VERSION = 3
 
@@ -205,6 +209,48 @@ def read_engines(bundle: Path, name: str) -> EngineSet:
 def engine_folders(bundle: Path) -> list[str]:
     """The folders in which something was built."""
     return sorted(path.parent.name for path in (bundle / ENGINES_FOLDER).glob(f"[!.]*/{ENGINES_FILE}"))
+
+
+def device_memory(
+    manifest: Manifest, engines: EngineSet, places: Mapping[str, TensorPlace], *, low_memory: bool
+) -> dict[str, int]:
+    """Bytes on a GPU where a chain needs the most: weights, engines with what they hold of them, buffers, activations.
+
+    Args:
+        manifest: of the bundle.
+        engines: of all of its graphs.
+        places: of the tensors of its weights file.
+        low_memory: with one graph of `ON_DEMAND` at a time, and only while it runs.
+
+    Raises:
+        BundleError: an engine reads what the weights file has not.
+    """
+    records = [(graph, engines.records[graph.file]) for graph in manifest.graphs]
+
+    def size_of(names: Iterable[str]) -> int:
+        return sum(places[name].num_bytes for name in names)
+
+    missing = [name for _, record in records for name in record.weights if name not in places]
+    if missing:
+        raise BundleError(f"{WEIGHTS_FILE} has no {missing[0]}, which an engine reads; build again")
+    passing = [(graph, record) for graph, record in records if low_memory and graph.kind in ON_DEMAND]
+    staying = [record for graph, record in records if not (low_memory and graph.kind in ON_DEMAND)]
+    weights = {name for record in staying for name in record.weights}
+    of_passing = []
+    for graph, record in passing:
+        # The decoder has the memory of the chain's keys and values.
+        chain = manifest.default.chain(graph.batch) if graph.kind == DECODER else ()
+        kept = sum(spec.num_bytes for own in chain for spec in own.outputs if spec.role in (Role.KEYS, Role.VALUES))
+        left = max(record.activation_bytes - kept, 0)
+        of_passing.append((size_of(set(record.weights) - weights), record.content.num_bytes, left))
+    brought, engine, activations = max(of_passing, key=sum, default=(0, 0, 0))
+    return {
+        "weights": size_of(weights) + brought,
+        "engines": sum(record.content.num_bytes for record in staying) + engine,
+        "buffers": sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs),
+        # As graphs run one after another, the largest of all; of a graph on demand beside it.
+        "activations": max(record.activation_bytes for record in staying) + activations,
+    }
 
 
 def usable_engines(

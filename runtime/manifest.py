@@ -290,6 +290,9 @@ class GraphSpec:
         )
 
 
+ON_DEMAND = (TEXT_ENCODER, DECODER)  # kinds of graphs that need not stay loaded while a chain runs
+
+
 class Condition(enum.StrEnum):
     """What a model draws from."""
 

@@ -114,7 +114,8 @@ class Pipeline:
                 `num_threads` (of one operator; default: one per core that this process may use) and `engines` (`auto`
                 uses what `fastvar build` made for this processor, `off` never does, `require` raises where there is
                 nothing); on a GPU `capture` (whether chains are captured as CUDA graphs; default: with TensorRT, yes)
-                and for TensorRT `kernel_cache` (folder of compiled kernels, or `off`).
+                and for TensorRT `kernel_cache` (folder of compiled kernels, or `off`); everywhere `low_memory` (text
+                encoder and decoder are there only while they run; chains are then not captured).
 
         Raises:
             BundleError: a bundle that is incomplete, damaged or of another format version.
@@ -282,7 +283,7 @@ class Pipeline:
         """
         chosen = self._variant(variant)
         prompts = self._checked(requests, chosen, preview_scales)
-        encoded = [self._encoded(request, tokens) for request, tokens in zip(requests, prompts, strict=True)]
+        encoded = self._all_encoded(requests, prompts)
         wanted = [role for role, asked in ((Role.LOGITS, return_logits), (Role.IMAGE, return_float_images)) if asked]
         outputs: list[ChainOutputs] = []
         start = 0
@@ -428,6 +429,17 @@ class Pipeline:
             )
         return found
 
+    def _all_encoded(
+        self, requests: Sequence[Request], prompts: Sequence[tuple[PromptTokens | None, PromptTokens | None]]
+    ) -> list[Request]:
+        """The requests with features in place of prompts; a text encoder that is on demand is unloaded after."""
+        try:
+            return [self._encoded(request, tokens) for request, tokens in zip(requests, prompts, strict=True)]
+        finally:
+            with self._lock:
+                if self._text_encoder is not None and not self._closed:
+                    self._text_encoder.release()
+
     def _encoded(self, request: Request, prompts: tuple[PromptTokens | None, PromptTokens | None]) -> Request:
         """The request with the text encoder's features in place of its prompts."""
         if prompts[0] is None:
@@ -454,7 +466,7 @@ class Pipeline:
         conditions = {"prompt": prompts, "negative_prompt": negative_prompts}
         requests = requests_of(len(self.manifest.default.schedule), conditions, 0, {})
         tokens = self._checked(requests, self.manifest.default, ())
-        encoded = [self._encoded(request, own) for request, own in zip(requests, tokens, strict=True)]
+        encoded = self._all_encoded(requests, tokens)
         return [r.text_features for r in encoded if r.text_features is not None], [
             r.negative_text_features for r in encoded
         ]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime import manifest as names
-from fastvar_trt.runtime.backends import Backend
+from fastvar_trt.runtime.backends import Backend, BoundGraph
 from fastvar_trt.runtime.errors import BundleError, RequestError, UnavailableError
 from fastvar_trt.runtime.manifest import Manifest, TensorSpec, read_manifest
 
@@ -74,24 +74,35 @@ class TextEncoder:
     def __init__(self, backend: Backend, bundle: Path, manifest: Manifest) -> None:
         graph = manifest.text_encoder
         assert graph is not None
-        self._backend = backend
+        self._backend, self._graph = backend, graph
         self._text_length = manifest.model.text_length
         self._gives_padding = manifest.model.context_tokens > 0
         check_unreplaced(bundle, manifest)
-        backend.load(graph)
         self._buffers = {
             spec.name: backend.allocate(spec.shape, spec.dtype) for spec in (*graph.inputs, *graph.outputs)
         }
-        self._bound = backend.bind(
-            graph,
-            {spec.name: self._buffers[spec.name].view() for spec in graph.inputs},
-            {spec.name: self._buffers[spec.name].view() for spec in graph.outputs},
-        )
+        self._bound: BoundGraph | None = None
 
     @property
     def num_buffer_bytes(self) -> int:
         """Memory of tokens and features."""
         return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
+
+    def _load(self) -> BoundGraph:
+        graph = self._graph
+        self._backend.load(graph)
+        return self._backend.bind(
+            graph,
+            {spec.name: self._buffers[spec.name].view() for spec in graph.inputs},
+            {spec.name: self._buffers[spec.name].view() for spec in graph.outputs},
+        )
+
+    def release(self) -> None:
+        """Unload it, where it is on demand; it is loaded again for the next prompt."""
+        if self._bound is not None and self._backend.is_on_demand(self._graph):
+            self._bound = None
+            self._backend.activate()
+            self._backend.unload(self._graph)
 
     def encode(self, ids: Sequence[int]) -> NDArray[Any]:
         """The features of one prompt: fp32 [tokens, C_text], or [T, C_text] where padding is read."""
@@ -101,6 +112,8 @@ class TextEncoder:
         backend.activate()
         backend.upload(self._buffers[names.TOKEN_IDS], padded)
         backend.upload(self._buffers[names.TOKEN_COUNT], np.array([len(ids)], dtype=np.int64))
+        if self._bound is None:
+            self._bound = self._load()
         self._bound.enqueue()
         return backend.download(self._buffers[names.ENCODED])[0, : None if self._gives_padding else len(ids)].copy()
 

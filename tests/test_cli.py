@@ -188,7 +188,7 @@ def _in_another_order(data: dict[str, Any]) -> None:
         (lambda data: data.update(batches=[]), "batches: got [], expected one or more"),
         (lambda data: data.update(batches=[1, 2, 3]), "got 0 of condition for batch 3, expected 1"),
         (lambda data: data["model"].update(condition="sound"), "'sound' is not a valid Condition"),
-        (lambda data: data.update(precision="fp8"), "precision: got 'fp8'"),
+        (lambda data: data.update(precision="fp3"), "precision: got 'fp3'"),
         (lambda data: data["model"].update(num_classes="10"), "model.num_classes: got '10'"),
         (lambda data: data["sampling"].update(max_top_k=97), "sampling.max_top_k: got 97, expected 1 to 96"),
         (lambda data: data["variants"][0]["schedule"].pop(), "got 1 of step_03 for batch 1, expected 0"),

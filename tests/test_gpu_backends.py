@@ -24,11 +24,12 @@ from fastvar_trt.runtime import Pipeline, chain
 from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError
 from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
-from fastvar_trt.runtime.chain import ChainOutputs
-from fastvar_trt.runtime.engines import read_engines
+from fastvar_trt.runtime.chain import ChainOutputs, kv_bytes
+from fastvar_trt.runtime.engines import device_memory, read_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, ExportError
-from fastvar_trt.runtime.manifest import read_manifest
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, read_manifest
 from fastvar_trt.runtime.precision import PRECISIONS
+from fastvar_trt.runtime.weights import read_layout
 from fastvar_trt.tools.measure import profiling
 
 
@@ -67,20 +68,29 @@ def patch_build(patch: pytest.MonkeyPatch, build_engine: Callable[..., Any] = fa
 
 
 def load(
-    bundle: Path, cuda: FakeCuda | None = None, *, capture: bool = True, kernel_cache: Path | str = "off"
+    bundle: Path,
+    cuda: FakeCuda | None = None,
+    *,
+    capture: bool = True,
+    kernel_cache: Path | str = "off",
+    low_memory: bool = False,
 ) -> tuple[Pipeline, FakeCuda]:
     cuda = cuda or FakeCuda()
-    trt = FakeTensorRT(cuda)
-    return Pipeline.load(bundle, backend=_tensorrt(cuda, trt, capture=capture, kernel_cache=str(kernel_cache))), cuda
+    backend = _tensorrt(
+        cuda, FakeTensorRT(cuda), capture=capture, kernel_cache=str(kernel_cache), low_memory=low_memory
+    )
+    return Pipeline.load(bundle, backend=backend), cuda
 
 
 def _tensorrt(cuda: FakeCuda, trt: FakeTensorRT, **options: Any) -> TensorRTBackend:
     return TensorRTBackend(cuda=cuda, tensorrt=trt, **{"kernel_cache": "off", **options})
 
 
-def load_onnxruntime(bundle: Path, *, capture: bool = False) -> tuple[Pipeline, FakeCuda]:
+def load_onnxruntime(bundle: Path, *, capture: bool = False, low_memory: bool = False) -> tuple[Pipeline, FakeCuda]:
     cuda = FakeCuda()
-    backend = OnnxRuntimeCudaBackend(cuda=cuda, onnxruntime=FakeOnnxRuntime(cuda), capture=capture)
+    backend = OnnxRuntimeCudaBackend(
+        cuda=cuda, onnxruntime=FakeOnnxRuntime(cuda), capture=capture, low_memory=low_memory
+    )
     return Pipeline.load(bundle, backend=backend), cuda
 
 
@@ -124,6 +134,52 @@ def test_it_draws_what_onnx_runtime_draws_on_the_cpu(
     assert cuda.num_activations >= len(requests), "the device is made current in the thread that draws"
 
 
+@pytest.mark.parametrize("load", [load_tensorrt, load_onnxruntime])
+def test_the_decoder_may_be_there_only_while_it_runs(
+    built: Path, load: Callable[..., tuple[Pipeline, FakeCuda]]
+) -> None:
+    """The same pictures, previews among them; what it has taken is given back, and no chain is captured."""
+    low, cuda = load(built, low_memory=True)
+    requests: list[dict[str, Any]] = [{"labels": [1]}, {"labels": [2, 3]}, {"labels": [1]}]
+    with low, load(built)[0] as usual:
+        before = set(cuda.memory)
+        for request in requests:
+            ours, theirs = (pipe.generate(**request, seeds=3) for pipe in (low, usual))
+            assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
+        after = set(cuda.memory)
+        for our, their in zip(*(p.stream([1], seeds=3, preview_scales=[1]) for p in (low, usual)), strict=True):
+            assert np.abs(our.images.astype(int) - their.images).max() <= 1
+        assert before <= after == set(cuda.memory)  # outputs that nobody reads were added once
+        loaded = [file for name in ("_loaded", "_sessions") for file in getattr(low.backend, name, {})]
+        assert loaded and not any(file.startswith("decoder") for file in loaded)
+        assert cuda.num_launches == 0
+    assert not cuda.memory
+
+
+def test_the_decoder_has_the_memory_of_keys_and_values(bundle: Path) -> None:
+    """As much as it wants of it; a preview, which comes while they are needed, has memory of its own."""
+    path = bundle / "engines" / "tensorrt_rtx" / "engines.json"
+    data = json.loads(path.read_text())
+    wanted = 8_000_000
+    for engine in data["engines"]:
+        engine["activation_bytes"] = wanted if engine["graph"].startswith("decoder") else 4096
+    path.write_text(json.dumps(data))
+    manifest, engines = read_manifest(bundle), read_engines(bundle, "tensorrt_rtx")
+    places = read_layout(bundle / WEIGHTS_FILE)
+    usual, low = (device_memory(manifest, engines, places, low_memory=low) for low in (False, True))
+    assert usual["activations"] == wanted
+    assert low["activations"] == wanted - kv_bytes(manifest.default.chain(1)) + 4096
+    pipe, cuda = load(bundle, low_memory=True)
+    with pipe:
+        assert sum(array.nbytes == wanted for array in cuda.memory.values()) == len(manifest.batches)
+        pipe.generate([1])
+        held = cuda.num_allocations
+        pipe.generate([1])
+        of_decoder = cuda.num_allocations - held  # what of its weights is an input
+        list(pipe.stream([1], preview_scales=[1]))
+        assert cuda.num_allocations - held == 3 * of_decoder + 1
+
+
 def test_nothing_is_allocated_after_the_first_image(built: Path) -> None:
     pipe, cuda = load(built)
     with pipe:
@@ -144,9 +200,9 @@ def test_one_copy_of_the_weights_serves_all_engines(built: Path) -> None:
         addresses = backend._weights
         used = {name for record in records for name in record.weights}
         assert set(addresses) == used and "blocks.1.ffn.fc1.weight" in used
-        largest = max(array.nbytes for array in cuda.memory.values())
+        held = sum(cuda.memory[pointer].nbytes for pointers in backend._held.values() for pointer in pointers)
         shapes = {s.name: s.num_bytes for record in records for s in record.inputs if s.name in record.weights}
-        assert sum(shapes.values()) <= largest < sum(shapes.values()) + 256 * len(shapes)
+        assert sum(shapes.values()) <= held < sum(shapes.values()) + 256 * len(shapes)
 
 
 def test_layers_are_timed_where_it_is_asked_for(built: Path) -> None:

@@ -15,7 +15,6 @@ from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import T5Config, T5EncoderModel
 
-from fastvar_trt.export import exporter
 from fastvar_trt.export.build.tensorrt.builder import RtxBuilder, tensorrt_graph
 from fastvar_trt.export.build.tensorrt.engine import build_engine
 from fastvar_trt.export.build.tensorrt.flavour import Flavour
@@ -27,7 +26,7 @@ from fastvar_trt.export.models.t5 import T5Config as OurConfig
 from fastvar_trt.export.models.t5 import T5Source, position_bias
 from fastvar_trt.export.tracing import build_graph, save_graph, text_function
 from fastvar_trt.export.validation import compare_with_torch, run_in_onnxruntime
-from fastvar_trt.export.weights_file import map_weights
+from fastvar_trt.export.weights_file import map_weights, write_weights
 from fastvar_trt.runtime import BundleError, CheckpointError, ImageRequest, Pipeline, RequestError, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE
 from fastvar_trt.runtime.precision import PRECISIONS
@@ -89,6 +88,21 @@ def _source(folder: Path) -> InfinitySource:
 @pytest.fixture(scope="module")
 def bundle(folder: Path, export_once: Export) -> Path:
     return export_once("infinity_text", _source(folder), ExportOptions(batches=(1, 2)))[0]
+
+
+def test_the_encoder_may_be_there_only_while_it_runs(bundle: Path) -> None:
+    """Loaded once for all prompts of a call, and dropped; the pictures are the same."""
+    arguments: dict[str, Any] = {"prompts": ["a fox", "a dog"], "negative_prompts": ["blurry", None], "seeds": 3}
+    with Pipeline.load(bundle, low_memory=True) as low, Pipeline.load(bundle) as usual:
+        loads: list[str] = []
+        load = low.backend.load
+        low.backend.load = lambda graph: (loads.append(graph.name), load(graph))[1]  # type: ignore[method-assign]
+        for _ in range(2):
+            np.testing.assert_array_equal(low.generate(**arguments).images, usual.generate(**arguments).images)
+        assert [name for i, name in enumerate(loads) if loads[i - 1] != name] == ["text_encoder", "decoder"] * 2
+        held = low.backend._sessions  # type: ignore[attr-defined]
+        assert held and not {file for file in held if file.startswith(("text_encoder", "decoder"))}
+        assert low.encode(["a fox"])[0][0].shape == usual.encode(["a fox"])[0][0].shape
 
 
 def test_features_are_those_of_transformers(bundle: Path, reference: Callable[[str], Any]) -> None:
@@ -223,8 +237,9 @@ def test_relative_positions_are_those_of_transformers() -> None:
 
 def test_the_text_encoder_in_half_precision_and_as_an_engine(folder: Path, tmp_path: Path) -> None:
     source = _source(folder)
-    places = exporter._write_weights(source, tmp_path, ExportOptions(precision="fp16"))
-    model = source.new_model(PRECISIONS["fp16"])
+    precision = PRECISIONS["fp16"]
+    places = write_weights(tmp_path, source.shapes(precision, 0), source.tensors(precision, 0))
+    model = source.new_model(precision)
     model.load_tensors(map_weights(tmp_path))
     function = text_function(model)
     assert function is not None

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime.errors import BackendError
-from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec
+from fastvar_trt.runtime.manifest import ON_DEMAND, GraphSpec, Manifest, TensorSpec
 from fastvar_trt.runtime.precision import DTYPES
 
 
@@ -67,6 +67,37 @@ class BoundGraph(abc.ABC):
         """Run the graph on the bound buffers, or queue the run on the backend's stream."""
 
 
+class BoundOnDemand(BoundGraph):
+    """A graph that is loaded, run and unloaded at every run; for `Backend.is_on_demand`.
+
+    Args:
+        backend: loads it.
+        graph: the graph.
+        inputs, outputs: as for `Backend.bind`.
+        spare: memory that nothing else needs while it runs.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        graph: GraphSpec,
+        inputs: Mapping[str, View],
+        outputs: Mapping[str, View],
+        spare: Buffer | None,
+    ) -> None:
+        self._backend, self._graph, self._inputs, self._outputs = backend, graph, inputs, outputs
+        self._spare = spare
+
+    def enqueue(self) -> None:
+        """Also waits for it."""
+        self._backend.lend(self._graph, self._spare)
+        self._backend.load(self._graph)
+        try:
+            self._backend.bind(self._graph, self._inputs, self._outputs).enqueue()
+        finally:
+            self._backend.unload(self._graph)
+
+
 class CapturedChain(abc.ABC):
     """A sequence of bound graphs that is launched as one.
 
@@ -93,6 +124,11 @@ class Backend(abc.ABC):
     """
 
     name: str
+    low_memory = False  # whether graphs of `manifest.ON_DEMAND` are there only while they run
+
+    def is_on_demand(self, graph: GraphSpec) -> bool:
+        """Whether a graph is loaded when it is to run, and unloaded after."""
+        return self.low_memory and graph.kind in ON_DEMAND
 
     @abc.abstractmethod
     def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
@@ -114,6 +150,17 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def load(self, graph: GraphSpec) -> None:
         """Make one graph of the bundle ready to bind."""
+
+    def lend(self, graph: GraphSpec, memory: Buffer | None) -> None:  # noqa: B027  # most have memory of their own
+        """Let a graph on demand use memory for its activations that nothing else needs while it runs."""
+
+    def num_activation_bytes(self, graph: GraphSpec) -> int:
+        """What a graph on demand can use of memory that is lent to it."""
+        return 0
+
+    def unload(self, graph: GraphSpec) -> None:
+        """Drop a graph that is on demand, with all that it alone holds; waits for what was enqueued."""
+        raise NotImplementedError(self.name)
 
     @abc.abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
@@ -189,6 +236,11 @@ class BackendOption:
     description: str
     choices: tuple[str, ...] = ()
     flag: str = ""
+
+
+LOW_MEMORY = BackendOption(
+    "low_memory", bool, "Load text encoder and decoder when they are to run, and free them: less memory, more time."
+)
 
 
 @dataclasses.dataclass(frozen=True)

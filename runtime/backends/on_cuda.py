@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, CapturedChain
 from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError, host_array
-from fastvar_trt.runtime.engines import EngineRecord, EngineSet, usable_engines
+from fastvar_trt.runtime.engines import EngineRecord, EngineSet, device_memory, usable_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, GraphSpec, Manifest, TensorSpec, check_same_tensors
 from fastvar_trt.runtime.weights import TensorPlace, read_layout
@@ -41,24 +42,31 @@ class CudaBackend(Backend):
         flavour: the folder of `engines/` that holds what this backend loads.
         device: `cuda` or `cuda:N`.
         capture: whether chains are captured as CUDA graphs after a warm-up.
+        low_memory: see `Backend.low_memory`; nothing is captured then.
         cuda: the GPU; default: the real one, opened by `open`.
         one_stream: run on the process's stream for this GPU, with all other backends that do.
     """
 
-    def __init__(self, flavour: str, *, device: str, capture: bool, cuda: Any, one_stream: bool = False) -> None:
+    def __init__(
+        self, flavour: str, *, device: str, capture: bool, low_memory: bool, cuda: Any, one_stream: bool = False
+    ) -> None:
         kind, _, ordinal = device.partition(":")
         if kind != "cuda" or not (ordinal or "0").isdigit():
             raise BackendError(f"backend {flavour}: device: got {device!r}, expected 'cuda' or 'cuda:N'")
         self.name = flavour
         self._flavour = flavour
         self._ordinal = int(ordinal or 0)
-        self._capture = capture
+        self._capture = capture and not low_memory
+        self.low_memory = low_memory
         self._device: Any = cuda
         self._one_stream = one_stream
         self._bundle = Path()
         self._engines = EngineSet(Path())
+        self._places: dict[str, TensorPlace] = {}
         self._weights: dict[str, int] = {}  # tensor -> device address
         self._allocations: list[int] = []
+        self._held: dict[str, list[int]] = defaultdict(list)  # graph -> allocations that go with it
+        self._brought: dict[str, tuple[str, ...]] = {}  # graph -> weights that came with it
         self._scratch: dict[str, Buffer] = {}
 
     @property
@@ -78,6 +86,8 @@ class CudaBackend(Backend):
         self._device = None
         self._allocations.clear()
         self._weights.clear()
+        self._held.clear()
+        self._brought.clear()
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         return Buffer(shape, dtype, self._allocate(TensorSpec("", shape, dtype).num_bytes), None)
@@ -132,7 +142,7 @@ class CudaBackend(Backend):
         target: str = "",
         build_target: str = "",
     ) -> None:
-        """Take the GPU, check what the bundle has for it and whether it fits, and upload the weights.
+        """Take the GPU, check what the bundle has for it, and whether it fits.
 
         Args:
             bundle: its folder.
@@ -155,28 +165,17 @@ class CudaBackend(Backend):
             build_target=build_target,
             check_hashes=check_hashes,
         )
-        places = read_layout(bundle / WEIGHTS_FILE)
-        used = sorted({name for record in self._engines.records.values() for name in record.weights})
-        missing = [name for name in used if name not in places]
-        if missing:
-            raise BundleError(
-                f"bundle {bundle}: {WEIGHTS_FILE} has no {missing[0]}, which an engine reads; build again"
-            )
-        parts = {
-            "weights": sum(places[name].num_bytes for name in used),
-            "buffers": sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs),
-            # As graphs run one after another, the largest of all.
-            "activations": max(record.activation_bytes for record in self._engines.records.values()),
-        }
+        self._places = read_layout(bundle / WEIGHTS_FILE)
+        parts = device_memory(manifest, self._engines, self._places, low_memory=self.low_memory)
         free = self._device.free_bytes()
         if sum(parts.values()) > free:
             of = ", ".join(f"{num_bytes / 2**20:.0f} of {name}" for name, num_bytes in parts.items())
             of += "" if parts["activations"] else ", which the builder could not know"
             raise CudaOutOfMemoryError(
                 f"bundle {bundle}: needs {sum(parts.values()) / 2**20:.0f} MiB on the GPU ({of}), {free / 2**20:.0f} "
-                f"MiB are free on {self._device.name}; export with smaller --batch or --precision fp16, or free the GPU"
+                f"MiB are free on {self._device.name}; load with low_memory=True (--low-memory), export with smaller "
+                "--batch or a smaller --precision, or free the GPU"
             )
-        self._upload_weights(used, places)
 
     def _check_tensors(self, graph: GraphSpec, record: EngineRecord) -> None:
         """That an engine has the tensors of the manifest, and weights: they are bound by their addresses.
@@ -193,16 +192,34 @@ class CudaBackend(Backend):
         self._allocations.append(pointer)
         return pointer
 
-    def _upload_weights(self, used: Sequence[str], places: Mapping[str, TensorPlace]) -> None:
-        """One copy of what the engines read, for all scales and batch sizes."""
+    def _hold(self, graph: GraphSpec, num_bytes: int) -> int:
+        """Memory that goes when the graph is unloaded."""
+        pointer = self._allocate(num_bytes)
+        self._held[graph.file].append(pointer)
+        return pointer
+
+    def unload(self, graph: GraphSpec) -> None:
+        self._device.synchronize()
+        for pointer in self._held.pop(graph.file, ()):
+            self._allocations.remove(pointer)
+            self._device.free(pointer)
+        for name in self._brought.pop(graph.file, ()):
+            del self._weights[name]
+
+    def _hold_weights(self, graph: GraphSpec) -> None:
+        """Upload what an engine reads and none before it: one copy for all scales and batch sizes."""
+        names = [name for name in self._engines.records[graph.file].weights if name not in self._weights]
+        if not names:
+            return
         offsets, total = {}, 0
-        for name in used:
+        for name in names:
             offsets[name] = total
-            total += math.ceil(places[name].num_bytes / _ALIGNMENT) * _ALIGNMENT
-        pointer = self._allocate(total)
+            total += math.ceil(self._places[name].num_bytes / _ALIGNMENT) * _ALIGNMENT
+        pointer = self._hold(graph, total)
+        self._brought[graph.file] = tuple(names)
         mapped = np.memmap(self._bundle / WEIGHTS_FILE, dtype=np.uint8, mode="r")
-        for name in used:
-            place = places[name]
+        for name in names:
+            place = self._places[name]
             self._device.upload(pointer + offsets[name], mapped[place.offset : place.offset + place.num_bytes])
             self._weights[name] = pointer + offsets[name]
 

@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime.backends.base import Backend, BackendEntry, BackendOption, BoundGraph, Buffer, View
+from fastvar_trt.runtime.backends.base import (
+    LOW_MEMORY,
+    Backend,
+    BackendEntry,
+    BackendOption,
+    BoundGraph,
+    Buffer,
+    View,
+)
 from fastvar_trt.runtime.engines import EngineSet, engines_folder, usable_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, UnavailableError
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_same_tensors
@@ -115,6 +123,7 @@ class OnnxRuntimeBackend(Backend):
         num_threads: threads of one operator; default: one per core that this process may use.
         engines: `auto` takes fresh prepacked graphs where there are any, `off` never does, `require` raises
             where there are none.
+        low_memory: see `Backend.low_memory`; the arena then gives back what such a graph took.
         profile: take ONNX Runtime's times of the operators; slower.
     """
 
@@ -126,6 +135,7 @@ class OnnxRuntimeBackend(Backend):
         device: str = "cpu",
         num_threads: int | None = None,
         engines: str = "auto",
+        low_memory: bool = False,
         profile: bool = False,
     ) -> None:
         if device != "cpu":
@@ -136,6 +146,7 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError(f"backend onnxruntime: engines: got {engines!r}, expected auto, off or require")
         self._num_threads = num_threads or num_cores()
         self._engines_mode = engines
+        self.low_memory = low_memory
         self._profiles = tempfile.TemporaryDirectory() if profile else None  # one file per graph
         self._ort: Any = None
         self._bundle = Path()
@@ -208,6 +219,10 @@ class OnnxRuntimeBackend(Backend):
         self._sessions[graph.file] = session
         _return_freed_memory()
 
+    def unload(self, graph: GraphSpec) -> None:
+        self._sessions.pop(graph.file, None)
+        _return_freed_memory()
+
     def operator_times(self) -> dict[str, dict[str, float]]:
         """By the operators' types; needs `profile`, and ends the profiling."""
         if self._profiles is None:
@@ -236,7 +251,10 @@ class OnnxRuntimeBackend(Backend):
             for name, view in views.items():
                 bind(name, "cpu", 0, DTYPES[view.buffer.dtype].onnx, list(view.shape), view.pointer)
         keep = [view.buffer for view in (*inputs.values(), *outputs.values())]
-        return _BoundSession(session, binding, graph.file, self._ort.RunOptions(), keep)
+        options = self._ort.RunOptions()
+        if self.is_on_demand(graph):
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return _BoundSession(session, binding, graph.file, options, keep)
 
     def upload(self, buffer: Buffer, array: NDArray[Any]) -> None:
         assert array.shape == buffer.shape and array.dtype == buffer.owner.dtype, (array.shape, buffer.shape)
@@ -323,4 +341,4 @@ ENGINES = BackendOption(
     ("auto", "off", "require"),
 )
 CAPTURE = BackendOption("capture", bool, "On a GPU: run the chain as one CUDA graph.")
-ENTRY = BackendEntry("onnxruntime", _create, (NUM_THREADS, ENGINES, CAPTURE))
+ENTRY = BackendEntry("onnxruntime", _create, (NUM_THREADS, ENGINES, CAPTURE, LOW_MEMORY))

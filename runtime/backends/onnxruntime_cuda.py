@@ -49,14 +49,21 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         capture: run every session as one CUDA graph, of ONNX Runtime's own making: it cannot capture several sessions
             in a graph of the caller's (the process ends). It keeps them by thread: the first run in each records anew.
             Off by default.
+        low_memory: see `Backend.low_memory`; the arena then gives back what such a graph took.
         cuda: the GPU; default: the real one, opened by `open`.
         onnxruntime: the package; default: imported by `open`, with the libraries that pip has installed beside it.
     """
 
     def __init__(
-        self, *, device: str = "cuda", capture: bool = False, cuda: Any = None, onnxruntime: Any = None
+        self,
+        *,
+        device: str = "cuda",
+        capture: bool = False,
+        low_memory: bool = False,
+        cuda: Any = None,
+        onnxruntime: Any = None,
     ) -> None:
-        super().__init__(FLAVOUR, device=device, capture=False, cuda=cuda, one_stream=True)
+        super().__init__(FLAVOUR, device=device, capture=False, low_memory=low_memory, cuda=cuda, one_stream=True)
         self._graphs_of_sessions = capture
         self._ort: Any = onnxruntime
         self._sessions: dict[str, Any] = {}
@@ -122,7 +129,12 @@ class OnnxRuntimeCudaBackend(CudaBackend):
                 "that CUDA and cuDNN are the versions that onnxruntime-gpu wants"
             )
         self._check_tensors(graph, record)
+        self._hold_weights(graph)
         self._sessions[graph.file] = session
+
+    def unload(self, graph: GraphSpec) -> None:
+        self._sessions.pop(graph.file, None)
+        super().unload(graph)
 
     def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:
         record = self._engines.records[graph.file]
@@ -141,6 +153,8 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         options = self._ort.RunOptions()
         # The chain waits once, at its end, not after every graph.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self.is_on_demand(graph):
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{self._ordinal}")
         if self._graphs_of_sessions:  # one for every set of addresses
             self._num_bound[graph.file] += 1
             options.add_run_config_entry("gpu_graph_id", str(self._num_bound[graph.file]))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvar_trt.runtime.backends.base import (
+    LOW_MEMORY,
     Backend,
     BackendEntry,
     BackendOption,
@@ -40,6 +41,7 @@ _INSTALL = {
 class _Engine:
     record: EngineRecord
     engine: Any  # ICudaEngine
+    is_on_demand: bool
 
 
 class _BoundEngine(BoundGraph):
@@ -92,6 +94,7 @@ class TensorRTBackend(CudaBackend):
         capture: whether chains are captured as CUDA graphs.
         cuda: the GPU; default: the real one, opened by `open`.
         kernel_cache: folder of the compiled kernels; `off`: none; default: `fastvar-trt` in the user's cache folder.
+        low_memory: see `Backend.low_memory`; chains are then not captured.
         profile: take the times of every engine's layers for `operator_times`; each run then waits for its end.
         tensorrt: the TensorRT package; default: imported by `open`.
     """
@@ -103,11 +106,12 @@ class TensorRTBackend(CudaBackend):
         device: str = "cuda",
         capture: bool = True,
         kernel_cache: str | None = None,
+        low_memory: bool = False,
         profile: bool = False,
         cuda: Any = None,
         tensorrt: Any = None,
     ) -> None:
-        super().__init__(flavour, device=device, capture=capture and not profile, cuda=cuda)
+        super().__init__(flavour, device=device, capture=capture and not profile, low_memory=low_memory, cuda=cuda)
         self._layer_times: dict[str, dict[str, float]] | None = {} if profile else None
         self._profilers: list[Any] = []  # TensorRT keeps no reference
         self._trt: Any = tensorrt
@@ -115,7 +119,8 @@ class TensorRTBackend(CudaBackend):
         self._runtime: Any = None
         self._loaded: dict[str, _Engine] = {}
         self._activations = (0, 0)  # address and size of the memory that all contexts share
-        self._contexts: list[Any] = []
+        self._contexts: list[Any] = []  # on the memory that they share
+        self._lent: dict[str, Buffer] = {}  # by graph on demand
         self._cache_folder = _cache_folder(kernel_cache)
         self._kernels: Any = None  # IRuntimeCache, of all engines
         self._kernels_on_disk = b""
@@ -155,14 +160,33 @@ class TensorRTBackend(CudaBackend):
                 f"{self._device.target}`"
             )
         self._check_tensors(graph, record)
-        self._loaded[graph.file] = _Engine(record, engine)
+        self._hold_weights(graph)
+        self._loaded[graph.file] = _Engine(record, engine, self.is_on_demand(graph))
+
+    def lend(self, graph: GraphSpec, memory: Buffer | None) -> None:
+        if memory is not None:
+            self._lent[graph.file] = memory
+
+    def num_activation_bytes(self, graph: GraphSpec) -> int:
+        return self._engines.records[graph.file].activation_bytes
+
+    def unload(self, graph: GraphSpec) -> None:
+        self._device.synchronize()
+        self._loaded.pop(graph.file, None)
+        super().unload(graph)
 
     def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:
         loaded = self._loaded[graph.file]
         context = loaded.engine.create_execution_context(self._runtime_config(loaded.engine))
         if context is None:
             raise BackendError(f"{loaded.record.file}: TensorRT made no execution context; is the GPU's memory full?")
-        context.set_device_memory(*self._shared_activations())
+        if self.is_on_demand(graph):
+            size = int(loaded.engine.device_memory_size_v2)
+            lent = self._lent.pop(graph.file, None)
+            fits = lent is not None and lent.shape[0] >= size
+            context.set_device_memory(lent.pointer if lent is not None and fits else self._hold(graph, size), size)
+        else:
+            context.set_device_memory(*self._shared_activations())
         views = {**inputs, **outputs}
         addresses = {name: view.pointer for name, view in views.items()}
         for spec in loaded.record.outputs:
@@ -176,7 +200,8 @@ class TensorRTBackend(CudaBackend):
         if self._layer_times is not None:
             self._profilers.append(_layer_profiler(self._trt, self._layer_times.setdefault(graph.file, {})))
             context.profiler = self._profilers[-1]
-        self._contexts.append(context)
+        if not self.is_on_demand(graph):
+            self._contexts.append(context)
         return _BoundEngine(graph.name, context, self._device.stream, [view.buffer for view in views.values()])
 
     def capture(self, bound: Sequence[BoundGraph]) -> CapturedChain:
@@ -229,7 +254,9 @@ class TensorRTBackend(CudaBackend):
 
     def _shared_activations(self) -> tuple[int, int]:
         """Memory for the activations of any loaded engine; the graphs of a chain are loaded before one is bound."""
-        size = max(int(loaded.engine.device_memory_size_v2) for loaded in self._loaded.values())
+        size = max(
+            int(loaded.engine.device_memory_size_v2) for loaded in self._loaded.values() if not loaded.is_on_demand
+        )
         if size > self._activations[1]:  # what captured chains use stays allocated until `close`
             self._activations = (self._allocate(size), size)
             for context in self._contexts:
@@ -283,7 +310,7 @@ def _entry(flavour: str) -> BackendEntry:
             raise BackendError(f"backend {flavour}: runs engines only; leave engines='off' out")
         return TensorRTBackend(flavour, device=device or "cuda", profile=profile, **options)
 
-    return BackendEntry(flavour, create, (ENGINES, CAPTURE, KERNEL_CACHE))
+    return BackendEntry(flavour, create, (ENGINES, CAPTURE, KERNEL_CACHE, LOW_MEMORY))
 
 
 RTX, ENTERPRISE = _entry(RTX_FLAVOUR), _entry(ENTERPRISE_FLAVOUR)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from fastvar_trt.runtime.chain import kv_bytes
-from fastvar_trt.runtime.engines import EngineSet, engine_folders, read_engines
+from fastvar_trt.runtime.engines import EngineSet, device_memory, engine_folders, read_engines
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import (
     WEIGHTS_FILE,
@@ -20,7 +21,7 @@ from fastvar_trt.runtime.manifest import (
     check_files,
     read_manifest,
 )
-from fastvar_trt.runtime.weights import read_layout
+from fastvar_trt.runtime.weights import TensorPlace, read_layout
 from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, examples
 from fastvar_trt.tools.measure.stored import StoredMatrices, quantised_matrices
 from fastvar_trt.tools.measure.work import activation_bytes, output_bytes
@@ -61,7 +62,8 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
         for k, (h, w) in enumerate(variant.schedule)
     ]
     click.echo("\n" + format_table(["scale", "map", "tokens", "kept", "past keys, first layer", "last layer"], rows))
-    stored = quantised_matrices(read_layout(bundle / WEIGHTS_FILE), manifest.own_precision)
+    layout = read_layout(bundle / WEIGHTS_FILE)
+    stored = quantised_matrices(layout, manifest.own_precision)
     if stored:
         click.echo("\n" + _matrix_table(stored, manifest))
     memory = _memory_rows(manifest)
@@ -70,7 +72,10 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
     click.echo("\n" + format_table(["file", "MiB", "SHA-256"], files))
     for folder in engine_folders(bundle):
         try:
-            click.echo("\n" + _engine_table(folder, read_engines(bundle, folder)))
+            engines = read_engines(bundle, folder)
+            click.echo("\n" + _engine_table(folder, engines))
+            if any(record.activation_bytes for record in engines.records.values()):
+                click.echo("\n" + _peak_table(manifest, engines, layout))
         except BundleError as error:
             click.echo(f"\n{folder}: {error}")
     if tensors:
@@ -147,6 +152,17 @@ def _engine_table(folder: str, engines: EngineSet) -> str:
     sizes = {**{name: spec.num_bytes for name, spec in engines.shared.items()}, "all": total}
     rows += [[name, f"{size / 2**20:.2f}", "", "", "", "", *[""] * len(kinds)] for name, size in sizes.items()]
     return format_table([folder, "MiB", "activations MiB", "built with", "targets", "weights bound", *kinds], rows)
+
+
+def _peak_table(manifest: Manifest, engines: EngineSet, layout: Mapping[str, TensorPlace]) -> str:
+    """Memory of a GPU where a chain needs the most, by the engines' own figures."""
+    ways = {"memory of the GPU": False, "with --low-memory": True}
+    columns = [device_memory(manifest, engines, layout, low_memory=low_memory) for low_memory in ways.values()]
+    rows: list[list[object]] = [
+        [name, *(f"{column[name] / 2**20:.1f} MiB" for column in columns)] for name in columns[0]
+    ]
+    rows.append(["all", *(f"{sum(column.values()) / 2**20:.1f} MiB" for column in columns)])
+    return format_table(["at the most", *ways], rows)
 
 
 def _memory_rows(manifest: Manifest) -> list[list[object]]:
