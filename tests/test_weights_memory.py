@@ -23,6 +23,7 @@ from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import read_manifest
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE
+from fastvar_trt.runtime.weights import read_layout
 from fastvar_trt.tools.random_checkpoints import random_checkpoint
 
 SCRIPT = Path(__file__).parent / "weights_memory.py"
@@ -32,14 +33,18 @@ PYTHONS = {"newest": Path(sys.executable), "oldest": OLDEST}
 
 
 @pytest.fixture(scope="module")
-def wide_bundle(export_once: Callable[..., tuple[Path, ExportReport]]) -> Path:
+def wide_source() -> VARSource:
     """One layer of 1024 channels: 91 MiB of weights in three steps.
 
     The head's odd width puts what follows it in the packed file off any larger alignment than its own.
     """
     sizes = {"depth": 1, "width": 1024, "patch_nums": (1, 2, 3), "vocab_size": 80, "shared_aln": True}
-    source = VARSource.from_state(*random_checkpoint(**sizes))  # type: ignore[arg-type]
-    return export_once("wide", source, ExportOptions())[0]
+    return VARSource.from_state(*random_checkpoint(**sizes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def wide_bundle(wide_source: VARSource, export_once: Callable[..., tuple[Path, ExportReport]]) -> Path:
+    return export_once("wide", wide_source, ExportOptions())[0]
 
 
 def run(python: Path, bundle: Path, mode: str) -> str:
@@ -71,6 +76,29 @@ def _floor() -> str:
     found = re.fullmatch(r"onnxruntime>=([\d.]+)", requirement)
     assert found is not None
     return found[1]
+
+
+@pytest.mark.parametrize("precision", ["w8", "w8a8"])
+@pytest.mark.parametrize("release", sorted(PYTHONS))
+def test_no_session_copies_weights_of_few_bits(
+    wide_source: VARSource,
+    export_once: Callable[..., tuple[Path, ExportReport]],
+    tmp_path: Path,
+    release: str,
+    precision: str,
+) -> None:
+    """Prepacked ones; without, ONNX Runtime dequantises whole matrices, in one arena for all sessions."""
+    python = PYTHONS[release]
+    if not python.exists():
+        pytest.skip(f"{python} is not there; `make test` makes it")
+    shared, _ = export_once(f"wide_{precision}", wide_source, ExportOptions(precision=precision, compare=False))
+    bundle = Path(shutil.copytree(shared, tmp_path / "b"))
+    run(python, bundle, "build")
+    found = json.loads(run(python, bundle, "require"))
+    matrices = sum(
+        place.num_bytes for name, place in read_layout(bundle / WEIGHTS_FILE).items() if name.endswith("weight_q")
+    )
+    assert found["anonymous_bytes"] < matrices, "three sessions that copy hold three times the matrices"
 
 
 def test_packed_blobs_can_be_mapped(wide_bundle: Path, tmp_path: Path) -> None:
