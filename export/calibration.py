@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvar_trt.export.models.base import NextScaleModel
-from fastvar_trt.export.models.matrix import largest_number, observing
+from fastvar_trt.export.models.matrix import INPUT_SCALE, largest_number, observing
 from fastvar_trt.export.models.reference import default_request, generate
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.export.weights_file import overwrite_scalars
@@ -23,12 +23,12 @@ from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import TOKENIZER_FILE, Condition, ModelSpec
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.plan import ResolvedPlan
+from fastvar_trt.runtime.precision import KV_INTEGER
 from fastvar_trt.runtime.text import load_tokenizer
 from fastvar_trt.runtime.weights import TensorPlace
 
 Subject = int | str  # a class, or a prompt
 NUM_SUBJECTS = 4  # where none are given
-_SUFFIX = ".input_scale"
 
 
 def check_subjects(spec: ModelSpec, subjects: Sequence[Subject]) -> None:
@@ -69,13 +69,13 @@ def calibrate(
     Raises:
         ExportError: what was multiplied is not finite.
     """
-    scales = {id(parameter): name for name, parameter in model.named_parameters() if name.endswith(_SUFFIX)}
+    scales = {id(parameter): name for name, parameter in model.named_parameters() if name.endswith(INPUT_SCALE)}
     if not scales:
         return
     largest = dict.fromkeys(scales.values(), 0.0)
 
     def observe(linear: str, tensors: Mapping[str, Tensor], x: Tensor) -> None:
-        name = scales.get(id(tensors.get(linear + _SUFFIX)))
+        name = scales.get(id(tensors.get(linear + INPUT_SCALE)))
         if name is not None:
             largest[name] = max(largest[name], float(x.abs().max()))
 
@@ -94,7 +94,7 @@ def calibrate(
     unusable = [name for name, size in largest.items() if not np.isfinite(size)]
     if unusable:
         raise ExportError(
-            f"calibration: what {unusable[0].removesuffix(_SUFFIX)} multiplies is not finite; the weights are damaged, "
+            f"calibration: what {unusable[0].removesuffix(INPUT_SCALE)} takes is not finite; the weights are damaged, "
             f"or exceed {model.precision.computed}"
         )
     # Of a layer that no step of the plan runs: any number will do.
@@ -104,7 +104,9 @@ def calibrate(
 
 
 def _dtype(places: Mapping[str, TensorPlace], name: str) -> str:
-    return places[f"{name.removesuffix(_SUFFIX)}.weight_q"].dtype
+    """Of the numbers that a scale is for: those of a matrix, or keys and values."""
+    matrix = places.get(f"{name.removesuffix(INPUT_SCALE)}.weight_q")
+    return KV_INTEGER if matrix is None else matrix.dtype
 
 
 def _defaults(model: NextScaleModel) -> Sequence[Subject | None]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -21,8 +22,8 @@ from torch import Tensor
 from fastvar_trt.export.calibration import Subject, calibrate, check_subjects
 from fastvar_trt.export.folders import new_folder
 from fastvar_trt.export.known_answer import GreedyChain, text_reference
-from fastvar_trt.export.models.base import NextScaleModel
-from fastvar_trt.export.models.matrix import FORMATS, write_matrix
+from fastvar_trt.export.models.base import KEPT, NextScaleModel
+from fastvar_trt.export.models.matrix import FORMATS, INPUT_SCALE, unknown_scale, write_matrix
 from fastvar_trt.export.models.reference import default_request, gumbel_of, residual_inputs
 from fastvar_trt.export.models.registry import FAMILIES
 from fastvar_trt.export.models.source import Source, shapes_of, to_meta
@@ -73,6 +74,7 @@ class ExportOptions:
     compare: bool = True  # run every graph and PyTorch beside it; without, nothing is left for `fastvar verify`
     matrices: tuple[tuple[str, str], ...] = ()  # before the family's own: see `Precision.matrices`
     calibration: tuple[Subject, ...] = ()  # classes or prompts to draw for the scales of activations
+    integer_kv: bool = False  # keep keys and values in 8 bits
 
     def check(self, family: str) -> Precision:
         """The precision for a family of models, where everything is in range.
@@ -85,6 +87,8 @@ class ExportOptions:
         if not self.batches or min(self.batches) < 1:
             raise ExportError(f"batch: got {self.batches}, expected sizes of 1 or more")
         precision = PRECISIONS[self.precision]
+        if self.integer_kv:
+            precision = precision.with_integer_kv()
         if not precision.is_quantised:
             if self.matrices:
                 raise ExportError(f"matrix: {precision.name} has one format for all; give a precision of few bits")
@@ -134,10 +138,12 @@ def export_model(
     check_subjects(spec, options.calibration)
     model = source.new_model(precision)
     model.resolve(options.plan)  # an error before anything is written
-    shapes = source.shapes(precision, options.max_top_k)
+    scales = dict(_kv_scales(model))
+    shapes = source.shapes(precision, options.max_top_k) | shapes_of(scales.items())
     _check_patterns(options.matrices, shapes)
     with _new_bundle(out, force) as folder:
-        places = _write_weights(folder, shapes, source.tensors(precision, options.max_top_k))
+        tensors = itertools.chain(source.tensors(precision, options.max_top_k), scales.items())
+        places = _write_weights(folder, shapes, tensors)
         source.copy_files(folder)
         _load_calibrated(model, places, folder, options, progress)
         return _write_graphs(model, places, folder, options, progress)
@@ -153,6 +159,13 @@ def _check_patterns(matrices: Sequence[tuple[str, str]], tensors: Iterable[str])
     for pattern, _ in matrices:
         if not fnmatch.filter(linears, pattern):
             raise ExportError(f"matrix {pattern}: none has such a name; there are {', '.join(linears)}")
+
+
+def _kv_scales(model: NextScaleModel) -> Iterator[tuple[str, Tensor]]:
+    """Scales of the keys and values of every layer, to be found, where they are kept as integers."""
+    if model.precision.rounds_kv:
+        for layer in range(model.depth):
+            yield from ((f"blocks.{layer}.{kept}{INPUT_SCALE}", unknown_scale()) for kept in KEPT)
 
 
 def _load_calibrated(
@@ -195,6 +208,7 @@ def export_again(
     *,
     precision: str | None = None,
     matrices: tuple[tuple[str, str], ...] = (),
+    integer_kv: bool = False,
     calibration: tuple[Subject, ...] = (),
     batches: tuple[int, ...] | None = None,
     force: bool = False,
@@ -210,6 +224,7 @@ def export_again(
         plan: its plan; default: that of `bundle`.
         precision: one that computes as that of `bundle` does, whose matrices are then rounded; default: that one.
         matrices: exceptions from the precision's format, before the family's own.
+        integer_kv: keep keys and values in 8 bits; as they are in `bundle`, where that does already.
         calibration: classes or prompts to draw for the scales of activations.
         batches: batch sizes; default: those of `bundle`.
         force: replace the bundle that is there.
@@ -234,6 +249,7 @@ def export_again(
         compare=REFERENCE_FILE in manifest.files,
         matrices=matrices,
         calibration=calibration,
+        integer_kv=integer_kv or manifest.integer_kv,
     )
     options.check(manifest.model.family)
     functions = [
@@ -242,7 +258,7 @@ def export_again(
         for function in (text_function(model), *chain_functions(model, manifest.resolved_plan, batch))
         if function is not None
     ]
-    if precision is not None:
+    if precision is not None or integer_kv:
         return _export_rounded(model, manifest, bundle, functions, out, options, force=force, progress=progress)
     there = {function.spec.file: (function, bundle / function.spec.file) for function in functions}
     with _new_bundle(out, force) as folder:
@@ -264,9 +280,10 @@ def _export_rounded(
     progress: Progress,
 ) -> ExportReport:
     """The bundle of a model in another format of its matrices."""
-    before, wanted = PRECISIONS[manifest.precision], options.check(manifest.model.family)
-    if before.is_quantised:
-        raise ExportError(f"bundle {bundle}: is {before.name}, and rounding twice loses more; take what it was made of")
+    before, wanted = manifest.own_precision, options.check(manifest.model.family)
+    if before.is_quantised or before.rounds_kv:
+        kind = before.name if before.is_quantised else f"{before.name} with keys and values in 8 bits"
+        raise ExportError(f"bundle {bundle}: is {kind}, and rounding twice loses more; take what it was made of")
     if wanted.computed != before.computed:
         raise ExportError(
             f"bundle {bundle}: is {before.name}, and {wanted.name} computes in {wanted.computed}; take a bundle that "
@@ -279,11 +296,15 @@ def _export_rounded(
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
 
+    quantised = FAMILIES[manifest.model.family].from_configs(manifest.configs, wanted)
+
     def rounded(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield from _kv_scales(quantised)
         for name, tensor in tensors.items():
             linear = name.removesuffix(".weight")
             # Some are kept in fp32, whatever is computed in.
-            if linear in linears and linear != name and tensor.dtype == model.dtype:
+            is_matrix = linear in linears and linear != name and tensor.dtype == model.dtype
+            if is_matrix and wanted.is_quantised:
                 yield from write_matrix(wanted, linear, tensor)
             else:
                 yield name, tensor
@@ -291,7 +312,6 @@ def _export_rounded(
     with torch.device("meta"):
         shapes = shapes_of(rounded(to_meta(tensors)))
     _check_patterns(options.matrices, shapes)
-    quantised = FAMILIES[manifest.model.family].from_configs(manifest.configs, wanted)
     with _new_bundle(out, force) as folder:
         places = _write_weights(folder, shapes, rounded(tensors))
         _copy(bundle, folder, manifest, names.TOKENIZER_FILE)
@@ -501,6 +521,7 @@ def _manifest(
         tools=tool_versions(),
         configs=model.configs(),
         matrices=model.precision.matrices,
+        integer_kv=model.precision.rounds_kv,
     )
 
 

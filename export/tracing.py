@@ -263,7 +263,7 @@ def _layer_tensors(layer: int, spec: BlockSpec) -> tuple[list[TensorSpec], list[
     def caches(num_tokens: int) -> list[TensorSpec]:
         shape = (spec.rows, num_tokens, spec.channels)
         return [
-            TensorSpec(names.cache(layer, sublayer), shape, kv_dtype, Role.CACHE, layer=layer)
+            TensorSpec(names.cache(layer, sublayer), shape, dtype_name(spec.dtype), Role.CACHE, layer=layer)
             for sublayer in spec.sublayers
         ]
 

@@ -592,6 +592,7 @@ class Manifest:
     tools: Mapping[str, str]
     configs: Mapping[str, Any]  # the exporter's: what it needs to trace these weights again
     matrices: tuple[tuple[str, str], ...] = ()  # exceptions from the precision's format: see `Precision.matrices`
+    integer_kv: bool = False  # whether keys and values are kept in 8 bits
 
     @property
     def default(self) -> Variant:
@@ -600,8 +601,9 @@ class Manifest:
 
     @property
     def own_precision(self) -> Precision:
-        """The precision, with this bundle's exceptions."""
-        return dataclasses.replace(PRECISIONS[self.precision], matrices=self.matrices)
+        """The precision, with what is this bundle's own."""
+        precision = dataclasses.replace(PRECISIONS[self.precision], matrices=self.matrices)
+        return precision.with_integer_kv() if self.integer_kv else precision
 
     @functools.cached_property
     def resolved_plan(self) -> ResolvedPlan:
@@ -655,6 +657,7 @@ class Manifest:
             "model": dataclasses.asdict(self.model),
             "precision": self.precision,
             "matrices": [list(rule) for rule in self.matrices],
+            "integer_kv": self.integer_kv,
             "batches": list(self.batches),
             "sampling": dataclasses.asdict(self.sampling),
             "variants": [variant.to_json() for variant in self.variants],
@@ -693,6 +696,7 @@ class Manifest:
                 tools={str(name): str(version) for name, version in data["tools"].items()},
                 configs=dict(data["configs"]),
                 matrices=tuple((str(pattern), str(name)) for pattern, name in data.get("matrices", ())),
+                integer_kv=bool(data.get("integer_kv", False)),
             )
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PlanError) as error:

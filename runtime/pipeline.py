@@ -17,7 +17,6 @@ from fastvar_trt.runtime.backends import Backend, create_backend
 from fastvar_trt.runtime.chain import Chain, ChainOutputs, plan_batches
 from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.manifest import Manifest, Role, Variant, check_files, read_manifest
-from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.request import (
     Request,
     batch_inputs,
@@ -135,7 +134,7 @@ class Pipeline:
         pipeline = cls(path, manifest, backend)
         try:
             backend.open(path, manifest, check_hashes=check == "full")
-            tolerance = PRECISIONS[manifest.precision].tolerance
+            tolerance = manifest.own_precision.tolerance
             # The largest first: what engines share then never has to grow.
             for batch in sorted(manifest.batches, reverse=True):
                 for variant in manifest.variants:

@@ -56,6 +56,7 @@ DTYPES: Mapping[str, DType] = {
 DTYPE_OF_ONNX: Mapping[int, str] = {dtype.onnx: dtype.name for dtype in DTYPES.values()}
 
 
+KV_INTEGER = "int8"
 PLAIN = "plain"  # matrices in the dtype that is computed in
 _IN_BLOCK = re.compile(r"^blocks\.\d+\.")
 
@@ -110,7 +111,7 @@ class Precision:
         stored: the format of the large matrices in the weights file: a dtype, or another of
             `export.models.matrix.FORMATS`.
         computed: dtype of matrix products, attention, biases and convolutions.
-        kv: dtype of keys, values and token caches.
+        kv: dtype in which keys and values are kept: that of `computed`, or `KV_INTEGER` with a scale per layer.
         tolerance: see there.
         matrices: exceptions, the first that fits counts: a pattern (`fnmatch`) of the names of linear layers, without
             `blocks.<layer>.`, and the format of theirs, `PLAIN` for that of `computed`.
@@ -129,6 +130,15 @@ class Precision:
     def is_quantised(self) -> bool:
         """Whether matrices are stored otherwise than as floating-point numbers that are computed with."""
         return self.stored not in DTYPES
+
+    @property
+    def rounds_kv(self) -> bool:
+        """Whether keys and values are kept as integers."""
+        return self.kv == KV_INTEGER
+
+    def with_integer_kv(self) -> Precision:
+        """The same with keys and values in 8 bits."""
+        return dataclasses.replace(self, kv=KV_INTEGER, tolerance=ROUNDED)
 
     def format_of(self, linear: str) -> str:
         """The format of the matrix of a linear layer."""
@@ -151,12 +161,12 @@ _HALVES = (
     _plain("bf16", "bfloat16", Tolerance(1e-1, 0.5, 0.1, 2, 3e-2, 0.3, 1e-1)),
 )
 # Activations that lie near a tie are rounded to the other side (for `w8` and `w4`, too, by ONNX Runtime's products).
-_ROUNDED = Tolerance(3e-1, 0.5, 0.1, 2, 3e-2, 0.3, 3e-1)
+ROUNDED = Tolerance(3e-1, 0.5, 0.1, 2, 3e-2, 0.3, 3e-1)
 
 
 def _quantised(stored: str, least_sm: int = 0) -> tuple[Precision, ...]:
     """A format of matrices, with everything else in fp32, or in half precision for GPUs."""
-    whole = Precision(stored, stored, "float32", "float32", _ROUNDED, least_sm=least_sm)
+    whole = Precision(stored, stored, "float32", "float32", ROUNDED, least_sm=least_sm)
     halves = (
         dataclasses.replace(whole, name=f"{stored}-{half.name}", computed=half.computed, kv=half.kv) for half in _HALVES
     )

@@ -14,7 +14,7 @@ from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import Condition, Tokens, graph_name, logits_name
 from fastvar_trt.runtime.pipeline import Pipeline
-from fastvar_trt.runtime.precision import PRECISIONS, Tolerance
+from fastvar_trt.runtime.precision import Tolerance
 from fastvar_trt.runtime.request import Request
 
 _GREY_LEVEL = 1 / 255  # in pictures that are nearly constant the decoder's normalisation magnifies rounding
@@ -106,7 +106,7 @@ def verify_bundle(pipeline: Pipeline) -> Verification:
 
 def _verify_text(pipeline: Pipeline, reference: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
     """The text encoder on the reference's tokens."""
-    precision = PRECISIONS[pipeline.manifest.precision]
+    precision = pipeline.manifest.own_precision
     count = int(reference[names.TOKEN_COUNT][0])
     encoded = pipeline.encode_tokens(reference[names.TOKEN_IDS][0, :count].tolist())
     expected = reference[names.ENCODED][0, : len(encoded)]  # with padding, where that is read
@@ -120,7 +120,7 @@ def _verify_text(pipeline: Pipeline, reference: Mapping[str, NDArray[Any]]) -> t
 
 def _verify_batch(pipeline: Pipeline, batch: int, images: Mapping[str, NDArray[Any]]) -> Verification:
     manifest = pipeline.manifest
-    precision = PRECISIONS[manifest.precision]
+    precision = manifest.own_precision
     tolerance = precision.tolerance
     # The images of the reference, again and again until the batch is full.
     rows = np.arange(batch) % len(images[names.F_HAT])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,12 +24,14 @@ from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.export.models.matrix import FORMATS, observing
 from fastvar_trt.export.models.reference import generate
 from fastvar_trt.export.models.source import Source
+from fastvar_trt.export.models.var.code import CoDeSource
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.export.passes.integer_products import IntegerProducts
 from fastvar_trt.export.weights_file import map_weights
 from fastvar_trt.runtime import ExportError, Pipeline, PlanError, read_manifest
+from fastvar_trt.runtime.chain import kv_bytes
 from fastvar_trt.runtime.engines import read_engines
-from fastvar_trt.runtime.manifest import WEIGHTS_FILE
+from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Role
 from fastvar_trt.runtime.plan import PruningPlan
 from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.verify import verify_bundle
@@ -270,6 +273,67 @@ def test_text_models_calibrate_on_prompts(export_once: Export, tmp_path: Path) -
         export_model(tiny_infinity(), tmp_path / "b", ExportOptions(precision="w8a8", calibration=(3,)))
 
 
+KV_CASES = {
+    "var": lambda: (VARSource.from_state(*tiny_states()), TINY_PLAN, "fp32"),
+    "infinity": lambda: (tiny_infinity(), dataclasses.replace(INFINITY_PLAN, unguided_from=-1), "w8"),
+    "pair": lambda: (_pair(), PruningPlan("late", ((-1, 0.5),), cache_scale=-2, unguided_from=-1), "fp32"),
+}
+
+
+def _pair() -> CoDeSource:
+    (drafter, vae), (refiner, _) = tiny_states(depth=3, width=192, num_heads=3), tiny_states()
+    return CoDeSource.from_states({"drafter": drafter, "refiner": refiner}, vae, 2)
+
+
+@pytest.mark.parametrize("name", KV_CASES)
+def test_keys_and_values_in_8_bits(name: str, export_once: Export, tmp_path: Path) -> None:
+    """A quarter of the memory, whatever the plan; close to what is drawn without, and not the same."""
+    source, plan, precision = KV_CASES[name]()
+    bundles = [
+        export_once(f"kv_{name}_{rounded}", source, ExportOptions(plan, precision, integer_kv=rounded))[0]
+        for rounded in (True, False)
+    ]
+    ours, theirs = (read_manifest(bundle) for bundle in bundles)
+    assert 4 * kv_bytes(ours.default.chain(1)) == kv_bytes(theirs.default.chain(1))
+    assert {spec.dtype for graph in ours.graphs for spec in graph.outputs if spec.role is Role.CACHE} == {"float32"}
+    build_targets(Path(shutil.copytree(bundles[0], tmp_path / "b")), "cpu")
+    for bundle in (bundles[0], tmp_path / "b"):
+        with Pipeline.load(bundle) as pipe:
+            assert not verify_bundle(pipe).failures
+    condition: dict[str, Any] = {"labels": [1]}
+    if name == "infinity":
+        condition = {"text_features": [np.random.default_rng(0).standard_normal((5, 128)).astype(np.float32)]}
+    logits = []
+    for bundle in bundles:
+        with Pipeline.load(bundle) as pipe:
+            found = pipe.generate(**condition, greedy=True, return_logits=True).logits
+            assert found is not None
+            logits.append(found)
+    np.testing.assert_allclose(logits[0][0], logits[1][0], atol=1e-4)  # nothing was kept before
+    difference = np.abs(logits[0][1] - logits[1][1]).max() / np.abs(logits[1][1]).max()
+    assert 1e-5 < difference < 0.05
+    if name == "var":
+        with pytest.raises(ExportError, match="is fp32 with keys and values in 8 bits, and rounding twice"):
+            export_again(bundles[0], tmp_path / "c", precision="w8")
+        export_again(bundles[0], tmp_path / "d", PruningPlan())
+        assert read_manifest(tmp_path / "d").integer_kv
+
+
+def test_keys_and_values_in_8_bits_cost_tensorrt_a_launch_per_layer(tiny_source: VARSource, tmp_path: Path) -> None:
+    """At most: those of the past are dequantised where they are put in order for attention anyway."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    totals = []
+    for rounded in (True, False):
+        bundle = tmp_path / str(rounded)
+        export_model(tiny_source, bundle, ExportOptions(TINY_PLAN, "fp16", compare=False, integer_kv=rounded))
+        build_targets(bundle, "sm86")
+        record = read_engines(bundle, "tensorrt_rtx").records["step_02.onnx"]
+        totals.append(record.kernels["total"])
+        kept = {spec.dtype for spec in record.inputs if spec.name.startswith("past")}
+        assert kept == {"int8" if rounded else "float16"}
+    assert totals[0] - totals[1] <= 2
+
+
 def test_exceptions_from_the_format(tiny_source: VARSource, tmp_path: Path) -> None:
     options = ExportOptions(precision="w4", compare=False, matrices=(("ffn.fc2", "plain"), ("attn.*", "w8")))
     export_model(tiny_source, tmp_path / "b", options)
@@ -316,7 +380,7 @@ def test_bundles_that_cannot_be_rounded(quantised: Callable[[str], Path], tiny_b
     with pytest.raises(PlanError):
         export_again(tiny_bundle, tmp_path / "b", PruningPlan("x", ((9, 0.5),), cache_scale=-2), precision="w8")
     done = CliRunner().invoke(fastvar_export, ["bundle", "--from", str(tiny_bundle), "--out", str(tmp_path / "b")])
-    assert done.exit_code == 2 and "--prune or --precision" in done.output
+    assert done.exit_code == 2 and "--prune, --precision or --integer-kv" in done.output
     assert not list(tmp_path.iterdir())
 
 

@@ -25,7 +25,7 @@ from fastvar_trt.runtime.manifest import (
     check_files,
     read_manifest,
 )
-from fastvar_trt.runtime.precision import PRECISIONS, Precision
+from fastvar_trt.runtime.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,7 @@ def build_bundle(bundle: Path, builder: Builder, progress: Progress = no_progres
     begin = time.perf_counter()
     manifest = read_manifest(bundle)
     builder.open()
-    builder.check_precision(PRECISIONS[manifest.precision])
+    builder.check_precision(manifest.own_precision)
     check_files(bundle, manifest, hashes=True)
     with _writing(engines_folder(bundle, builder.folder)):
         recover(engines_folder(bundle, builder.folder))  # what builds that were killed have left

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvar_trt.export.models import matrix
-from fastvar_trt.export.models.matrix import torch_dtype
+from fastvar_trt.export.models.matrix import INPUT_SCALE, torch_dtype
 from fastvar_trt.plugins.torch_ops import Selector, gather_tokens, pivotal_tokens, restore_tokens
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.manifest import ModelSpec, SamplingSpec, TensorSpec
@@ -31,6 +31,7 @@ from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
 from fastvar_trt.runtime.precision import Precision
 
 BLOCK_DOMAIN = "fastvar.block"  # only inside the exporter: block functions are inlined before a graph is written
+KEPT = ("attn.k", "attn.v")  # whose scales lie beside those of the linear layers
 MAX_Q_SCALE = 100.0  # `max_scale_mul` of VAR's and Infinity's SelfAttention
 
 
@@ -63,8 +64,13 @@ class BlockSpec(abc.ABC):
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Of keys, values and token caches."""
+        """Of keys and values, as they are kept."""
         return torch_dtype(self.precision.kv)
+
+    @property
+    def kv_scales(self) -> tuple[str, ...]:
+        """Names of the scales of keys and values, where they are kept as integers."""
+        return tuple(f"{kept}{INPUT_SCALE}" for kept in KEPT) if self.precision.rounds_kv else ()
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +103,7 @@ class BlockSpec(abc.ABC):
             inputs |= {f"past_k.{i}": (shape, self.kv_dtype), f"past_v.{i}": (shape, self.kv_dtype)}
         if self.keep is not None:
             cached = (self.rows, self.cached_height * self.cached_width, self.channels)
-            inputs |= {f"cached_{sublayer}": (cached, self.kv_dtype) for sublayer in self.sublayers}
+            inputs |= {f"cached_{sublayer}": (cached, self.dtype) for sublayer in self.sublayers}
         return inputs
 
     @property
@@ -113,7 +119,7 @@ class BlockSpec(abc.ABC):
     @property
     def input_names(self) -> tuple[str, ...]:
         """The inputs of `run`, in order."""
-        return (*self.activations, *self.shared_weights, *self.weight_names)
+        return (*self.activations, *self.shared_weights, *self.weight_names, *self.kv_scales)
 
     @property
     def num_cached(self) -> int:
@@ -129,7 +135,7 @@ class BlockSpec(abc.ABC):
         if self.emits_kv:
             outputs += [("new_k", self.kv_shape, self.kv_dtype), ("new_v", self.kv_shape, self.kv_dtype)]
         if self.writes_cache:
-            outputs += [(f"cache_{sublayer}", cached, self.kv_dtype) for sublayer in self.sublayers]
+            outputs += [(f"cache_{sublayer}", cached, self.dtype) for sublayer in self.sublayers]
         return tuple(outputs)
 
     @abc.abstractmethod
@@ -179,15 +185,17 @@ class BlockSpec(abc.ABC):
     def attend(self, tensors: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Self-attention of q, k, v [B2, K, H, D] over past and new keys.
 
+        Where keys and values are kept as integers, a step attends to its own as they were before they were rounded.
+
         Returns:
             the result [B2*K, C], new keys and values [K, B2, H, D].
         """
-        new_k, new_v = (x.transpose(0, 1).to(self.kv_dtype) for x in (k, v))  # [K, B2, H, D]
-        keys, values = new_k, new_v
+        keys, values = (x.transpose(0, 1).to(self.dtype) for x in (k, v))  # [K, B2, H, D]
+        new_k, new_v = (self._kept(tensors, *pair) for pair in zip(KEPT, (keys, values), strict=True))
         if self.past:
-            keys = torch.cat([*self._past(tensors, "past_k"), keys])  # [S + K, B2, H, D]
-            values = torch.cat([*self._past(tensors, "past_v"), values])
-        keys, values = (x.permute(1, 2, 0, 3).to(self.dtype) for x in (keys, values))
+            keys = torch.cat([*self._past(tensors, "past_k", KEPT[0]), keys])  # [S + K, B2, H, D]
+            values = torch.cat([*self._past(tensors, "past_v", KEPT[1]), values])
+        keys, values = (x.permute(1, 2, 0, 3) for x in (keys, values))
         q = q.transpose(1, 2)
         if self.scale_tokens:
             attended = self._attend_by_scale(q, keys, values)
@@ -204,11 +212,18 @@ class BlockSpec(abc.ABC):
             parts.append(F.scaled_dot_product_attention(own, *seen, scale=self.attn_scale))
         return torch.cat(parts, dim=2)
 
-    def _past(self, tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    def _kept(self, tensors: Mapping[str, Tensor], kept: str, x: Tensor) -> Tensor:
+        """Keys or values as later steps find them."""
+        return matrix.rounded_by(tensors, kept, x, self.precision.kv) if self.precision.rounds_kv else x
+
+    def _past(self, tensors: Mapping[str, Tensor], name: str, kept: str) -> Iterator[Tensor]:
         """The pieces of the past [S, B2, H, D], of guided steps the conditional half where this one has no guidance."""
         for i, (_, rows) in enumerate(self.past):
             piece = tensors[f"{name}.{i}"]
-            yield piece if rows == self.rows else piece[:, : self.rows]
+            piece = piece if rows == self.rows else piece[:, : self.rows]
+            if self.precision.rounds_kv and not piece.is_floating_point():  # as they are while scales are found
+                piece = matrix.restored_by(tensors, kept, piece, self.precision.kv)
+            yield piece.to(self.dtype)
 
     def collect(self, x: Tensor, new_k: Tensor, new_v: Tensor, by_sublayer: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """`outputs` of those that the step needs."""
@@ -217,7 +232,7 @@ class BlockSpec(abc.ABC):
             outputs += (new_k, new_v)
         if self.writes_cache:
             own = by_sublayer if not self.scale_tokens else [y[:, -self.num_cached :] for y in by_sublayer]
-            outputs += tuple(y.to(self.kv_dtype) for y in own)
+            outputs += tuple(y.to(self.dtype) for y in own)
         return outputs
 
 
@@ -457,7 +472,8 @@ class NextScaleModel(nn.Module, abc.ABC):
     def block_weights(self, spec: BlockSpec, layer: int) -> dict[str, Tensor]:
         """The weights of a block by their names in it, in the order of `input_names`."""
         shared = {name: self.weight(name) for name in spec.shared_weights}
-        return shared | {name: self.weight(f"blocks.{layer}.{name}") for name in spec.weight_names}
+        own = (*spec.weight_names, *spec.kv_scales)
+        return shared | {name: self.weight(f"blocks.{layer}.{name}") for name in own}
 
     def step_condition(self, condition: Mapping[str, Tensor], scale: int) -> Mapping[str, Tensor]:
         """The condition with what all blocks of a step need of it."""

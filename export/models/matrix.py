@@ -20,6 +20,7 @@ from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.precision import DTYPES, PLAIN, Precision
 from fastvar_trt.runtime.registry import Registry
 
+INPUT_SCALE = ".input_scale"  # behind the name of what is rounded
 Observer = Callable[[str, Mapping[str, Tensor], Tensor], None]  # a linear layer, its tensors, its input [M, in]
 _observers: list[Observer] = []
 
@@ -151,7 +152,7 @@ class Quantised(MatrixFormat):
         yield f"{linear}.weight_q", _rounded(values / scale, self.dtype).reshape(num_in, -1)
         yield f"{linear}.weight_scale", scale.reshape(self._scale_shape(num_in, num_out)).contiguous()
         if self.rounds_inputs:
-            yield f"{linear}.input_scale", torch.full((), torch.nan)
+            yield f"{linear}{INPUT_SCALE}", unknown_scale()
 
     def product(self, tensors: Mapping[str, Tensor], linear: str, x: Tensor, bias: Tensor | None) -> Tensor:
         """`torch.addmm` over the dequantised matrix."""
@@ -211,6 +212,23 @@ def _dequantised(q: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: str) -
     if scale.ndim == 2:
         return (q.view(len(scale), -1, shape[1]).float() * scale[:, None]).view(shape)
     return q.float() * scale
+
+
+def unknown_scale() -> Tensor:
+    """The scale of activations before `export.calibration`: one that cannot be computed with."""
+    return torch.full((), torch.nan)
+
+
+def rounded_by(tensors: Mapping[str, Tensor], name: str, x: Tensor, dtype: str) -> Tensor:
+    """Activations as numbers of few bits, by the scale of that name; as they are while `observing`."""
+    for observer in _observers:
+        observer(name, tensors, x)
+    return x if _observers else _quantised(x.float(), tensors[f"{name}{INPUT_SCALE}"], dtype)
+
+
+def restored_by(tensors: Mapping[str, Tensor], name: str, q: Tensor, dtype: str) -> Tensor:
+    """fp32 of what `rounded_by` made."""
+    return _dequantised(q, tensors[f"{name}{INPUT_SCALE}"], tuple(q.shape), dtype)
 
 
 FORMATS: Registry[MatrixFormat] = Registry(

@@ -29,7 +29,7 @@ from fastvar_trt.runtime.backends.base import (
 from fastvar_trt.runtime.engines import EngineSet, engines_folder, usable_engines
 from fastvar_trt.runtime.errors import BackendError, BundleError, UnavailableError
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_same_tensors
-from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
+from fastvar_trt.runtime.precision import DTYPES
 
 CPU_TARGET = "cpu"
 _CPU_GRAPHS = "3"  # those that `fastvar build --target cpu` writes
@@ -176,7 +176,7 @@ class OnnxRuntimeBackend(Backend):
                 )
             except BundleError as error:
                 raise BackendError(f"{error}, or load with engines='off' (--engines off)") from error
-        precision = PRECISIONS[manifest.precision]
+        precision = manifest.own_precision
         if precision.computed in _HALF_ON_CPU and self._prepacked is None:
             raise BackendError(
                 f"bundle {bundle}: {precision.name}: {_HALF_ON_CPU[precision.computed]}; run `fastvar build {bundle} "

@@ -71,10 +71,13 @@ def _precision(default: str | None) -> list[click.Option]:
             help="Another format for linear layers whose names fit a pattern, as in 'ffn.fc2=plain'; repeatable.",
         ),
         click.Option(
+            ["--integer-kv"], is_flag=True, help="Keep keys and values in 8 bits, a scale per layer: half the memory."
+        ),
+        click.Option(
             ["--calibrate", "calibration"],
             type=_Subject(),
             multiple=True,
-            help="Class or prompt to draw for the scales of activations (w8a8, fp8); repeatable. Default: four.",
+            help="Class or prompt to draw for scales (of w8a8, fp8, --integer-kv); repeatable. Default: four.",
         ),
     ]
 
@@ -113,6 +116,7 @@ def _source_command(command: SourceCommand) -> click.Command:
         force: bool,
         compare: bool,
         matrices: tuple[tuple[str, str], ...],
+        integer_kv: bool,
         calibration: tuple[Any, ...],
         max_top_k: int = 0,
         **own: Any,
@@ -122,7 +126,9 @@ def _source_command(command: SourceCommand) -> click.Command:
         def export(out: Path, progress: ProgressBar) -> Any:
             from fastvar_trt.export.exporter import ExportOptions, export_model
 
-            options = ExportOptions(plan, precision, batches or (1,), max_top_k, compare, matrices, calibration)
+            options = ExportOptions(
+                plan, precision, batches or (1,), max_top_k, compare, matrices, calibration, integer_kv
+            )
             return export_model(command.load(**own), out, options, force=force, progress=progress)
 
         _run(export, out, precision, targets, triton, force=force)
@@ -157,6 +163,7 @@ def _bundle_command() -> click.Command:
         prune: str | None,
         precision: str | None,
         matrices: tuple[tuple[str, str], ...],
+        integer_kv: bool,
         calibration: tuple[Any, ...],
         batches: tuple[int, ...] | None,
         out: Path | None,
@@ -166,13 +173,15 @@ def _bundle_command() -> click.Command:
     ) -> None:
         changes = (prune, precision, batches, targets)
         if out is None:
-            if triton is None or any(change is not None for change in changes):
+            if triton is None or integer_kv or any(change is not None for change in changes):
                 raise click.UsageError("give --out; without it, --triton alone writes the bundle as it is")
             _write_triton(bundle, triton, force=force)
             return
-        if prune is None and precision is None:
-            raise click.UsageError("--out needs --prune or --precision: the plan or the precision of the new bundle")
-        if precision is None and (matrices or calibration):
+        if prune is None and precision is None and not integer_kv:
+            raise click.UsageError(
+                "--out needs --prune, --precision or --integer-kv: what the new bundle has of its own"
+            )
+        if precision is None and (matrices or (calibration and not integer_kv)):
             raise click.UsageError("--matrix and --calibrate need --precision")
         plan = None if prune is None else load_plan(prune)
 
@@ -185,6 +194,7 @@ def _bundle_command() -> click.Command:
                 plan,
                 precision=precision,
                 matrices=matrices,
+                integer_kv=integer_kv,
                 calibration=calibration,
                 batches=batches,
                 force=force,

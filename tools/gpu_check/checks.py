@@ -21,7 +21,6 @@ from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.cuda import CudaDevice
 from fastvar_trt.runtime.chain import compare_tokens
 from fastvar_trt.runtime.errors import UnavailableError
-from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.request import example_requests
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.tools.gpu_check.sections import Results
@@ -204,7 +203,7 @@ def check_backend(bundle: Path, backend: str) -> Results:
     with Pipeline.load(bundle) as cpu:
         requests = example_requests(cpu.manifest, 2)
         expected = cpu.draw(requests)
-        tolerance = PRECISIONS[cpu.manifest.precision].tolerance
+        tolerance = cpu.manifest.own_precision.tolerance
     results = []
     for capture in (False, True):
         device = CudaDevice()

@@ -18,7 +18,7 @@ from fastvar_trt.runtime.backends.onnxruntime import cpu_fields, num_cores
 from fastvar_trt.runtime.chain import kv_bytes
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, Role
-from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
+from fastvar_trt.runtime.precision import DTYPES
 from fastvar_trt.runtime.weights import TensorPlace, read_layout
 from fastvar_trt.tools.measure.stored import bytes_per_weight
 from fastvar_trt.tools.measure.work import (
@@ -121,7 +121,7 @@ def step_bytes(manifest: Manifest, layout: Mapping[str, TensorPlace], scale: int
     """What a step moves at least: its matrices once, as the weights file stores them, keys and values of the past read,
     new ones written."""
     model, plan = manifest.model.at(scale), manifest.resolved_plan
-    precision = PRECISIONS[manifest.precision]
+    precision = manifest.own_precision
     per_layer = layer_weights(model) + (2 * model.width**2 if has_cross_attention(model) else 0)
     matrices = model.depth * per_layer * bytes_per_weight(layout, precision, "blocks.")
     matrices += model.width * model.vocab_size * bytes_per_weight(layout, precision, "head.")

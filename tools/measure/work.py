@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastvar_trt.runtime.manifest import Manifest, ModelSpec, Role
 from fastvar_trt.runtime.plan import DENSE, ResolvedPlan
-from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
+from fastvar_trt.runtime.precision import DTYPES
 
 
 def output_bytes(manifest: Manifest, batch: int, role: Role) -> int:
@@ -71,7 +71,7 @@ def activation_bytes(manifest: Manifest, batch: int) -> int:
     kernels; of engines, `EngineRecord.activation_bytes` says it.
     """
     plan = manifest.resolved_plan
-    size = DTYPES[PRECISIONS[manifest.precision].computed].num_bytes
+    size = DTYPES[manifest.own_precision.computed].num_bytes
     largest = 0
     for scale in plan.steps:
         model = manifest.model.at(scale)
