@@ -410,14 +410,11 @@ def test_engines_multiply_in_few_bits(precision: str, kind: str, tmp_path: Path)
         assert (tmp_path / "b" / "engines" / "tensorrt_rtx" / "engines.json").read_bytes() == before
 
 
-def test_engines_of_four_bits(tmp_path: Path) -> None:
-    """TensorRT takes int4 as an input, and dequantises it before the product."""
+def test_engines_refuse_four_bits(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    """TensorRT would hold more of them than of eight bits; before anything is exported or built."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    states = tiny_states(width=256, num_heads=4)
-    export_model(
-        VARSource.from_state(*states), tmp_path / "b", ExportOptions(TINY_PLAN, precision="w4-fp16", compare=False)
-    )
-    build_targets(tmp_path / "b", "sm86")
-    record = read_engines(tmp_path / "b", "tensorrt_rtx").records["step_03.onnx"]
-    dtypes = {spec.name: spec.dtype for spec in record.inputs if spec.name.endswith("weight_q")}
-    assert len(dtypes) == 8 and set(dtypes.values()) == {"int4"}
+    done = CliRunner().invoke(fastvar, ["build", str(quantised("w4")), "--target", "sm86"])
+    assert done.exit_code == 1 and "--target sm86: TensorRT dequantises w4 matrices" in done.output
+    arguments = ["scenes", "--precision", "w4-fp16", "--target", "sm86", "--out", str(tmp_path / "b")]
+    done = CliRunner().invoke(fastvar_export, arguments)
+    assert done.exit_code == 1 and "take w8" in done.output and not list(tmp_path.iterdir())

@@ -26,6 +26,7 @@ from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_same_tensors
 from fastvar_trt.runtime.precision import Precision
 
+_UNSHARED = "w4"  # a format whose matrices TensorRT does not multiply with as they lie in the file
 WITH_PLUGINS = f"{CURRENT_TARGET}+plugins"
 
 
@@ -51,6 +52,12 @@ class RtxBuilder(Builder):
 
     def check_precision(self, precision: Precision) -> None:
         """See `Builder.check_precision`."""
+        formats = {precision.stored, *(name for _, name in precision.matrices)}
+        if _UNSHARED in formats:
+            raise ExportError(
+                f"--target {self.targets[0]}: TensorRT dequantises {_UNSHARED} matrices that engines share into memory "
+                "of its own, of all layers at once (3.6 GiB for Infinity-2B, more than all of w8 takes); take w8"
+            )
         least = f"sm{precision.least_sm}"
         for target in self.targets:
             if precision.least_sm and _rank(target) < _rank(least):

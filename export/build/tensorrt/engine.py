@@ -94,7 +94,6 @@ def _tensors(trt: Any, network: Any) -> tuple[EngineTensor, ...]:
         trt.DataType.INT64: "int64",
         trt.DataType.UINT8: "uint8",
         trt.DataType.INT8: "int8",
-        trt.DataType.INT4: "int4",
         trt.DataType.FP8: "float8_e4m3fn",
         trt.DataType.BOOL: "bool",
     }

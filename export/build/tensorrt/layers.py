@@ -27,7 +27,6 @@ _DTYPES: Mapping[str, str] = {
     "BFloat16": "bfloat16",
     "Int32": "int32",
     "Int64": "int64",
-    "Int4": "int4",
     "Int8": "int8",
     "FP8": "float8_e4m3fn",
     "UInt8": "uint8",
