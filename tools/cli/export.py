@@ -59,10 +59,11 @@ def _precision(default: str | None) -> list[click.Option]:
         click.Option(
             ["--precision"],
             type=click.Choice(list(PRECISIONS)),
+            metavar="PRECISION",
             default=default,
             show_default=default is not None,
-            help="Matrices in 8 or 4 bits (w8, w4), products of 8-bit numbers (w8a8, fp8); the rest in fp32, or in the "
-            "half precision that is named behind, for GPUs.",
+            help="Everything in fp32, fp16 or bf16; matrices in 8 or 4 bits (w8, w4), or products of 8-bit numbers (w8a8, "
+            f"fp8), the rest in fp32 or the half precision that is named behind: {', '.join(PRECISIONS)}.",
         ),
         click.Option(
             ["--matrix", "matrices"],
