@@ -62,8 +62,8 @@ def _precision(default: str | None) -> list[click.Option]:
             metavar="PRECISION",
             default=default,
             show_default=default is not None,
-            help="Everything in fp32, fp16 or bf16; matrices in 8 or 4 bits (w8, w4), or products of 8-bit numbers (w8a8, "
-            f"fp8), the rest in fp32 or the half precision that is named behind: {', '.join(PRECISIONS)}.",
+            help="Everything in fp32, fp16 or bf16; matrices in 8 or 4 bits (w8, w4), or products of 8-bit numbers "
+            f"(w8a8, fp8), the rest in fp32 or the half precision that is named behind: {', '.join(PRECISIONS)}.",
         ),
         click.Option(
             ["--matrix", "matrices"],
