@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fastvar_trt.export.models.base import NextScaleModel
-from fastvar_trt.export.models.matrix import INPUT_SCALE, largest_number, observing
+from fastvar_trt.export.models.matrix import INPUT_SCALE, largest_number, observing, rounds_activations
 from fastvar_trt.export.models.reference import default_request, generate
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.export.weights_file import overwrite_scalars
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import ExportError
-from fastvar_trt.runtime.manifest import TOKENIZER_FILE, Condition, ModelSpec
+from fastvar_trt.runtime.manifest import TOKENIZER_FILE, Condition
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.plan import ResolvedPlan
 from fastvar_trt.runtime.precision import KV_INTEGER
@@ -31,13 +31,23 @@ Subject = int | str  # a class, or a prompt
 NUM_SUBJECTS = 4  # where none are given
 
 
-def check_subjects(spec: ModelSpec, subjects: Sequence[Subject]) -> None:
-    """That a model can draw them.
+def check_subjects(model: NextScaleModel, subjects: Sequence[Subject]) -> None:
+    """That a model can draw them, and that there is something to find.
 
     Raises:
         ExportError: naming the one that it cannot.
     """
+    spec = model.model_spec()
+    if subjects and not rounds_activations(model.precision):
+        raise ExportError(
+            f"calibration: nothing has a scale in {model.precision.name}; leave it out, or take w8a8, fp8 or "
+            "integer_kv (--integer-kv)"
+        )
     for subject in subjects:
+        if isinstance(subject, str) and spec.condition is Condition.TEXT and model.text_specs() is None:
+            raise ExportError(f"calibration: got the prompt {subject!r}, and no text encoder; give --text-encoder")
+        if isinstance(subject, str) and not subject.strip():
+            raise ExportError("calibration: got an empty prompt")
         if isinstance(subject, str) and spec.condition is Condition.CLASS:
             raise ExportError(f"calibration: got the prompt {subject!r}, the model draws classes; give their numbers")
         if isinstance(subject, int) and spec.condition is Condition.TEXT:
@@ -77,7 +87,7 @@ def calibrate(
     def observe(linear: str, tensors: Mapping[str, Tensor], x: Tensor) -> None:
         name = scales.get(id(tensors.get(linear + INPUT_SCALE)))
         if name is not None:
-            largest[name] = max(largest[name], float(x.abs().max()))
+            largest[name] = float(np.maximum(largest[name], float(x.abs().max())))  # not max(): NaN shall stay
 
     conditions = [_condition(model, folder, subject, i) for i, subject in enumerate(subjects or _defaults(model))]
     request = default_request(model, 1, greedy=False)
@@ -127,7 +137,11 @@ def _condition(model: NextScaleModel, folder: Path, subject: Subject | None, see
         ids = torch.randint(model.text_vocabulary(), (length,), generator=torch.Generator().manual_seed(seed))
         count = max(length * (seed + 1) // (2 * NUM_SUBJECTS), 1)
     else:
-        tokens = load_tokenizer(folder / TOKENIZER_FILE).encode(subject).ids[:length]
+        tokens = load_tokenizer(folder / TOKENIZER_FILE).encode(subject).ids
+        if len(tokens) > length:
+            raise ExportError(
+                f"calibration: {subject!r} has {len(tokens)} tokens, the bundle takes {length}; shorten it"
+            )
         ids, count = torch.zeros(length, dtype=torch.int64), len(tokens)
         ids[:count] = torch.tensor(tokens)
     return {names.TOKEN_IDS: ids[None], names.TOKEN_COUNT: torch.tensor([count])}

@@ -23,7 +23,15 @@ from fastvar_trt.export.calibration import Subject, calibrate, check_subjects
 from fastvar_trt.export.folders import new_folder
 from fastvar_trt.export.known_answer import GreedyChain, text_reference
 from fastvar_trt.export.models.base import KEPT, NextScaleModel
-from fastvar_trt.export.models.matrix import FORMATS, INPUT_SCALE, unknown_scale, write_matrix
+from fastvar_trt.export.models.matrix import (
+    FORMATS,
+    INPUT_SCALE,
+    Cast,
+    matrix_format,
+    rounds_activations,
+    unknown_scale,
+    write_matrix,
+)
 from fastvar_trt.export.models.reference import default_request, gumbel_of, residual_inputs
 from fastvar_trt.export.models.registry import FAMILIES
 from fastvar_trt.export.models.source import Source, shapes_of, to_meta
@@ -93,11 +101,12 @@ class ExportOptions:
             if self.matrices:
                 raise ExportError(f"matrix: {precision.name} has one format for all; give a precision of few bits")
             return precision
+        formats = [PLAIN, *(name for name, fmt in FORMATS.items() if not isinstance(fmt, Cast))]
         for pattern, name in self.matrices:
-            if name != PLAIN and name not in FORMATS:
-                raise ExportError(f"matrix {pattern}: got {name!r}, expected {PLAIN} or one of {', '.join(FORMATS)}")
+            if name not in formats:
+                raise ExportError(f"matrix {pattern}: got {name!r}, expected one of {', '.join(formats)}")
         own = FAMILIES[family].matrices if family in FAMILIES else ()
-        return dataclasses.replace(precision, matrices=(*self.matrices, *own))
+        return dataclasses.replace(precision, matrices=(*self.matrices, *precision.matrices, *own))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +144,12 @@ def export_model(
     """
     spec = source.new_model(PRECISIONS["fp32"]).model_spec()
     precision = options.check(spec.family)
-    check_subjects(spec, options.calibration)
     model = source.new_model(precision)
+    check_subjects(model, options.calibration)
     model.resolve(options.plan)  # an error before anything is written
     scales = dict(_kv_scales(model))
     shapes = source.shapes(precision, options.max_top_k) | shapes_of(scales.items())
-    _check_patterns(options.matrices, shapes)
+    _check_patterns(options.matrices, source, precision)
     with _new_bundle(out, force) as folder:
         tensors = itertools.chain(source.tensors(precision, options.max_top_k), scales.items())
         places = _write_weights(folder, shapes, tensors)
@@ -149,16 +158,23 @@ def export_model(
         return _write_graphs(model, places, folder, options, progress)
 
 
-def _check_patterns(matrices: Sequence[tuple[str, str]], tensors: Iterable[str]) -> None:
+def _check_patterns(matrices: Sequence[tuple[str, str]], source: Source, precision: Precision) -> None:
+    """`_check_names` of a model that is not loaded: of what it would quantise without exceptions."""
+    if matrices:
+        shapes = source.shapes(dataclasses.replace(precision, matrices=()), 0)
+        _check_names(matrices, (name.removesuffix(".weight_q") for name in shapes if name.endswith(".weight_q")))
+
+
+def _check_names(matrices: Sequence[tuple[str, str]], linears: Iterable[str]) -> None:
     """That every exception is from something.
 
     Raises:
-        ExportError: no matrix has such a name.
+        ExportError: no linear layer has such a name.
     """
-    linears = sorted({in_block(name.rpartition(".")[0]) for name in tensors if name.endswith((".weight", ".weight_q"))})
+    names = sorted(set(map(in_block, linears)))
     for pattern, _ in matrices:
-        if not fnmatch.filter(linears, pattern):
-            raise ExportError(f"matrix {pattern}: none has such a name; there are {', '.join(linears)}")
+        if not fnmatch.filter(names, pattern):
+            raise ExportError(f"matrix {pattern}: no linear layer has such a name; there are {', '.join(names)}")
 
 
 def _kv_scales(model: NextScaleModel) -> Iterator[tuple[str, Tensor]]:
@@ -224,8 +240,8 @@ def export_again(
         plan: its plan; default: that of `bundle`.
         precision: one that computes as that of `bundle` does, whose matrices are then rounded; default: that one.
         matrices: exceptions from the precision's format, before the family's own.
-        integer_kv: keep keys and values in 8 bits; as they are in `bundle`, where that does already.
-        calibration: classes or prompts to draw for the scales of activations.
+        integer_kv: keep keys and values in 8 bits, as a bundle that does already goes on to.
+        calibration: classes or prompts to draw for scales, which are found again for every plan.
         batches: batch sizes; default: those of `bundle`.
         force: replace the bundle that is there.
         progress: as for `export_model`.
@@ -252,18 +268,24 @@ def export_again(
         integer_kv=integer_kv or manifest.integer_kv,
     )
     options.check(manifest.model.family)
+    if matrices and precision is None:
+        raise ExportError("matrix: are exceptions from a new precision; give one")
     functions = [
         function
         for batch in manifest.batches
         for function in (text_function(model), *chain_functions(model, manifest.resolved_plan, batch))
         if function is not None
     ]
-    if precision is not None or integer_kv:
-        return _export_rounded(model, manifest, bundle, functions, out, options, force=force, progress=progress)
+    if precision is not None or (integer_kv and not manifest.integer_kv):
+        wanted = manifest.own_precision.with_integer_kv() if precision is None else options.check(manifest.model.family)
+        return _export_rounded(model, manifest, bundle, functions, out, options, wanted, force=force, progress=progress)
     there = {function.spec.file: (function, bundle / function.spec.file) for function in functions}
+    check_subjects(model, calibration)
     with _new_bundle(out, force) as folder:
         _copy(bundle, folder, manifest, WEIGHTS_FILE, names.TOKENIZER_FILE)
         places = read_layout(folder / WEIGHTS_FILE)
+        if rounds_activations(model.precision):
+            _load_calibrated(model, places, folder, options, progress)
         known = there if manifest.tools == tool_versions() else {}
         return _write_graphs(model, places, folder, options, progress, known)
 
@@ -275,43 +297,44 @@ def _export_rounded(
     functions: Sequence[GraphFunction],
     out: Path,
     options: ExportOptions,
+    wanted: Precision,
     *,
     force: bool,
     progress: Progress,
 ) -> ExportReport:
-    """The bundle of a model in another format of its matrices."""
-    before, wanted = manifest.own_precision, options.check(manifest.model.family)
-    if before.is_quantised or before.rounds_kv:
-        kind = before.name if before.is_quantised else f"{before.name} with keys and values in 8 bits"
-        raise ExportError(f"bundle {bundle}: is {kind}, and rounding twice loses more; take what it was made of")
+    """The bundle of a model in another precision."""
+    before = manifest.own_precision
+    quantises = wanted.is_quantised and wanted.name != before.name
+    if before.is_quantised and wanted.name != before.name:
+        raise ExportError(f"bundle {bundle}: is {before.name}, and rounding twice loses more; take what it was made of")
     if wanted.computed != before.computed:
         raise ExportError(
             f"bundle {bundle}: is {before.name}, and {wanted.name} computes in {wanted.computed}; take a bundle that "
             "does, or export from the checkpoint"
         )
-    check_subjects(manifest.model, options.calibration)
-    linears = linear_layers(model, functions)
+    linears = linear_layers(model, functions) if quantises else frozenset()
+    _check_names(options.matrices, linears)
     tensors = {
         name.removeprefix("image_decoder."): parameter.data
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
 
     quantised = FAMILIES[manifest.model.family].from_configs(manifest.configs, wanted)
+    check_subjects(quantised, options.calibration)
 
     def rounded(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        yield from _kv_scales(quantised)
+        yield from ((name, scale) for name, scale in _kv_scales(quantised) if name not in tensors)
         for name, tensor in tensors.items():
             linear = name.removesuffix(".weight")
-            # Some are kept in fp32, whatever is computed in.
-            is_matrix = linear in linears and linear != name and tensor.dtype == model.dtype
-            if is_matrix and wanted.is_quantised:
+            # Some that stay as they are do so in fp32, whatever is computed in.
+            is_matrix = linear in linears and linear != name
+            if is_matrix and not isinstance(matrix_format(wanted, linear), Cast):
                 yield from write_matrix(wanted, linear, tensor)
             else:
                 yield name, tensor
 
     with torch.device("meta"):
         shapes = shapes_of(rounded(to_meta(tensors)))
-    _check_patterns(options.matrices, shapes)
     with _new_bundle(out, force) as folder:
         places = _write_weights(folder, shapes, rounded(tensors))
         _copy(bundle, folder, manifest, names.TOKENIZER_FILE)

@@ -372,7 +372,9 @@ def linear_layers(model: NextScaleModel, functions: Iterable[GraphFunction]) -> 
     found = set()
 
     def observe(linear: str, tensors: Mapping[str, Tensor], x: Tensor) -> None:
-        found.add(names_of[id(tensors[f"{linear}.weight"])].removesuffix(".weight"))
+        weight = tensors.get(f"{linear}.weight")  # keys and values have none
+        if weight is not None:
+            found.add(names_of[id(weight)].removesuffix(".weight"))
 
     with FakeTensorMode(allow_non_fake_inputs=True), observing(observe):
         for function in functions:

@@ -225,29 +225,39 @@ def device_memory(
     Raises:
         BundleError: an engine reads what the weights file has not.
     """
-    records = [(graph, engines.records[graph.file]) for graph in manifest.graphs]
+    records = {graph: engines.records[graph.file] for graph in manifest.graphs}
 
     def size_of(names: Iterable[str]) -> int:
         return sum(places[name].num_bytes for name in names)
 
-    missing = [name for _, record in records for name in record.weights if name not in places]
+    missing = [name for record in records.values() for name in record.weights if name not in places]
     if missing:
-        raise BundleError(f"{WEIGHTS_FILE} has no {missing[0]}, which an engine reads; build again")
-    passing = [(graph, record) for graph, record in records if low_memory and graph.kind in ON_DEMAND]
-    staying = [record for graph, record in records if not (low_memory and graph.kind in ON_DEMAND)]
+        raise BundleError(
+            f"bundle {engines.folder.parents[1]}: {WEIGHTS_FILE} has no {missing[0]}, which an engine reads; build "
+            "again"
+        )
+    passing = {graph: record for graph, record in records.items() if low_memory and graph.kind in ON_DEMAND}
+    staying = [record for graph, record in records.items() if graph not in passing]
     weights = {name for record in staying for name in record.weights}
-    of_passing = []
-    for graph, record in passing:
-        # The decoder has the memory of the chain's keys and values.
-        chain = manifest.default.chain(graph.batch) if graph.kind == DECODER else ()
-        kept = sum(spec.num_bytes for own in chain for spec in own.outputs if spec.role in (Role.KEYS, Role.VALUES))
-        left = max(record.activation_bytes - kept, 0)
-        of_passing.append((size_of(set(record.weights) - weights), record.content.num_bytes, left))
-    brought, engine, activations = max(of_passing, key=sum, default=(0, 0, 0))
+    # Weights, engine and activations of one at a time; the decoder's activations are in memory of the chain.
+    own = [
+        (size_of(set(record.weights) - weights), record.content.num_bytes, record.activation_bytes)
+        if graph.kind != DECODER
+        else (size_of(set(record.weights) - weights), record.content.num_bytes, 0)
+        for graph, record in passing.items()
+    ]
+    brought, engine, activations = max(own, key=sum, default=(0, 0, 0))
+    lent = 0  # beyond what keys and values take
+    for variant in manifest.variants:
+        for batch in manifest.batches:
+            chain = variant.chain(batch)
+            kept = sum(t.num_bytes for graph in chain for t in graph.outputs if t.role in (Role.KEYS, Role.VALUES))
+            wanted = max((passing[graph].activation_bytes for graph in chain if graph in passing), default=0)
+            lent += max(wanted - kept, 0)
     return {
         "weights": size_of(weights) + brought,
         "engines": sum(record.content.num_bytes for record in staying) + engine,
-        "buffers": sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs),
+        "buffers": sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs) + lent,
         # As graphs run one after another, the largest of all; of a graph on demand beside it.
         "activations": max(record.activation_bytes for record in staying) + activations,
     }

@@ -20,7 +20,7 @@ from typing import Any
 
 from fastvar_trt.runtime.errors import BundleError, PlanError
 from fastvar_trt.runtime.plan import Drafted, PruningPlan, ResolvedPlan
-from fastvar_trt.runtime.precision import DTYPES, PRECISIONS, Precision
+from fastvar_trt.runtime.precision import DTYPES, PLAIN, PRECISIONS, Precision
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -636,6 +636,11 @@ class Manifest:
         self.sampling.check(self.model.vocab_size)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: got {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        formats = {PLAIN, *(precision.stored for precision in PRECISIONS.values())}
+        if not all(isinstance(pattern, str) and name in formats for pattern, name in self.matrices):
+            raise ValueError(f"matrices: got {list(self.matrices)}, expected pairs of a pattern and a known format")
+        if not isinstance(self.integer_kv, bool):
+            raise ValueError(f"integer_kv: got {self.integer_kv!r}, expected true or false")
         if not self.batches or min(self.batches) < 1 or len(set(self.batches)) != len(self.batches):
             raise ValueError(f"batches: got {list(self.batches)}, expected one or more different sizes of 1 or more")
         if not self.variants or len({variant.name for variant in self.variants}) != len(self.variants):
@@ -695,8 +700,8 @@ class Manifest:
                 operators={str(name): int(version) for name, version in data["operators"].items()},
                 tools={str(name): str(version) for name, version in data["tools"].items()},
                 configs=dict(data["configs"]),
-                matrices=tuple((str(pattern), str(name)) for pattern, name in data.get("matrices", ())),
-                integer_kv=bool(data.get("integer_kv", False)),
+                matrices=tuple((pattern, name) for pattern, name in data.get("matrices", ())),
+                integer_kv=data.get("integer_kv", False),
             )
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PlanError) as error:

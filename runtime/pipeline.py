@@ -25,7 +25,7 @@ from fastvar_trt.runtime.request import (
     example_requests,
     requests_of,
 )
-from fastvar_trt.runtime.text import PromptTokenizer, PromptTokens, TextEncoder
+from fastvar_trt.runtime.text import PromptTokenizer, PromptTokens, TextEncoder, check_unreplaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,7 +360,7 @@ class Pipeline:
         """Draw one batch of every size with every variant; where there is a text encoder, load it and its tokenizer.
 
         The first request of a service then takes what the later ones take (on a GPU, chains are captured here), and no
-        file is read later.
+        file is read later, but where text encoder and decoder are loaded on demand.
 
         Raises:
             BackendError: the backend failed, or prompts need a package that is not installed.
@@ -432,12 +432,12 @@ class Pipeline:
         self, requests: Sequence[Request], prompts: Sequence[tuple[PromptTokens | None, PromptTokens | None]]
     ) -> list[Request]:
         """The requests with features in place of prompts; a text encoder that is on demand is unloaded after."""
+        if self.backend.low_memory:
+            check_unreplaced(self.bundle, self.manifest)  # what is loaded now is read from it
         try:
             return [self._encoded(request, tokens) for request, tokens in zip(requests, prompts, strict=True)]
         finally:
-            with self._lock:
-                if self._text_encoder is not None and not self._closed:
-                    self._text_encoder.release()
+            self._release_text_encoder()
 
     def _encoded(self, request: Request, prompts: tuple[PromptTokens | None, PromptTokens | None]) -> Request:
         """The request with the text encoder's features in place of its prompts."""
@@ -446,7 +446,7 @@ class Pipeline:
         encoded: dict[str, Any] = {"prompt": None, "negative_prompt": None}
         for prefix, tokens in zip(("", "negative_"), prompts, strict=True):
             if tokens is not None:
-                encoded[f"{prefix}text_features"] = self.encode_tokens(tokens.ids)
+                encoded[f"{prefix}text_features"] = self._encode_tokens(tokens.ids)
                 if self.manifest.model.context_tokens:
                     encoded[f"{prefix}text_tokens"] = len(tokens.ids)
         return dataclasses.replace(request, **encoded)
@@ -476,6 +476,19 @@ class Pipeline:
         Raises:
             BackendError: they are not finite.
         """
+        try:
+            return self._encode_tokens(ids)
+        finally:
+            self._release_text_encoder()
+
+    def _release_text_encoder(self) -> None:
+        """Unload it, where it is on demand."""
+        if self.backend.low_memory:
+            with self._lock:
+                if self._text_encoder is not None and not self._closed:
+                    self._text_encoder.release()
+
+    def _encode_tokens(self, ids: Sequence[int]) -> NDArray[Any]:
         with self._lock:
             self._check_open()
             if self._text_encoder is None:

@@ -58,7 +58,7 @@ DTYPE_OF_ONNX: Mapping[int, str] = {dtype.onnx: dtype.name for dtype in DTYPES.v
 
 KV_INTEGER = "int8"
 PLAIN = "plain"  # matrices in the dtype that is computed in
-_IN_BLOCK = re.compile(r"^blocks\.\d+\.")
+_IN_BLOCK = re.compile(r"^(?:(?:drafter|refiner)\.)?(?:blocks\.\d+\.)?")  # of two models in a chain, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,6 @@ class Precision:
         tolerance: see there.
         matrices: exceptions, the first that fits counts: a pattern (`fnmatch`) of the names of linear layers, without
             `blocks.<layer>.`, and the format of theirs, `PLAIN` for that of `computed`.
-        least_sm: compute capability from which NVIDIA GPUs have its numbers, ten times; 0: all.
     """
 
     name: str
@@ -124,7 +123,11 @@ class Precision:
     kv: str
     tolerance: Tolerance
     matrices: tuple[tuple[str, str], ...] = ()
-    least_sm: int = 0
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """All that matrices may have."""
+        return frozenset({self.stored, *(name for _, name in self.matrices if name != PLAIN)})
 
     @property
     def is_quantised(self) -> bool:
@@ -148,7 +151,7 @@ class Precision:
 
 
 def in_block(linear: str) -> str:
-    """The name of a linear layer without that of its block: the same for all layers."""
+    """The name of a linear layer without that of its block, or of its model in a chain: the same for all layers."""
     return _IN_BLOCK.sub("", linear)
 
 
@@ -164,9 +167,9 @@ _HALVES = (
 ROUNDED = Tolerance(3e-1, 0.5, 0.1, 2, 3e-2, 0.3, 3e-1)
 
 
-def _quantised(stored: str, least_sm: int = 0) -> tuple[Precision, ...]:
+def _quantised(stored: str) -> tuple[Precision, ...]:
     """A format of matrices, with everything else in fp32, or in half precision for GPUs."""
-    whole = Precision(stored, stored, "float32", "float32", ROUNDED, least_sm=least_sm)
+    whole = Precision(stored, stored, "float32", "float32", ROUNDED)
     halves = (
         dataclasses.replace(whole, name=f"{stored}-{half.name}", computed=half.computed, kv=half.kv) for half in _HALVES
     )
@@ -179,5 +182,5 @@ PRECISIONS: Registry[Precision] = Registry(
     *_quantised("w8"),
     *_quantised("w4"),
     *_quantised("w8a8"),
-    *_quantised("fp8", least_sm=89),
+    *_quantised("fp8"),
 )

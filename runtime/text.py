@@ -90,18 +90,24 @@ class TextEncoder:
 
     def _load(self) -> BoundGraph:
         graph = self._graph
-        self._backend.load(graph)
-        return self._backend.bind(
-            graph,
-            {spec.name: self._buffers[spec.name].view() for spec in graph.inputs},
-            {spec.name: self._buffers[spec.name].view() for spec in graph.outputs},
-        )
+        try:
+            self._backend.load(graph)
+            return self._backend.bind(
+                graph,
+                {spec.name: self._buffers[spec.name].view() for spec in graph.inputs},
+                {spec.name: self._buffers[spec.name].view() for spec in graph.outputs},
+            )
+        except BaseException:
+            if self._backend.is_on_demand(graph):
+                self._backend.unload(graph)
+            raise
 
     def release(self) -> None:
         """Unload it, where it is on demand; it is loaded again for the next prompt."""
         if self._bound is not None and self._backend.is_on_demand(self._graph):
-            self._bound = None
             self._backend.activate()
+            self._backend.synchronize()
+            self._bound = None
             self._backend.unload(self._graph)
 
     def encode(self, ids: Sequence[int]) -> NDArray[Any]:

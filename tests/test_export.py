@@ -38,6 +38,7 @@ from fastvar_trt.export.models.var.model import VAR
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.export.tracing import COMPUTE, GraphFunction
 from fastvar_trt.export.validation import run_in_onnxruntime
+from fastvar_trt.export.weights_file import write_weights
 from fastvar_trt.runtime import BundleError, ExportError, Pipeline, PlanError, PruningPlan, read_manifest
 from fastvar_trt.runtime.manifest import REFERENCE_FILE, WEIGHTS_FILE, file_sha256
 from fastvar_trt.runtime.plan import DENSE
@@ -169,8 +170,8 @@ def test_memory_mapped_and_safetensors_checkpoints_give_the_same_bundle(
     save_file({k: v.contiguous() for k, v in tiny_source.state.items()}, tmp_path / "var.safetensors")
     save_file({k: v.contiguous() for k, v in tiny_source.vae_state.items()}, tmp_path / "vae.safetensors")
     source = VARSource.from_files(tmp_path / "var.safetensors", tmp_path / "vae.safetensors")
-    options = ExportOptions(plan=TINY_PLAN)
-    exporter._write_weights(source, tmp_path, options)
+    precision = PRECISIONS["fp32"]
+    write_weights(tmp_path, source.shapes(precision, 900), source.tensors(precision, 900))
     assert file_sha256(tmp_path / WEIGHTS_FILE) == read_manifest(tiny_bundle).files[WEIGHTS_FILE].sha256
 
 

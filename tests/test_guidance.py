@@ -66,7 +66,7 @@ def test_it_draws_what_neutral_guidance_draws(family: str, first: int, export_on
 
 
 def test_it_halves_the_work() -> None:
-    model = SOURCES["infinity"][0]().new_model(ExportOptions().check()).model_spec()
+    model = SOURCES["infinity"][0]().new_model(ExportOptions().check("infinity")).model_spec()
     plans = [PruningPlan(unguided_from=first).resolve(SCHEDULE, 2) for first in (None, 2)]
     guided, halved = ([step_multiply_adds(model, plan, k) for k in plan.steps] for plan in plans)
     assert guided[:2] == halved[:2]

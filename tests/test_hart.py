@@ -257,7 +257,7 @@ def llm(tmp_path: Path) -> Path:
 
 
 def test_the_last_scale_is_what_the_residual_diffusion_starts_from(llm: Path) -> None:
-    model = HARTSource.from_folders(llm).new_model(ExportOptions().check())
+    model = HARTSource.from_folders(llm).new_model(ExportOptions().check("hart"))
     with pytest.raises(PlanError, match="is skipped, from which HART's residual diffusion starts; prune it instead"):
         model.resolve(PruningPlan("short", ((-1, 1.0),)))
 

@@ -191,7 +191,12 @@ class BlockSpec(abc.ABC):
             the result [B2*K, C], new keys and values [K, B2, H, D].
         """
         keys, values = (x.transpose(0, 1).to(self.dtype) for x in (k, v))  # [K, B2, H, D]
-        new_k, new_v = (self._kept(tensors, *pair) for pair in zip(KEPT, (keys, values), strict=True))
+        new_k, new_v = keys, values
+        if self.emits_kv and self.precision.rounds_kv:
+            new_k, new_v = (
+                matrix.rounded_by(tensors, name, x, self.precision.kv)
+                for name, x in zip(KEPT, (keys, values), strict=True)
+            )
         if self.past:
             keys = torch.cat([*self._past(tensors, "past_k", KEPT[0]), keys])  # [S + K, B2, H, D]
             values = torch.cat([*self._past(tensors, "past_v", KEPT[1]), values])
@@ -211,10 +216,6 @@ class BlockSpec(abc.ABC):
             seen = keys[:, :, :end], values[:, :, :end]
             parts.append(F.scaled_dot_product_attention(own, *seen, scale=self.attn_scale))
         return torch.cat(parts, dim=2)
-
-    def _kept(self, tensors: Mapping[str, Tensor], kept: str, x: Tensor) -> Tensor:
-        """Keys or values as later steps find them."""
-        return matrix.rounded_by(tensors, kept, x, self.precision.kv) if self.precision.rounds_kv else x
 
     def _past(self, tensors: Mapping[str, Tensor], name: str, kept: str) -> Iterator[Tensor]:
         """The pieces of the past [S, B2, H, D], of guided steps the conditional half where this one has no guidance."""

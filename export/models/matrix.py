@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvar_trt.runtime.errors import ExportError
-from fastvar_trt.runtime.precision import DTYPES, PLAIN, Precision
+from fastvar_trt.runtime.precision import DTYPES, PLAIN, Precision, in_block
 from fastvar_trt.runtime.registry import Registry
 
 INPUT_SCALE = ".input_scale"  # behind the name of what is rounded
@@ -44,6 +44,13 @@ def observing(observe: Observer) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observe)
+
+
+def _observed(name: str, tensors: Mapping[str, Tensor], x: Tensor) -> bool:
+    """Tell `observing` what a layer takes; whether anybody listens."""
+    for observer in _observers:
+        observer(name, tensors, x)
+    return bool(_observers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +87,6 @@ class MatrixFormat(abc.ABC):
         Two axes, so that the exporter makes one `Gemm` of it, over the weights as they lie in the file.
         """
 
-    def observe(self, tensors: Mapping[str, Tensor], linear: str, x: Tensor) -> bool:
-        """Tell `observing` what is multiplied; whether anybody listens."""
-        for observer in _observers:
-            observer(linear, tensors, x)
-        return bool(_observers)
-
 
 @dataclasses.dataclass(frozen=True)
 class Cast(MatrixFormat):
@@ -102,7 +103,7 @@ class Cast(MatrixFormat):
 
     def product(self, tensors: Mapping[str, Tensor], linear: str, x: Tensor, bias: Tensor | None) -> Tensor:
         """`F.linear`."""
-        self.observe(tensors, linear, x)
+        _observed(linear, tensors, x)
         return F.linear(x, tensors[f"{linear}.weight"], bias)
 
 
@@ -142,7 +143,7 @@ class Quantised(MatrixFormat):
         if num_in % block or (self.dtype == "int4" and num_out % 2):
             raise ExportError(
                 f"{linear}: a matrix of {num_out} x {num_in} is not of whole blocks of {block}, which {self.name} "
-                f"needs; leave it out with --matrix {linear.rsplit('.', 1)[-1]}={PLAIN}"
+                f"needs; leave it out with --matrix {in_block(linear)}={PLAIN}"
             )
         values = weight.float().T.reshape(num_in // block, block, num_out)
         axes = (1,) if self.per_output else (0, 1, 2)
@@ -157,7 +158,7 @@ class Quantised(MatrixFormat):
     def product(self, tensors: Mapping[str, Tensor], linear: str, x: Tensor, bias: Tensor | None) -> Tensor:
         """`torch.addmm` over the dequantised matrix."""
         weight = self._matrix(tensors, linear).to(x.dtype)  # [in, out]
-        if not self.observe(tensors, linear, x) and self.rounds_inputs:
+        if not _observed(linear, tensors, x) and self.rounds_inputs:
             scale = tensors[f"{linear}.input_scale"]
             x = _dequantised(_quantised(x.float(), scale, self.dtype), scale, x.shape, self.dtype).to(x.dtype)
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
@@ -221,9 +222,7 @@ def unknown_scale() -> Tensor:
 
 def rounded_by(tensors: Mapping[str, Tensor], name: str, x: Tensor, dtype: str) -> Tensor:
     """Activations as numbers of few bits, by the scale of that name; as they are while `observing`."""
-    for observer in _observers:
-        observer(name, tensors, x)
-    return x if _observers else _quantised(x.float(), tensors[f"{name}{INPUT_SCALE}"], dtype)
+    return x if _observed(name, tensors, x) else _quantised(x.float(), tensors[f"{name}{INPUT_SCALE}"], dtype)
 
 
 def restored_by(tensors: Mapping[str, Tensor], name: str, q: Tensor, dtype: str) -> Tensor:
@@ -238,6 +237,12 @@ FORMATS: Registry[MatrixFormat] = Registry(
     Quantised("w8a8", "int8", rounds_inputs=True),
     Quantised("fp8", "float8_e4m3fn", per_output=False, rounds_inputs=True),
 )
+
+
+def rounds_activations(precision: Precision) -> bool:
+    """Whether anything has a scale that is found by drawing."""
+    found = (FORMATS[name] for name in precision.formats)
+    return precision.rounds_kv or any(isinstance(fmt, Quantised) and fmt.rounds_inputs for fmt in found)
 
 
 def matrix_format(precision: Precision, linear: str) -> MatrixFormat:

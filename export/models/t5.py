@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvar_trt.export.models.checkpoint import key_problems, load_folder, read_config
-from fastvar_trt.export.models.matrix import FORMATS, MatrixFormat, matrix_format, torch_dtype
+from fastvar_trt.export.models.matrix import FORMATS, Cast, MatrixFormat, matrix_format, torch_dtype
 from fastvar_trt.export.models.text import TEXT_PREFIX, TextEncoderConfig
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.manifest import TOKENIZER_FILE
@@ -163,9 +163,13 @@ def position_bias(config: T5Config, table: Tensor) -> Tensor:
 
 
 def _format(precision: Precision, linear: str) -> MatrixFormat:
-    """That of the precision; of `wo` fp32 in fp16, which its products exceed in T5."""
-    overflows = linear.endswith(".wo") and precision.computed == "float16"
-    return FORMATS["float32"] if overflows else matrix_format(precision, f"{TEXT_PREFIX}{linear}")
+    """That of the precision; fp32 in place of fp16 for `wo`, whose products exceed it in T5."""
+    own = matrix_format(precision, f"{TEXT_PREFIX}{linear}")
+    return FORMATS["float32"] if isinstance(own, Cast) and _overflows(linear, precision) else own
+
+
+def _overflows(linear: str, precision: Precision) -> bool:
+    return linear.endswith(".wo") and precision.computed == "float16"
 
 
 def encode(
@@ -210,7 +214,7 @@ def encode(
         hidden = normed(x, f"{ffn}layer_norm").to(dtype)
         gate = F.gelu(linear(f"{ffn}DenseReluDense.wi_0", hidden), approximate="tanh")
         up = linear(f"{ffn}DenseReluDense.wi_1", hidden)
-        wide = torch.float32 if _format(precision, f"{ffn}DenseReluDense.wo") is FORMATS["float32"] else dtype
+        wide = torch.float32 if _overflows(f"{ffn}DenseReluDense.wo", precision) else dtype
         x = x + linear(f"{ffn}DenseReluDense.wo", gate.to(wide) * up.to(wide)).float()
     is_token = (weights["position"] < length).float().unsqueeze(-1)
     return (normed(x, "encoder.final_layer_norm") * is_token).unsqueeze(0)

@@ -90,12 +90,16 @@ class BoundOnDemand(BoundGraph):
 
     def enqueue(self) -> None:
         """Also waits for it."""
-        self._backend.lend(self._graph, self._spare)
-        self._backend.load(self._graph)
+        backend = self._backend
+        backend.lend(self._graph, self._spare)
         try:
-            self._backend.bind(self._graph, self._inputs, self._outputs).enqueue()
+            backend.load(self._graph)
+            bound = backend.bind(self._graph, self._inputs, self._outputs)
+            bound.enqueue()
+            backend.synchronize()  # before anything of it is dropped
+            del bound
         finally:
-            self._backend.unload(self._graph)
+            backend.unload(self._graph)
 
 
 class CapturedChain(abc.ABC):
@@ -158,8 +162,12 @@ class Backend(abc.ABC):
         """What a graph on demand can use of memory that is lent to it."""
         return 0
 
+    def synchronize(self) -> None:  # noqa: B027  # where nothing is queued, nothing is waited for
+        """Wait for what was enqueued."""
+
     def unload(self, graph: GraphSpec) -> None:
-        """Drop a graph that is on demand, with all that it alone holds; waits for what was enqueued."""
+        """Drop a graph that is on demand, with all that it alone holds, whether its load came to an end or not; nothing
+        of it is running any more."""
         raise NotImplementedError(self.name)
 
     @abc.abstractmethod

@@ -66,7 +66,7 @@ class CudaBackend(Backend):
         self._weights: dict[str, int] = {}  # tensor -> device address
         self._allocations: list[int] = []
         self._held: dict[str, list[int]] = defaultdict(list)  # graph -> allocations that go with it
-        self._brought: dict[str, tuple[str, ...]] = {}  # graph -> weights that came with it
+        self._brought: dict[str, list[str]] = defaultdict(list)  # graph -> weights that came with it
         self._scratch: dict[str, Buffer] = {}
 
     @property
@@ -171,10 +171,11 @@ class CudaBackend(Backend):
         if sum(parts.values()) > free:
             of = ", ".join(f"{num_bytes / 2**20:.0f} of {name}" for name, num_bytes in parts.items())
             of += "" if parts["activations"] else ", which the builder could not know"
+            less = "" if self.low_memory else "load with low_memory=True (--low-memory), "
             raise CudaOutOfMemoryError(
                 f"bundle {bundle}: needs {sum(parts.values()) / 2**20:.0f} MiB on the GPU ({of}), {free / 2**20:.0f} "
-                f"MiB are free on {self._device.name}; load with low_memory=True (--low-memory), export with smaller "
-                "--batch or a smaller --precision, or free the GPU"
+                f"MiB are free on {self._device.name}; {less}export with smaller --batch or a smaller "
+                "--precision, or free the GPU"
             )
 
     def _check_tensors(self, graph: GraphSpec, record: EngineRecord) -> None:
@@ -198,8 +199,10 @@ class CudaBackend(Backend):
         self._held[graph.file].append(pointer)
         return pointer
 
-    def unload(self, graph: GraphSpec) -> None:
+    def synchronize(self) -> None:
         self._device.synchronize()
+
+    def unload(self, graph: GraphSpec) -> None:
         for pointer in self._held.pop(graph.file, ()):
             self._allocations.remove(pointer)
             self._device.free(pointer)
@@ -216,12 +219,12 @@ class CudaBackend(Backend):
             offsets[name] = total
             total += math.ceil(self._places[name].num_bytes / _ALIGNMENT) * _ALIGNMENT
         pointer = self._hold(graph, total)
-        self._brought[graph.file] = tuple(names)
         mapped = np.memmap(self._bundle / WEIGHTS_FILE, dtype=np.uint8, mode="r")
         for name in names:
             place = self._places[name]
             self._device.upload(pointer + offsets[name], mapped[place.offset : place.offset + place.num_bytes])
             self._weights[name] = pointer + offsets[name]
+            self._brought[graph.file].append(name)
 
     def _scratch_for(self, spec: TensorSpec) -> int:
         """Memory for an output that nobody reads; one for all graphs, as they run one after another."""

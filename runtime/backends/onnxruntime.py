@@ -144,6 +144,10 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError(f"backend onnxruntime: num_threads: got {num_threads}, expected 1 or more")
         if engines not in ("auto", "off", "require"):
             raise BackendError(f"backend onnxruntime: engines: got {engines!r}, expected auto, off or require")
+        if profile and low_memory:
+            raise BackendError(
+                "backend onnxruntime: takes times of operators with all graphs loaded; leave low_memory out"
+            )
         self._num_threads = num_threads or num_cores()
         self._engines_mode = engines
         self.low_memory = low_memory

@@ -64,7 +64,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         onnxruntime: Any = None,
     ) -> None:
         super().__init__(FLAVOUR, device=device, capture=False, low_memory=low_memory, cuda=cuda, one_stream=True)
-        self._graphs_of_sessions = capture
+        self._graphs_of_sessions = capture and not low_memory
         self._ort: Any = onnxruntime
         self._sessions: dict[str, Any] = {}
         self._num_bound: Counter[str] = Counter()

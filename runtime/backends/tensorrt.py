@@ -111,6 +111,8 @@ class TensorRTBackend(CudaBackend):
         cuda: Any = None,
         tensorrt: Any = None,
     ) -> None:
+        if profile and low_memory:
+            raise BackendError(f"backend {flavour}: takes times of layers with all graphs loaded; leave low_memory out")
         super().__init__(flavour, device=device, capture=capture and not profile, low_memory=low_memory, cuda=cuda)
         self._layer_times: dict[str, dict[str, float]] | None = {} if profile else None
         self._profilers: list[Any] = []  # TensorRT keeps no reference
@@ -124,7 +126,7 @@ class TensorRTBackend(CudaBackend):
         self._cache_folder = _cache_folder(kernel_cache)
         self._kernels: Any = None  # IRuntimeCache, of all engines
         self._kernels_on_disk = b""
-        self._num_kept = 0  # contexts whose kernels are on disk
+        self._num_bound, self._num_kept = 0, 0  # contexts that were made, and those whose kernels are on disk
 
     def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
         if self._trt is None:
@@ -141,7 +143,7 @@ class TensorRTBackend(CudaBackend):
 
     def close(self) -> None:
         self._contexts.clear()  # before the memory that they use
-        self._kernels, self._kernels_on_disk, self._num_kept = None, b"", 0
+        self._kernels, self._kernels_on_disk, self._num_bound, self._num_kept = None, b"", 0, 0
         self._loaded.clear()
         self._runtime = None
         self._activations = (0, 0)
@@ -171,13 +173,14 @@ class TensorRTBackend(CudaBackend):
         return self._engines.records[graph.file].activation_bytes
 
     def unload(self, graph: GraphSpec) -> None:
-        self._device.synchronize()
+        self._lent.pop(graph.file, None)
         self._loaded.pop(graph.file, None)
         super().unload(graph)
 
     def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:
         loaded = self._loaded[graph.file]
         context = loaded.engine.create_execution_context(self._runtime_config(loaded.engine))
+        self._num_bound += 1
         if context is None:
             raise BackendError(f"{loaded.record.file}: TensorRT made no execution context; is the GPU's memory full?")
         if self.is_on_demand(graph):
@@ -212,9 +215,9 @@ class TensorRTBackend(CudaBackend):
 
     def keep_compiled(self) -> None:
         """Write the kernels that were compiled to disk, where there are new ones."""
-        if self._kernels is None or self._num_kept == len(self._contexts):
+        if self._kernels is None or self._num_kept == self._num_bound:
             return
-        self._num_kept = len(self._contexts)
+        self._num_kept = self._num_bound
         path = self._kernel_file()
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         try:

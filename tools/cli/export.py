@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import click
 from fastvar_trt.export.models.family import SourceCommand
 from fastvar_trt.export.models.registry import FAMILIES, load_plan, presets
 from fastvar_trt.runtime.errors import ExportError
-from fastvar_trt.runtime.precision import PRECISIONS
+from fastvar_trt.runtime.manifest import read_manifest
+from fastvar_trt.runtime.precision import PRECISIONS, Precision
 from fastvar_trt.tools.cli.command import ErrorCommand, ErrorGroup, ProgressBar, examples, integers, progress_bars
 
 _BUNDLE_EXAMPLES = (
@@ -132,7 +134,8 @@ def _source_command(command: SourceCommand) -> click.Command:
             )
             return export_model(command.load(**own), out, options, force=force, progress=progress)
 
-        _run(export, out, precision, targets, triton, force=force)
+        wanted = dataclasses.replace(PRECISIONS[precision], matrices=matrices)
+        _run(export, out, wanted, targets, triton, force=force)
 
     top_k = click.Option(
         ["--max-top-k"],
@@ -174,7 +177,8 @@ def _bundle_command() -> click.Command:
     ) -> None:
         changes = (prune, precision, batches, targets)
         if out is None:
-            if triton is None or integer_kv or any(change is not None for change in changes):
+            more = integer_kv or matrices or calibration
+            if triton is None or more or any(change is not None for change in changes):
                 raise click.UsageError("give --out; without it, --triton alone writes the bundle as it is")
             _write_triton(bundle, triton, force=force)
             return
@@ -182,8 +186,8 @@ def _bundle_command() -> click.Command:
             raise click.UsageError(
                 "--out needs --prune, --precision or --integer-kv: what the new bundle has of its own"
             )
-        if precision is None and (matrices or (calibration and not integer_kv)):
-            raise click.UsageError("--matrix and --calibrate need --precision")
+        if precision is None and matrices:
+            raise click.UsageError("--matrix needs --precision")
         plan = None if prune is None else load_plan(prune)
 
         def export(out: Path, progress: ProgressBar) -> Any:
@@ -202,7 +206,10 @@ def _bundle_command() -> click.Command:
                 progress=progress,
             )
 
-        _run(export, out, precision, targets, triton, force=force)
+        wanted = read_manifest(bundle).own_precision
+        if precision is not None:
+            wanted = dataclasses.replace(PRECISIONS[precision], matrices=matrices)
+        _run(export, out, wanted, targets, triton, force=force)
 
     source = click.Option(
         ["--from", "bundle"], type=click.Path(path_type=Path), required=True, help="The bundle whose weights are taken."
@@ -220,7 +227,7 @@ def _bundle_command() -> click.Command:
 
 
 def _run(
-    export: Export, out: Path, precision: str | None, targets: str | None, triton: Path | None, *, force: bool
+    export: Export, out: Path, precision: Precision, targets: str | None, triton: Path | None, *, force: bool
 ) -> None:
     """Write a bundle and what was asked for beyond it, and say what came out."""
     try:
@@ -230,9 +237,8 @@ def _run(
     except ModuleNotFoundError as error:
         raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
     builders = parse_targets(targets) if targets is not None else []  # an error before minutes of work
-    if precision is not None:
-        for builder in builders:
-            builder.check_precision(PRECISIONS[precision])
+    for builder in builders:
+        builder.check_precision(precision)
     if triton is not None:
         check_free(model_folder(triton, out), force=force)
     begin = time.perf_counter()

@@ -74,7 +74,8 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
         try:
             engines = read_engines(bundle, folder)
             click.echo("\n" + _engine_table(folder, engines))
-            if any(record.activation_bytes for record in engines.records.values()):
+            is_whole = all(graph.file in engines.records for graph in manifest.graphs)
+            if is_whole and any(record.activation_bytes for record in engines.records.values()):
                 click.echo("\n" + _peak_table(manifest, engines, layout))
         except BundleError as error:
             click.echo(f"\n{folder}: {error}")

@@ -43,7 +43,7 @@ class StoredMatrices:
 
 def quantised_matrices(layout: Mapping[str, TensorPlace], precision: Precision) -> list[StoredMatrices]:
     """Those of few bits, in the order of the file."""
-    found: dict[str, StoredMatrices] = {}
+    found: dict[tuple[str, str], StoredMatrices] = {}
     for name, place in layout.items():
         linear, _, part = name.rpartition(".")
         if part != "weight_q":
@@ -51,8 +51,8 @@ def quantised_matrices(layout: Mapping[str, TensorPlace], precision: Precision) 
         scales = sum(
             layout[own].num_bytes for own in (f"{linear}.weight_scale", f"{linear}.input_scale") if own in layout
         )
-        group = _LAYER.sub(".*", linear)
-        known = found.get(group, StoredMatrices(group, precision.format_of(linear), 0, 0, 0))
+        group = _LAYER.sub(".*", linear), precision.format_of(linear)
+        known = found.get(group, StoredMatrices(*group, 0, 0, 0))
         found[group] = dataclasses.replace(
             known,
             count=known.count + 1,

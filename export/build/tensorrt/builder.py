@@ -27,6 +27,7 @@ from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_
 from fastvar_trt.runtime.precision import Precision
 
 _UNSHARED = "w4"  # a format whose matrices TensorRT does not multiply with as they lie in the file
+_FIRST_TARGET = {"fp8": "sm89"}  # format -> the first GPUs that have its numbers
 WITH_PLUGINS = f"{CURRENT_TARGET}+plugins"
 
 
@@ -52,19 +53,18 @@ class RtxBuilder(Builder):
 
     def check_precision(self, precision: Precision) -> None:
         """See `Builder.check_precision`."""
-        formats = {precision.stored, *(name for _, name in precision.matrices)}
-        if _UNSHARED in formats:
+        if _UNSHARED in precision.formats:
             raise ExportError(
                 f"--target {self.targets[0]}: TensorRT dequantises {_UNSHARED} matrices that engines share into memory "
-                "of its own, of all layers at once (3.6 GiB for Infinity-2B, more than all of w8 takes); take w8"
+                "of its own, of all layers at once (3.75 GiB for Infinity-2B, more than all of w8 takes); take w8"
             )
-        least = f"sm{precision.least_sm}"
-        for target in self.targets:
-            if precision.least_sm and _rank(target) < _rank(least):
-                raise ExportError(
-                    f"--target {target}: has no numbers of the precision {precision.name}, {least} is the first that "
-                    "has; leave it out, or take another precision (w8a8 runs everywhere)"
-                )
+        for name in sorted(precision.formats & _FIRST_TARGET.keys()):
+            for target in self.targets:
+                if _rank(target) < _rank(_FIRST_TARGET[name]):
+                    raise ExportError(
+                        f"--target {target}: has no numbers of {name}, {_FIRST_TARGET[name]} is the first that has; "
+                        "leave it out, or take another precision (w8a8 runs everywhere)"
+                    )
 
     def all_targets(self, engines: EngineSet) -> tuple[str, ...]:
         """With those of the engines that this version has built before."""

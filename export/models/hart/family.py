@@ -102,12 +102,13 @@ _FOLDERS = SourceCommand(
     default_plan=lambda **_: _FASTVAR_HART.name,
     top_k=600,
 )
-# Computed once per prompt, or where rounding is multiplied: the first step of the diffusion by thousands.
-_OF_FEW_ROWS = tuple((pattern, "w8") for pattern in ("context.*", "text_encoder.*", "*modulation", "diffusion.*"))
+# Computed once per prompt, over few rows: there is nothing to gain from rounding what they multiply.
+_OF_FEW_ROWS = tuple((pattern, "w8") for pattern in ("context.*", "text_encoder.*", "*modulation"))
 HART = Family(
     "hart",
     (_FOLDERS,),
     _from_configs,
     (_FASTVAR_HART,),
-    matrices=(("head", PLAIN), *_OF_FEW_ROWS),
+    # The first step of the diffusion multiplies the rounding of what it predicts by thousands.
+    matrices=(("head", PLAIN), ("diffusion.*", PLAIN), *_OF_FEW_ROWS),
 )
