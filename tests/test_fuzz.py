@@ -8,7 +8,7 @@ import io
 import json
 import math
 import operator
-import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def _damaged(manifest: dict[str, Any], path: tuple[Any, ...], action: str, value
 def test_damaged_manifests(tiny_bundle: Path, tmp_path: Path) -> None:
     for file in tiny_bundle.iterdir():
         if file.name != MANIFEST_FILE:
-            os.link(file, tmp_path / file.name)
+            shutil.copyfile(file, tmp_path / file.name)
     manifest = json.loads((tiny_bundle / MANIFEST_FILE).read_text())
     sections = [[path for path in _paths(manifest) if path[0] == key] for key in manifest]
     outcomes: Counter[str] = Counter()
