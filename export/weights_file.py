@@ -12,9 +12,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvar_trt.export.models.matrix import dtype_name
+from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE
 from fastvar_trt.runtime.precision import DTYPES
 from fastvar_trt.runtime.weights import TensorPlace, plan_layout
+
+
+def check_readable(folder: Path) -> None:
+    """That onnx_ir reads the weights file in that folder: it refuses one of which there are several links.
+
+    Raises:
+        ExportError: there are.
+    """
+    if (folder / WEIGHTS_FILE).stat().st_nlink > 1:
+        raise ExportError(
+            f"{folder / WEIGHTS_FILE}: has several links (a model repository made by --triton?), and onnx_ir reads no "
+            f"such file; build a copy of the bundle (cp -r {folder} COPY)"
+        )
 
 
 def external_tensor(place: TensorPlace, name: str, folder: Path) -> ir.ExternalTensor:

@@ -157,6 +157,15 @@ def test_the_cpu_multiplies_in_few_bits(precision: str, quantised: Callable[[str
     assert np.abs(a.logits[0] - b.logits[0]).max() < 0.05 * np.abs(b.logits[0]).max()
 
 
+def test_linked_weights_are_named(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    """A model repository of Triton links a bundle's files; onnx_ir would raise a ValueError."""
+    bundle = Path(shutil.copytree(quantised("w8"), tmp_path / "b"))
+    (tmp_path / "link").hardlink_to(bundle / WEIGHTS_FILE)
+    for target in ("cpu", "cuda"):
+        done = CliRunner().invoke(fastvar, ["build", str(bundle), "--target", target])
+        assert done.exit_code == 1 and "has several links" in done.output and "cp -r" in done.output
+
+
 @pytest.mark.parametrize("has_vnni", [True, False])
 def test_products_of_integers_are_exact(has_vnni: bool, rng: np.random.Generator, tmp_path: Path) -> None:
     """With int8 matrices, or uint8 ones, where pairs of products would saturate: the standard's form, to rounding."""

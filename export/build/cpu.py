@@ -22,6 +22,7 @@ from fastvar_trt.export.passes.flash_attention import FlashAttention
 from fastvar_trt.export.passes.integer_products import IntegerProducts
 from fastvar_trt.export.passes.widen_bfloat16 import WidenBFloat16
 from fastvar_trt.export.progress import Progress
+from fastvar_trt.export.weights_file import check_readable
 from fastvar_trt.runtime.backends.onnxruntime import CPU_TARGET, cpu_built_with, cpu_has_vnni, import_onnxruntime
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec
@@ -89,6 +90,8 @@ class CpuBuilder(Builder):
             options.add_session_config_entry(key, value)
         model = ir.load(bundle / graph.file)
         source: Any = str(bundle / graph.file)
+        if any(node.op_type == "DequantizeLinear" for node in model.graph):  # whose matrices are written anew
+            check_readable(bundle)
         # The provider has no bfloat16 kernels, would hold the scores of attention, and dequantise whole matrices.
         rewrites = (WidenBFloat16(), FlashAttention(), IntegerProducts(has_vnni=cpu_has_vnni()))
         modified = [rewrite(model).modified for rewrite in rewrites]

@@ -17,6 +17,7 @@ from fastvar_trt.export.passes.batch_left_operands import BatchLeftOperands
 from fastvar_trt.export.passes.promote_weights import PromoteWeights
 from fastvar_trt.export.passes.replace_functions import ReplaceFunctions
 from fastvar_trt.export.progress import Progress
+from fastvar_trt.export.weights_file import check_readable
 from fastvar_trt.plugins import cuda_functions
 from fastvar_trt.runtime.backends.onnxruntime_cuda import BUILT_WITH, CUDA_TARGET, FLAVOUR
 from fastvar_trt.runtime.errors import ExportError
@@ -62,12 +63,13 @@ def with_weights_as_inputs(path: Path) -> tuple[ir.Model, tuple[TensorSpec, ...]
     """A graph with its weights promoted, and the inputs that are tensors of the weights file beside it.
 
     Raises:
-        ExportError: the file cannot be read.
+        ExportError: a file cannot be read.
     """
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf's and onnx_ir's own types
         raise ExportError(f"{path.name}: cannot be read as ONNX: {error}") from error
+    check_readable(path.parent)
     num_inputs = len(model.graph.inputs)
     PromoteWeights()(model)
     return model, tuple(_spec(value) for value in model.graph.inputs[num_inputs:])
