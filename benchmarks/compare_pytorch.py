@@ -132,6 +132,21 @@ class Worker:
         self.process.wait()
 
 
+def take_rounds(workers: dict[str, Worker], runs: int) -> dict[str, list[dict[str, float]]]:
+    """The times of every variant, one image each in turn, after a round that warms up; the workers are closed."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    try:
+        for round_number in range(runs + 1):
+            for name, process in workers.items():
+                result = process.ask("run")
+                if round_number > 0:
+                    times[name].append(result)
+    finally:
+        for process in workers.values():
+            process.close()
+    return times
+
+
 def measure_memory(kind: str, bundle: Path) -> dict[str, float]:
     """Memory of a variant after one image, with no other process that maps the same weights."""
     process = Worker(kind, bundle)
@@ -207,16 +222,7 @@ def compare(depth: int, width: int, schedule: str, prune: str, runs: int, work_d
         }
         memory = {name: measure_memory(kind, bundle) for name, (kind, bundle) in variants.items()}
         workers = {name: Worker(kind, bundle) for name, (kind, bundle) in variants.items()}
-        times: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
-        try:
-            for round_number in range(runs + 1):
-                for name, process in workers.items():
-                    result = process.ask("run")
-                    if round_number > 0:  # the first round warms up
-                        times[name].append(result)
-        finally:
-            for process in workers.values():
-                process.close()
+        times = take_rounds(workers, runs)
         weights_mib = (dense / WEIGHTS_FILE).stat().st_size / 2**20
 
     medians = {name: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for name, rows in times.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from compare_pytorch import Worker, measure_memory
+from compare_pytorch import Worker, measure_memory, take_rounds
 from fastvar_trt.export.build.registry import build_targets
 from fastvar_trt.export.exporter import ExportOptions, export_again, export_model
 from fastvar_trt.export.models.registry import load_plan
@@ -69,17 +69,7 @@ def main(depth: int, schedule: str, runs: int, work_dir: Path | None) -> None:
 def compare(bundles: dict[str, Path], title: str, runs: int) -> None:
     """One plan: measure, print."""
     memory = {name: measure_memory("require", bundle) for name, bundle in bundles.items()}
-    workers = {name: Worker("require", bundle) for name, bundle in bundles.items()}
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
-    try:
-        for round_number in range(runs + 1):
-            for name, process in workers.items():
-                result = process.ask("run")
-                if round_number > 0:  # the first round warms up
-                    times[name].append(result)
-    finally:
-        for process in workers.values():
-            process.close()
+    times = take_rounds({name: Worker("require", bundle) for name, bundle in bundles.items()}, runs)
     graphs = list(times["fp32"][0])
     medians = {
         name: {graph: statistics.median(r[graph] for r in rows) for graph in graphs} for name, rows in times.items()

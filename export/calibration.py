@@ -64,7 +64,7 @@ def calibrate(
     places: Mapping[str, TensorPlace],
     subjects: Sequence[Subject],
     progress: Progress,
-) -> None:
+) -> bool:
     """Draw, and write the scales of activations into the weights file; nothing where no format has any.
 
     Args:
@@ -76,12 +76,15 @@ def calibrate(
             compared on, where it has no text encoder.
         progress: called with `calibration`, `compare` and the share that is done.
 
+    Returns:
+        whether the file was changed.
+
     Raises:
         ExportError: what was multiplied is not finite.
     """
     scales = {id(parameter): name for name, parameter in model.named_parameters() if name.endswith(INPUT_SCALE)}
     if not scales:
-        return
+        return False
     largest = dict.fromkeys(scales.values(), 0.0)
 
     def observe(linear: str, tensors: Mapping[str, Tensor], x: Tensor) -> None:
@@ -94,8 +97,7 @@ def calibrate(
     for i, encoder_inputs in enumerate(conditions):
         progress("calibration", "compare", i / len(conditions))
         noise = {
-            scale: torch.from_numpy(np.stack([uniform_noise(i, scale, model.token_spec(scale)[0])]))
-            for scale in plan.steps
+            scale: torch.from_numpy(uniform_noise(i, scale, model.token_spec(scale)[0]))[None] for scale in plan.steps
         }
         with observing(observe):
             inputs = encoder_inputs if model.text_specs() is None else _encoded(model, encoder_inputs)
@@ -111,6 +113,7 @@ def calibrate(
     overwrite_scalars(
         folder, places, {name: (size or 1.0) / largest_number(_dtype(places, name)) for name, size in largest.items()}
     )
+    return True
 
 
 def _dtype(places: Mapping[str, TensorPlace], name: str) -> str:

@@ -28,7 +28,6 @@ from fastvar_trt.export.models.matrix import (
     INPUT_SCALE,
     Cast,
     matrix_format,
-    rounds_activations,
     unknown_scale,
     write_matrix,
 )
@@ -193,8 +192,8 @@ def _load_calibrated(
 ) -> None:
     """Give the model its weights, and those the scales of activations, where they have any."""
     model.load_tensors(map_weights(folder))
-    calibrate(model, model.resolve(options.plan), folder, places, options.calibration, progress)
-    model.load_tensors(map_weights(folder))
+    if calibrate(model, model.resolve(options.plan), folder, places, options.calibration, progress):
+        model.load_tensors(map_weights(folder))
 
 
 def load_bundle_model(bundle: Path, *, hashes: bool = True) -> tuple[NextScaleModel, Manifest]:
@@ -267,7 +266,7 @@ def export_again(
         calibration=calibration,
         integer_kv=integer_kv or manifest.integer_kv,
     )
-    options.check(manifest.model.family)
+    checked = options.check(manifest.model.family)
     if matrices and precision is None:
         raise ExportError("matrix: are exceptions from a new precision; give one")
     functions = [
@@ -277,15 +276,14 @@ def export_again(
         if function is not None
     ]
     if precision is not None or (integer_kv and not manifest.integer_kv):
-        wanted = manifest.own_precision.with_integer_kv() if precision is None else options.check(manifest.model.family)
+        wanted = manifest.own_precision.with_integer_kv() if precision is None else checked
         return _export_rounded(model, manifest, bundle, functions, out, options, wanted, force=force, progress=progress)
     there = {function.spec.file: (function, bundle / function.spec.file) for function in functions}
     check_subjects(model, calibration)
     with _new_bundle(out, force) as folder:
         _copy(bundle, folder, manifest, WEIGHTS_FILE, names.TOKENIZER_FILE)
         places = read_layout(folder / WEIGHTS_FILE)
-        if rounds_activations(model.precision):
-            _load_calibrated(model, places, folder, options, progress)
+        _load_calibrated(model, places, folder, options, progress)
         known = there if manifest.tools == tool_versions() else {}
         return _write_graphs(model, places, folder, options, progress, known)
 

@@ -159,8 +159,8 @@ class Quantised(MatrixFormat):
         """`torch.addmm` over the dequantised matrix."""
         weight = self._matrix(tensors, linear).to(x.dtype)  # [in, out]
         if not _observed(linear, tensors, x) and self.rounds_inputs:
-            scale = tensors[f"{linear}.input_scale"]
-            x = _dequantised(_quantised(x.float(), scale, self.dtype), scale, x.shape, self.dtype).to(x.dtype)
+            rounded = _quantised(x.float(), tensors[f"{linear}{INPUT_SCALE}"], self.dtype)
+            x = restored_by(tensors, linear, rounded, self.dtype).to(x.dtype)
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
     def _matrix(self, tensors: Mapping[str, Tensor], linear: str) -> Tensor:
