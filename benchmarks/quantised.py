@@ -46,7 +46,7 @@ def prepare(folder: Path, depth: int, schedule: str, plan: str) -> dict[str, Pat
             options = ExportOptions(load_plan(plan), max_top_k=900, compare=False)
             export_model(VARSource.from_state(*states), bundle, options)
         else:
-            export_again(bundles["fp32"], bundle, precision=name, calibration=(1,))
+            export_again(bundles["fp32"], bundle, precision=name)
         build_targets(bundle, "cpu")
         click.echo(f"{bundle.name} in {time.perf_counter() - begin:.0f} s", err=True)
     return bundles
