@@ -23,6 +23,7 @@ from fastvar_trt.export.calibration import Subject, calibrate, check_subjects
 from fastvar_trt.export.folders import new_folder
 from fastvar_trt.export.known_answer import GreedyChain, text_reference
 from fastvar_trt.export.models.base import KEPT, NextScaleModel
+from fastvar_trt.export.models.lora import merged
 from fastvar_trt.export.models.matrix import (
     FORMATS,
     INPUT_SCALE,
@@ -39,6 +40,7 @@ from fastvar_trt.export.tracing import (
     GraphFunction,
     build_graph,
     chain_functions,
+    encoder_function,
     linear_layers,
     save_graph,
     text_function,
@@ -47,7 +49,7 @@ from fastvar_trt.export.validation import GraphError, compare_with_torch, run_in
 from fastvar_trt.export.weights_file import map_weights, write_weights
 from fastvar_trt.plugins import DOMAIN, VERSION
 from fastvar_trt.runtime import manifest as names
-from fastvar_trt.runtime.errors import BundleError, ExportError
+from fastvar_trt.runtime.errors import BundleError, CheckpointError, ExportError
 from fastvar_trt.runtime.manifest import (
     MANIFEST_FILE,
     REFERENCE_FILE,
@@ -109,6 +111,25 @@ class ExportOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Size:
+    """The model at one of a bundle's sizes."""
+
+    model: NextScaleModel
+    plan: PruningPlan
+
+    @property
+    def name(self) -> str:
+        """Of its variant."""
+        height, width = self.model.image_size()
+        return f"{width}x{height}"
+
+    @property
+    def resolved(self) -> ResolvedPlan:
+        """The plan for the model."""
+        return self.model.resolve(self.plan)
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportReport:
     """What an export found."""
 
@@ -122,6 +143,7 @@ def export_model(
     out: Path,
     options: ExportOptions,
     *,
+    more: Sequence[tuple[Source, PruningPlan]] = (),
     force: bool = False,
     progress: Progress = no_progress,
 ) -> ExportReport:
@@ -134,6 +156,7 @@ def export_model(
         source: the model.
         out: the bundle's folder.
         options: plan, precision, batch sizes.
+        more: the same model at further sizes, each with its plan, over the same weights.
         force: replace the bundle that is there.
         progress: called with a graph's file name, one of `PHASES` and the share of its work that is done.
 
@@ -144,17 +167,40 @@ def export_model(
     spec = source.new_model(PRECISIONS["fp32"]).model_spec()
     precision = options.check(spec.family)
     model = source.new_model(precision)
+    sizes = [_Size(model, options.plan), *(_Size(other.new_model(precision), plan) for other, plan in more)]
     check_subjects(model, options.calibration)
-    model.resolve(options.plan)  # an error before anything is written
+    _check_sizes(sizes)
     scales = dict(_kv_scales(model))
     shapes = source.shapes(precision, options.max_top_k) | shapes_of(scales.items())
+    of_sizes = {
+        name: tensor
+        for size in sizes[1:]
+        for name, tensor in size.model.size_tensors(source.state)
+        if name not in shapes
+    }
+    shapes |= shapes_of(of_sizes.items())
     _check_patterns(options.matrices, source, precision)
     with _new_bundle(out, force) as folder:
-        tensors = itertools.chain(source.tensors(precision, options.max_top_k), scales.items())
+        tensors = itertools.chain(source.tensors(precision, options.max_top_k), scales.items(), of_sizes.items())
         places = _write_weights(folder, shapes, tensors)
         source.copy_files(folder)
-        _load_calibrated(model, places, folder, options, progress)
-        return _write_graphs(model, places, folder, options, progress)
+        _load_calibrated(sizes, places, folder, options, progress)
+        return _write_graphs(sizes, places, folder, options, progress)
+
+
+def _check_sizes(sizes: Sequence[_Size]) -> None:
+    """That every plan fits, and no size is there twice; before anything is written.
+
+    Raises:
+        PlanError: a plan does not fit.
+        ExportError: a size is there twice.
+    """
+    known: set[str] = set()
+    for size in sizes:
+        size.model.resolve(size.plan)
+        if size.name in known:
+            raise ExportError(f"sizes: {size.name} is asked for twice; a bundle holds each once")
+        known.add(size.name)
 
 
 def _check_patterns(matrices: Sequence[tuple[str, str]], source: Source, precision: Precision) -> None:
@@ -184,20 +230,22 @@ def _kv_scales(model: NextScaleModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _load_calibrated(
-    model: NextScaleModel,
+    sizes: Sequence[_Size],
     places: Mapping[str, TensorPlace],
     folder: Path,
     options: ExportOptions,
     progress: Progress,
 ) -> None:
-    """Give the model its weights, and those the scales of activations, where they have any."""
+    """Give the model its weights, and those the scales of activations, where they have any, found at the first size."""
+    model = sizes[0].model
     model.load_tensors(map_weights(folder))
-    if calibrate(model, model.resolve(options.plan), folder, places, options.calibration, progress):
-        model.load_tensors(map_weights(folder))
+    changed = calibrate(model, sizes[0].resolved, folder, places, options.calibration, progress)
+    for size in sizes if changed else sizes[1:]:
+        size.model.load_tensors(map_weights(folder))
 
 
 def load_bundle_model(bundle: Path, *, hashes: bool = True) -> tuple[NextScaleModel, Manifest]:
-    """The PyTorch model over a bundle's own weights, memory-mapped.
+    """The PyTorch model of a bundle's first size over its own weights, memory-mapped.
 
     Args:
         bundle: its folder.
@@ -208,12 +256,21 @@ def load_bundle_model(bundle: Path, *, hashes: bool = True) -> tuple[NextScaleMo
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=hashes)
+    model = _new_models(bundle, manifest, manifest.own_precision)[0]
+    return model.load_tensors(map_weights(bundle)), manifest
+
+
+def _new_models(bundle: Path, manifest: Manifest, precision: Precision) -> list[NextScaleModel]:
+    """The models of all sizes, without weights.
+
+    Raises:
+        BundleError: its configurations cannot be read.
+    """
     try:
         family = FAMILIES[manifest.model.family]
-        model = family.from_configs(manifest.configs, manifest.own_precision)
+        return [family.from_configs(v.configs or manifest.configs, precision) for v in manifest.variants]
     except (KeyError, TypeError) as error:
         raise BundleError(f"bundle {bundle}: its configs cannot be read ({error}); export it again") from error
-    return model.load_tensors(map_weights(bundle)), manifest
 
 
 def export_again(
@@ -226,38 +283,41 @@ def export_again(
     integer_kv: bool = False,
     calibration: tuple[Subject, ...] = (),
     batches: tuple[int, ...] | None = None,
+    checkpoint: Path | None = None,
+    lora: tuple[Path, float] | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> ExportReport:
-    """Write a bundle of the same model with another plan or precision, without the checkpoint.
+    """Write a bundle of the same model with another plan or precision, without the checkpoint; or of another checkpoint
+    of the same sizes.
 
     Graphs that stay as they are get copied.
 
     Args:
         bundle: a bundle.
         out: the new bundle's folder.
-        plan: its plan; default: that of `bundle`.
+        plan: its plan, at all sizes; default: those of `bundle`.
         precision: one that computes as that of `bundle` does, whose matrices are then rounded; default: that one.
         matrices: exceptions from the precision's format, before the family's own.
         integer_kv: keep keys and values in 8 bits, as a bundle that does already goes on to.
         calibration: classes or prompts to draw for scales, which are found again for every plan.
         batches: batch sizes; default: those of `bundle`.
+        checkpoint: the official file or folder of another transformer of the same sizes, as a fine-tune is; VAE and
+            text encoder stay.
+        lora: one of that checkpoint, and its factor.
         force: replace the bundle that is there.
         progress: as for `export_model`.
 
     Raises:
         BundleError: a bundle that is incomplete or damaged.
+        CheckpointError: a checkpoint of other sizes.
         ExportError: `out` is taken, the disk is full, a graph does not match PyTorch, or a precision that cannot be had
             of these weights.
         PlanError: the plan does not fit the model.
     """
     model, manifest = load_bundle_model(bundle)
-    if len(manifest.variants) > 1:
-        raise ExportError(f"bundle {bundle}: has {len(manifest.variants)} variants, and another plan is for one")
-    plan = plan or manifest.default.plan
-    model.resolve(plan)
     options = ExportOptions(
-        plan,
+        plan or manifest.default.plan,
         precision or manifest.precision,
         batches or manifest.batches,
         manifest.sampling.max_top_k,
@@ -269,27 +329,71 @@ def export_again(
     checked = options.check(manifest.model.family)
     if matrices and precision is None:
         raise ExportError("matrix: are exceptions from a new precision; give one")
-    functions = [
-        function
-        for batch in manifest.batches
-        for function in (text_function(model), *chain_functions(model, manifest.resolved_plan, batch))
-        if function is not None
-    ]
+    if lora is not None and checkpoint is None:
+        raise ExportError("--lora: needs --checkpoint, which it is of; weights of a bundle are not as they were")
+    if checkpoint is not None and precision is not None:
+        raise ExportError("--checkpoint: not with --precision; change one after the other")
+    models = _new_models(bundle, manifest, manifest.own_precision)
+    for own in models:
+        own.load_tensors(map_weights(bundle))
+    sizes = [_Size(own, plan or v.plan) for own, v in zip(models, manifest.variants, strict=True)]
+    _check_sizes(sizes)
+    before = [_Size(own, v.plan) for own, v in zip(models, manifest.variants, strict=True)]
+    functions = _all_functions(before, manifest.batches)
     if precision is not None or (integer_kv and not manifest.integer_kv):
         wanted = manifest.own_precision.with_integer_kv() if precision is None else checked
-        return _export_rounded(model, manifest, bundle, functions, out, options, wanted, force=force, progress=progress)
+        return _export_rounded(sizes, manifest, bundle, functions, out, options, wanted, force=force, progress=progress)
+    state = None if checkpoint is None else model.load_transformer(checkpoint)
+    if state is not None and lora is not None:
+        state = merged(state, *lora)
     there = {function.spec.file: (function, bundle / function.spec.file) for function in functions}
     check_subjects(model, calibration)
     with _new_bundle(out, force) as folder:
-        _copy(bundle, folder, manifest, WEIGHTS_FILE, names.TOKENIZER_FILE)
-        places = read_layout(folder / WEIGHTS_FILE)
-        _load_calibrated(model, places, folder, options, progress)
+        _copy(bundle, folder, manifest, names.TOKENIZER_FILE)
+        if state is None:
+            _copy(bundle, folder, manifest, WEIGHTS_FILE)
+            places = read_layout(folder / WEIGHTS_FILE)
+        else:
+            places = _write_weights(folder, *_retrained(sizes, bundle, state))
+        _load_calibrated(sizes, places, folder, options, progress)
         known = there if manifest.tools == tool_versions() else {}
-        return _write_graphs(model, places, folder, options, progress, known)
+        return _write_graphs(sizes, places, folder, options, progress, known)
+
+
+def _retrained(
+    sizes: Sequence[_Size], bundle: Path, state: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[tuple[int, ...], str]], Iterator[tuple[str, Tensor]]]:
+    """Shapes and tensors of a bundle's weights file, with another transformer in it."""
+    before = map_weights(bundle)
+
+    def changed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        own = (pair for size in sizes for pair in size.model.size_tensors(state))
+        return itertools.chain(sizes[0].model.transformer_tensors(state), dict(own).items())
+
+    with torch.device("meta"):
+        shapes = shapes_of(changed(to_meta(state)))
+    known = shapes_of(before.items())
+    if wrong := [name for name, own in shapes.items() if known.get(name) != own]:
+        raise CheckpointError(
+            f"--checkpoint: {wrong[0]} would be {shapes[wrong[0]]}, bundle {bundle} has {known.get(wrong[0])}"
+        )
+    kept = ((name, tensor) for name, tensor in before.items() if name not in shapes)
+    return known, itertools.chain(changed(state), kept)
+
+
+def _all_functions(sizes: Sequence[_Size], batches: Sequence[int]) -> list[GraphFunction]:
+    """All graphs of a bundle, each once."""
+    found = [text_function(sizes[0].model)]
+    for size in sizes:
+        variant = size.name if size is not sizes[0] else ""
+        found.append(encoder_function(size.model, size.resolved, variant))
+        for batch in batches:
+            found += chain_functions(size.model, size.resolved, batch, variant)
+    return list({function.spec.file: function for function in found if function is not None}.values())
 
 
 def _export_rounded(
-    model: NextScaleModel,
+    sizes: Sequence[_Size],
     manifest: Manifest,
     bundle: Path,
     functions: Sequence[GraphFunction],
@@ -301,7 +405,7 @@ def _export_rounded(
     progress: Progress,
 ) -> ExportReport:
     """The bundle of a model in another precision."""
-    before = manifest.own_precision
+    before, model = manifest.own_precision, sizes[0].model
     quantises = wanted.is_quantised and wanted.name != before.name
     if before.is_quantised and wanted.name != before.name:
         raise ExportError(f"bundle {bundle}: is {before.name}, and rounding twice loses more; take what it was made of")
@@ -313,11 +417,13 @@ def _export_rounded(
     linears = linear_layers(model, functions) if quantises else frozenset()
     _check_names(options.matrices, linears)
     tensors = {
-        name.removeprefix("image_decoder."): parameter.data
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        name.removeprefix("image_decoder.").removeprefix("image_encoder."): parameter.data
+        for size in sizes
+        for name, parameter in size.model.named_parameters(remove_duplicate=False)
     }
 
-    quantised = FAMILIES[manifest.model.family].from_configs(manifest.configs, wanted)
+    models = _new_models(bundle, manifest, wanted)
+    quantised = models[0]
     check_subjects(quantised, options.calibration)
 
     def rounded(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -336,8 +442,9 @@ def _export_rounded(
     with _new_bundle(out, force) as folder:
         places = _write_weights(folder, shapes, rounded(tensors))
         _copy(bundle, folder, manifest, names.TOKENIZER_FILE)
-        _load_calibrated(quantised, places, folder, options, progress)
-        return _write_graphs(quantised, places, folder, options, progress)
+        rounded_sizes = [dataclasses.replace(size, model=own) for size, own in zip(sizes, models, strict=True)]
+        _load_calibrated(rounded_sizes, places, folder, options, progress)
+        return _write_graphs(rounded_sizes, places, folder, options, progress)
 
 
 def _copy(bundle: Path, folder: Path, manifest: Manifest, *files: str) -> None:
@@ -348,7 +455,7 @@ def _copy(bundle: Path, folder: Path, manifest: Manifest, *files: str) -> None:
 
 
 def _write_graphs(
-    model: NextScaleModel,
+    sizes: Sequence[_Size],
     places: Mapping[str, TensorPlace],
     folder: Path,
     options: ExportOptions,
@@ -356,14 +463,27 @@ def _write_graphs(
     there: Mapping[str, tuple[GraphFunction, Path]] = MappingProxyType({}),
 ) -> ExportReport:
     """All that a bundle holds besides its weights: graphs, reference, manifest."""
-    plan = model.resolve(options.plan)
     batches = tuple(sorted(set(options.batches)))
-    writer = _GraphWriter(model, places, folder, progress, there, compare=options.compare)
-    auxiliary = writer.write_text_encoder()
-    graphs = [spec for batch in batches for spec in writer.write_chain(plan, batch, keep_reference=batch == batches[0])]
+    writer = _GraphWriter(places, folder, progress, there, compare=options.compare)
+    auxiliary = writer.write_text_encoder(sizes[0].model)
+    variants = []
+    for size in sizes:
+        is_first = size is sizes[0]
+        suffix = "" if is_first else size.name  # of the files' names
+        encoder = writer.write_image_encoder(size, suffix)
+        graphs = [
+            spec
+            for batch in batches
+            for spec in writer.write_chain(size, suffix, batch, keep_reference=is_first and batch == batches[0])
+        ]
+        height, width = size.model.image_size()
+        configs = {} if is_first else size.model.configs()
+        variants.append(
+            Variant(size.name, height, width, size.model.schedule, size.plan, tuple(graphs), encoder, configs)
+        )
     if options.compare:
         np.savez(folder / REFERENCE_FILE, allow_pickle=False, **writer.reference)
-    manifest = _manifest(model, options, batches, auxiliary, graphs, folder)
+    manifest = _manifest(sizes[0].model, options, batches, auxiliary, variants, folder)
     _write_manifest(manifest, folder)
     return ExportReport(manifest, writer.errors, tuple(writer.traced))
 
@@ -397,7 +517,6 @@ class _GraphWriter:
 
     def __init__(
         self,
-        model: NextScaleModel,
         places: Mapping[str, TensorPlace],
         folder: Path,
         progress: Progress,
@@ -405,31 +524,42 @@ class _GraphWriter:
         *,
         compare: bool,
     ) -> None:
-        self._model, self._places, self._folder = model, places, folder
+        self._places, self._folder = places, folder
         self._progress, self._there, self._compare = progress, there, compare
         self.errors: dict[str, GraphError] = {}
         self.traced: list[str] = []
         self.reference: dict[str, Any] = {}
 
     @torch.inference_mode()
-    def write_text_encoder(self) -> list[GraphSpec]:
+    def write_text_encoder(self, model: NextScaleModel) -> list[GraphSpec]:
         """The text encoder, of models that have one; its example goes into the reference."""
-        function = text_function(self._model)
+        function = text_function(model)
         if function is None:
             return []
-        self._write(function, self._model.example_text())
+        self._write(model, function, model.example_text())
         if self._compare:
-            self.reference |= text_reference(self._model)
+            self.reference |= text_reference(model)
         self._report(function, "done")
         return [function.spec]
 
     @torch.inference_mode()
-    def write_chain(self, plan: ResolvedPlan, batch: int, *, keep_reference: bool) -> list[GraphSpec]:
+    def write_image_encoder(self, size: _Size, variant: str) -> GraphSpec | None:
+        """The image encoder, of models that have one."""
+        function = encoder_function(size.model, size.resolved, variant)
+        if function is None:
+            return None
+        self._write(size.model, function, {names.PIXELS: _example_picture(size.model)} if self._compare else {})
+        self._report(function, "done")
+        return function.spec
+
+    @torch.inference_mode()
+    def write_chain(self, size: _Size, variant: str, batch: int, *, keep_reference: bool) -> list[GraphSpec]:
         """The graphs of one batch size, in the order in which they run."""
-        chain = GreedyChain(self._model, plan, batch) if self._compare else None
-        functions = chain_functions(self._model, plan, batch)
+        model, plan = size.model, size.resolved
+        chain = GreedyChain(model, plan, batch) if self._compare else None
+        functions = chain_functions(model, plan, batch, variant)
         for function in functions:
-            self._write(function, {} if chain is None else _graph_inputs(self._model, function, chain))
+            self._write(model, function, {} if chain is None else _graph_inputs(model, function, chain))
             if chain is not None:
                 chain.advance(function.spec)
             self._report(function, "done")
@@ -437,15 +567,17 @@ class _GraphWriter:
             self.reference |= chain.drawn
         return [function.spec for function in functions]
 
-    def _write(self, function: GraphFunction, inputs: Mapping[str, Tensor]) -> None:
+    def _write(self, model: NextScaleModel, function: GraphFunction, inputs: Mapping[str, Tensor]) -> None:
         spec = function.spec
+        if (self._folder / spec.file).exists():  # of a size before
+            return
         self._report(function, "trace")
         known = self._there.get(spec.file)
         if known is not None and function.same_graph(known[0]):
             shutil.copyfile(known[1], self._folder / spec.file)
             return
         with torch.inference_mode(False):  # tracing needs autograd's view tracking
-            graph = build_graph(function, self._model, self._places, self._folder)
+            graph = build_graph(function, model, self._places, self._folder)
         self.traced.append(spec.file)
         self._report(function, "check")
         save_graph(graph, self._folder / spec.file)
@@ -453,7 +585,7 @@ class _GraphWriter:
             return
         self._report(function, "compare")
         got = run_in_onnxruntime(self._folder, spec, graph, inputs)
-        self.errors[spec.file] = compare_with_torch(function, inputs, got, self._model.precision)
+        self.errors[spec.file] = compare_with_torch(function, inputs, got, model.precision)
 
     def _report(self, function: GraphFunction, phase: str) -> None:
         self._progress(function.spec.file, phase, PHASES.index(phase) / (len(PHASES) - 1))
@@ -496,8 +628,8 @@ def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyC
     if spec.kind == names.DECODER:
         # Not what the chain has drawn: of an untrained model that is nearly constant, and the decoder's normalisation
         # then magnifies rounding until nothing can be compared.
-        shape = spec.inputs[0].shape
-        return {names.F_HAT: torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+        generator = torch.Generator().manual_seed(0)
+        return {own.name: torch.randn(own.shape, generator=generator) for own in spec.inputs}
     request = default_request(model, spec.batch, greedy=False)
     available = {**state.condition, **state.handed_on}
     if spec.kind == names.RESIDUAL:
@@ -513,6 +645,8 @@ def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyC
     if spec.scale is not None:
         gumbel = gumbel_of(model, spec.scale, state.seeds, torch.device("cpu"))
         available |= {} if gumbel is None else {names.GUMBEL: gumbel}
+    if spec.scale is not None and model.has_encoder:
+        available |= _example_given(model, spec.scale, spec.batch)
     noise = spec.input(Role.NOISE)
     if noise is not None and noise.scale is not None:
         rows = [uniform_noise(image, noise.scale, noise.shape[1:]) for image in range(spec.batch)]
@@ -520,22 +654,42 @@ def _graph_inputs(model: NextScaleModel, function: GraphFunction, chain: GreedyC
     return {i.name: available[i.name][: i.shape[0]] for i in spec.inputs}  # the conditional half, without guidance
 
 
+def _example_given(model: NextScaleModel, scale: int, batch: int) -> dict[str, Tensor]:
+    """Half of a scale's tokens, given."""
+    shape, dtype = model.token_spec(scale)
+    generator = torch.Generator().manual_seed(scale)
+    values = 2 if len(shape) > 1 else model.model_spec().vocab_size
+    tokens = torch.randint(values, (batch, *shape), generator=generator).to(dtype)
+    return {
+        names.given(scale): tokens,
+        names.is_given(scale): torch.rand((batch, shape[0]), generator=generator) < 0.5,
+    }
+
+
+def _example_picture(model: NextScaleModel) -> Tensor:
+    """A ramp of colours with a disc: uint8 [1, H, W, 3]."""
+    height, width = model.image_size()
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    picture = torch.stack([0.2 + 0.6 * x, 0.3 + 0.5 * y, 0.5 + 0.3 * torch.sin(9 * (x + y))], dim=-1)
+    disc = (x - 0.4).square() + (y - 0.6).square() < 0.05
+    picture = torch.where(disc[..., None], torch.tensor([0.9, 0.3, 0.1]), picture)
+    return (255 * picture).to(torch.uint8)[None]
+
+
 def _manifest(
     model: NextScaleModel,
     options: ExportOptions,
     batches: tuple[int, ...],
     auxiliary: Sequence[GraphSpec],
-    graphs: Sequence[GraphSpec],
+    variants: Sequence[Variant],
     folder: Path,
 ) -> Manifest:
-    height, width = model.image_size()
-    variant = Variant(f"{width}x{height}", height, width, model.schedule, options.plan, tuple(graphs))
     return Manifest(
         model=model.model_spec(),
         precision=options.precision,
         batches=batches,
         sampling=model.sampling_spec(),
-        variants=(variant,),
+        variants=tuple(variants),
         auxiliary=tuple(auxiliary),
         files={path.name: FileSpec.of(path) for path in sorted(folder.iterdir()) if path.is_file()},
         operators={DOMAIN: VERSION},

@@ -82,10 +82,11 @@ class GraphFunction:
     spec: GraphSpec
     run: Callable[[Mapping[str, Tensor], Tracing], dict[str, Tensor]]
     layers: Mapping[int, BlockSpec] = dataclasses.field(default_factory=dict)  # the block of every layer that it runs
-    # Of a step: f_hat by its inputs and by other outputs than its own. Tokens differ where rounding decides, and a
-    # blend near one code multiplies the rounding of logits.
-    accumulate: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None = None
+    # Of what draws or encodes: what follows of its inputs and of other outputs than its own, by name. Tokens differ
+    # where rounding decides, and a blend near one code multiplies the rounding of logits.
+    follow: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     magnifies: bool = False  # rounding: a share of its result is not comparable
+    sums: tuple[int, ...] = ()  # of an image encoder: the scales that its detail is not of
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -94,11 +95,18 @@ class GraphFunction:
 
     def same_graph(self, other: GraphFunction) -> bool:
         """True where both trace to the same graph over the same weights, whatever their plans."""
-        return self.spec == other.spec and self.layers == other.layers
+        return (self.spec, self.layers, self.sums) == (other.spec, other.layers, other.sums)
 
 
-def chain_functions(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> list[GraphFunction]:
-    """The graphs of one batch size, in the order in which they run: condition, steps, decoder."""
+def chain_functions(model: NextScaleModel, plan: ResolvedPlan, batch: int, variant: str = "") -> list[GraphFunction]:
+    """The graphs of one batch size, in the order in which they run: condition, steps, decoder.
+
+    Args:
+        model: the model, at one size.
+        plan: its plan.
+        batch: images.
+        variant: part of the names of files; empty where a bundle has one size.
+    """
     height, width = model.image_size()
 
     def run_condition(tensors: Mapping[str, Tensor], _: Tracing) -> dict[str, Tensor]:
@@ -106,7 +114,8 @@ def chain_functions(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> li
         return {spec.name: by_name[spec.name] for spec in condition.outputs}
 
     def run_decoder(tensors: Mapping[str, Tensor], _: Tracing) -> dict[str, Tensor]:
-        image, pixels = model.decode(tensors[names.F_HAT])
+        f_hat = tensors[names.F_HAT]
+        image, pixels = model.decode(f_hat + tensors[names.DETAIL] if names.DETAIL in tensors else f_hat)
         return {names.PIXELS: pixels, names.IMAGE: image}
 
     condition = _graph_spec(
@@ -116,19 +125,59 @@ def chain_functions(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> li
         names.DECODER,
         batch,
         None,
-        [_f_hat_spec(model, batch, names.F_HAT)],
+        [
+            _f_hat_spec(model, batch, names.F_HAT),
+            *([_f_hat_spec(model, batch, names.DETAIL, Role.GIVEN)] if model.has_encoder else []),
+        ],
         [
             TensorSpec(names.PIXELS, (batch, height, width, 3), "uint8", Role.PIXELS),
             TensorSpec(names.IMAGE, (batch, 3, height, width), "float32", Role.IMAGE),
         ],
     )
     steps = [_step_function(model, plan, scale, batch) for scale in plan.steps]
-    return [
+    functions = [
         GraphFunction(condition, run_condition),
         *steps,
         *_residual_function(model, plan, batch),
         GraphFunction(decoder, run_decoder),
     ]
+    return [functions[0], *(_of_variant(function, variant) for function in functions[1:])]
+
+
+def _of_variant(function: GraphFunction, variant: str) -> GraphFunction:
+    """The function, its graph's file named for a variant; the condition is the same for all of them."""
+    spec = function.spec
+    file = names.graph_file(spec.kind, spec.batch, spec.scale, variant)
+    return dataclasses.replace(function, spec=dataclasses.replace(spec, file=file))
+
+
+def encoder_function(model: NextScaleModel, plan: ResolvedPlan, variant: str = "") -> GraphFunction | None:
+    """The image encoder of one picture, of models that have one."""
+    if not model.has_encoder:
+        return None
+    height, width = model.image_size()
+
+    def run(tensors: Mapping[str, Tensor], _: Tracing) -> dict[str, Tensor]:
+        tokens, f_hat, detail = model.encode(tensors[names.PIXELS], plan)
+        by_scale = {names.given(scale): own for scale, own in enumerate(tokens)}
+        return {**by_scale, names.F_HAT: f_hat, names.DETAIL: detail}
+
+    def follow(_: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tokens = [outputs[names.given(scale)] for scale in range(len(model.schedule))]
+        f_hat, detail = model.accumulated(tokens, plan)
+        return {names.F_HAT: f_hat, names.DETAIL: detail}
+
+    tokens = [_given_spec(model, 1, scale) for scale in range(len(model.schedule))]
+    f_hats = [_f_hat_spec(model, 1, names.F_HAT), _f_hat_spec(model, 1, names.DETAIL, Role.GIVEN)]
+    pixels = TensorSpec(names.PIXELS, (1, height, width, 3), "uint8", Role.PIXELS)
+    graph = _graph_spec(names.IMAGE_ENCODER, 1, None, [pixels], [*tokens, *f_hats])
+    return _of_variant(GraphFunction(graph, run, follow=follow, sums=plan.steps), variant)
+
+
+def _given_spec(model: NextScaleModel, batch: int, scale: int) -> TensorSpec:
+    """Given tokens of a scale."""
+    shape, dtype = model.token_spec(scale)
+    return TensorSpec(names.given(scale), (batch, *shape), dtype_name(dtype), Role.GIVEN)
 
 
 def _residual_function(model: NextScaleModel, plan: ResolvedPlan, batch: int) -> list[GraphFunction]:
@@ -161,8 +210,8 @@ def _graph_spec(
     return GraphSpec(names.graph_file(kind, batch, scale), kind, batch, scale, tuple(inputs), tuple(outputs))
 
 
-def _f_hat_spec(model: NextScaleModel, batch: int, name: str) -> TensorSpec:
-    return TensorSpec(name, (batch, *model.f_hat_shape()), "float32", Role.F_HAT)
+def _f_hat_spec(model: NextScaleModel, batch: int, name: str, role: Role = Role.F_HAT) -> TensorSpec:
+    return TensorSpec(name, (batch, *model.f_hat_shape()), "float32", role)
 
 
 def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch: int) -> GraphFunction:
@@ -172,6 +221,10 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
     def request_of(tensors: Mapping[str, Tensor]) -> Request:
         # Zeros for one that this step does not take.
         return Request(**{n: tensors[n] if n in tensors else torch.zeros(batch) for n in GRAPH_INPUTS})
+
+    def given_of(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        own = names.given(scale), names.is_given(scale)
+        return (tensors[own[0]], tensors[own[1]]) if own[0] in tensors else None
 
     def run(tensors: Mapping[str, Tensor], tracing: Tracing) -> dict[str, Tensor]:
         result = model.step(
@@ -193,6 +246,7 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             uniform=tensors[names.UNIFORM],
             request=request_of(tensors),
             gumbel=tensors.get(names.GUMBEL),
+            given=given_of(tensors),
             select=tracing.select,
             block_names=tracing.block_names,
         )
@@ -209,13 +263,15 @@ def _step_function(model: NextScaleModel, plan: ResolvedPlan, scale: int, batch:
             by_name |= {names.cache(i, sublayer): y for sublayer, y in zip(model.sublayers, outputs, strict=True)}
         return {spec.name: by_name[spec.name] for spec in graph.outputs}
 
-    def accumulate(tensors: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+    def follow(tensors: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tokens, f_hat, gumbel = outputs[names.TOKENS], tensors.get(names.F_HAT), tensors.get(names.GUMBEL)
         if gumbel is None:
-            return model.accumulate(tokens, f_hat, scale)
-        return model.blend(tokens, outputs[names.LOGITS], gumbel, f_hat, scale, request_of(tensors))
+            return {names.F_HAT_OUT: model.accumulate(tokens, f_hat, scale)}
+        is_given = tensors.get(names.is_given(scale))
+        blended = model.blend(tokens, outputs[names.LOGITS], gumbel, f_hat, scale, request_of(tensors), is_given)
+        return {names.F_HAT_OUT: blended}
 
-    return GraphFunction(graph, run, specs, accumulate)
+    return GraphFunction(graph, run, specs, follow)
 
 
 def _step_spec(
@@ -244,6 +300,11 @@ def _step_spec(
     gumbel_shape = model.gumbel_shape(scale)
     if gumbel_shape is not None:
         inputs.append(TensorSpec(names.GUMBEL, (batch, *gumbel_shape), "float32", Role.GUMBEL, scale=scale))
+    if model.has_encoder:
+        inputs += [
+            _given_spec(model, batch, scale),
+            TensorSpec(names.is_given(scale), (batch, token_shape[0]), "bool", Role.GIVEN),
+        ]
     for name in model.step_request_inputs(plan, scale):
         parameter = GRAPH_INPUTS[name]
         of_scale = scale if parameter.per_scale else None
@@ -420,6 +481,7 @@ def _point_weights(model: ir.Model, places: Mapping[str, TensorPlace], folder: P
     """Replace every weight by a reference into the weights file; nothing large may stay behind."""
     for value in list(model.graph.initializers.values()):
         name = (value.name or "").removeprefix("model.").removeprefix("image_decoder.")
+        name = name.removeprefix("image_encoder.")
         tensor = value.const_value
         assert tensor is not None
         if name in places:

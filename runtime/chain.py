@@ -3,9 +3,9 @@
 The host only binds buffers between graphs. Keys and values live in one buffer per layer, [S_total, B2, H, D]: a graph
 reads its head and writes its tail, so appending copies nothing. Steps without guidance write a second one,
 [S, B, H, D]; of what else was written for both halves they read the first rows, which are the conditional half. Which
-buffer a tensor is bound to follows from its role, layer and scale, and from the order in which the graphs run. All keys
-and values lie in one piece of memory, those that are not needed at the same time, as of a drafter and its refiner, in
-the same place.
+buffer a tensor is bound to follows from its role, layer and scale, and from the order in which the graphs run. All that
+graphs hand to each other lies in one piece of memory, which all chains share, as one runs at a time; what is not needed
+at the same time, as the keys and values of a drafter and of its refiner, lies in the same place.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends import Backend, BoundGraph, BoundOnDemand, Buffer, CapturedChain, View
 from fastvar_trt.runtime.errors import BackendError, BundleError, CancelledError
+from fastvar_trt.runtime.layout import Layout, Place
 from fastvar_trt.runtime.manifest import DECODER, HALVED_ROLES, NOISES, OPTIONAL_ROLES, GraphSpec, Role, TensorSpec
 from fastvar_trt.runtime.precision import Tolerance
 from fastvar_trt.runtime.request import BatchInputs
@@ -56,119 +56,38 @@ class ChainOutputs:
     timings: dict[str, float]  # graph name -> ms
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a tensor lives: a buffer, and of keys and values the first of its rows there."""
-
-    key: str
-    first_row: int | None = None
+def memory_of(backend: Backend, chains: Iterable[Sequence[GraphSpec]]) -> Buffer:
+    """One piece of memory for any of several chains, of which one runs at a time; on an open backend."""
+    return backend.allocate((max(_shared_bytes(backend, graphs) for graphs in chains),), "uint8")
 
 
-_KEPT = (Role.KEYS, Role.VALUES)
-_ALIGNMENT = 256  # bytes, of buffers that share one piece of memory
-_F_HAT_BUFFERS = (f"{Role.F_HAT}@0", f"{Role.F_HAT}@1")
-
-
-class _Layout:
-    """The places of all tensors of a chain; see the module's first lines."""
-
-    def __init__(self, graphs: Sequence[GraphSpec]) -> None:
-        self.inputs: list[dict[str, _Place]] = []
-        self.outputs: list[dict[str, _Place]] = []
-        self.num_rows: dict[str, int] = defaultdict(int)  # of buffers of keys and values
-        self.by_role: dict[Role, dict[str, TensorSpec]] = defaultdict(dict)  # buffer -> the tensor that it holds
-        self.f_hat_after: dict[int, str] = {}  # scale -> buffer
-        self.f_hat = _F_HAT_BUFFERS[0]  # what the next graph reads
-        self._needed: dict[str, tuple[int, int]] = {}  # buffer of keys or values -> first and last graph
-        for graph in graphs:
-            self._add(graph)
-        sizes = {key: self._num_bytes(key, spec) for role in _KEPT for key, spec in self.by_role[role].items()}
-        self.kv_offsets, self.kv_bytes = _placed(sizes, self._needed)  # of buffers of keys and values
-
-    def _num_bytes(self, key: str, spec: TensorSpec) -> int:
-        return dataclasses.replace(spec, shape=self.kv_shape(key, spec)).num_bytes
-
-    def kv_shape(self, key: str, spec: TensorSpec) -> tuple[int, ...]:
-        """[S_total, B2, H, D] of the buffer behind a tensor of keys or values."""
-        return (self.num_rows[key], *spec.shape[1:])
-
-    def _add(self, graph: GraphSpec) -> None:
-        inputs, outputs = {}, {}
-        for spec in graph.inputs:
-            place = _Place(self.f_hat) if spec.role is Role.F_HAT else _place(spec, first_row=0)
-            inputs[spec.name] = place
-            self.by_role[spec.role].setdefault(place.key, spec)
-        for spec in graph.outputs:
-            if spec.role is Role.F_HAT:
-                # Two buffers in turn: a graph reads the one and writes the other.
-                self.f_hat = _F_HAT_BUFFERS[1 - _F_HAT_BUFFERS.index(self.f_hat)]
-                place = _Place(self.f_hat)
-                if graph.scale is not None:
-                    self.f_hat_after[graph.scale] = self.f_hat
-            else:
-                place = _place(spec, first_row=self.num_rows[_place(spec).key])
-            outputs[spec.name] = place
-            self.by_role[spec.role].setdefault(place.key, spec)
-            if place.first_row is not None:
-                self.num_rows[place.key] += spec.shape[0]
-        for place in (*inputs.values(), *outputs.values()):
-            if place.first_row is not None:
-                now = len(self.inputs)
-                self._needed[place.key] = self._needed.get(place.key, (now, now))[0], now
-        self.inputs.append(inputs)
-        self.outputs.append(outputs)
-
-
-def _placed(sizes: Mapping[str, int], needed: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
-    """Where buffers lie in one piece of memory, and how large it is; the largest are placed first, each at the lowest
-    place that none is at which is needed at the same time.
-
-    Args:
-        sizes: bytes by name.
-        needed: first and last graph by name.
-    """
-    offsets: dict[str, int] = {}
-    for key in sorted(sizes, key=lambda name: -sizes[name]):
-        first, last = needed[key]
-        beside = sorted(
-            (offset, offset + sizes[other])
-            for other, offset in offsets.items()
-            if needed[other][0] <= last and first <= needed[other][1]
-        )
-        offsets[key] = 0
-        for start, stop in beside:
-            if offsets[key] + sizes[key] <= start:
-                break
-            offsets[key] = max(offsets[key], -(-stop // _ALIGNMENT) * _ALIGNMENT)
-    return offsets, max((offset + sizes[key] for key, offset in offsets.items()), default=0)
-
-
-def kv_bytes(graphs: Sequence[GraphSpec]) -> int:
-    """Memory of the keys and values of a chain; what is not needed at the same time shares it."""
-    return _Layout(graphs).kv_bytes
-
-
-def _place(spec: TensorSpec, first_row: int | None = None) -> _Place:
-    """The buffer behind a tensor: of its layer, of its scale, or shared by name."""
-    if spec.role in _KEPT:
-        return _Place(f"{spec.role}_{spec.layer}x{spec.shape[1]}", first_row)
-    return _Place(spec.name if spec.scale is None else f"{spec.name}@{spec.scale}")
+def _shared_bytes(backend: Backend, graphs: Sequence[GraphSpec]) -> int:
+    # The decoder runs when nothing is handed on any more, and may have that memory.
+    lent = max((backend.num_activation_bytes(graph) for graph in graphs if backend.is_on_demand(graph)), default=0)
+    return max(Layout(graphs).num_bytes, lent)
 
 
 class Chain:
-    """The graphs of one batch size, in the order in which they run, bound to their buffers on an open backend."""
+    """The graphs of one batch size, in the order in which they run, bound to their buffers on an open backend.
 
-    def __init__(self, backend: Backend, graphs: Sequence[GraphSpec], tolerance: Tolerance) -> None:
+    Args:
+        backend: an open one.
+        graphs: in that order.
+        tolerance: of a captured run against one that is not.
+        memory: that `memory_of` gave for this chain, and maybe others; default: of its own.
+    """
+
+    def __init__(
+        self, backend: Backend, graphs: Sequence[GraphSpec], tolerance: Tolerance, memory: Buffer | None = None
+    ) -> None:
         self._backend = backend
-        self._tolerance = tolerance  # of a captured run against one that is not
+        self._tolerance = tolerance
         self._graphs = tuple(graphs)
-        self._layout = _Layout(graphs)
+        self._layout = Layout(graphs)
         for graph in graphs:
             if not backend.is_on_demand(graph):
                 backend.load(graph)
-        # The decoder runs when no keys and values are needed any more, and may have their memory.
-        lent = max((backend.num_activation_bytes(graph) for graph in graphs if backend.is_on_demand(graph)), default=0)
-        self._kv_memory = backend.allocate((max(self._layout.kv_bytes, lent),), "uint8")
+        self._memory = memory_of(backend, [graphs]) if memory is None else memory
         self._buffers: dict[str, Buffer] = {}
         self._bound: dict[frozenset[Role], list[BoundGraph]] = {}
         self._captured: dict[frozenset[Role], CapturedChain] = {}
@@ -188,9 +107,9 @@ class Chain:
 
     @property
     def num_buffer_bytes(self) -> int:
-        """Memory of all buffers."""
-        own = (b for key, b in self._buffers.items() if key not in self._layout.kv_offsets)
-        return self._kv_memory.shape[0] + sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in own)
+        """Memory of all buffers but that which chains share."""
+        own = (b for key, b in self._buffers.items() if key not in self._layout.offsets)
+        return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in own)
 
     def close(self) -> None:
         """Drop what was captured; before the backend is closed."""
@@ -261,6 +180,8 @@ class Chain:
             values = inputs.request[spec.name]
             of_scale = values if spec.scale is None else np.ascontiguousarray(values[:, spec.scale])
             self._backend.upload(self._buffers[key], of_scale)
+        for key, spec in self._layout.by_role[Role.GIVEN].items():
+            self._backend.upload(self._buffers[key], inputs.given[spec.name])
         for role in NOISES:
             for key, spec in self._layout.by_role[role].items():
                 assert spec.scale is not None
@@ -274,7 +195,7 @@ class Chain:
             index, decoder = next((i, graph) for i, graph in enumerate(self._graphs) if graph.kind == DECODER)
             inputs = {}
             for spec in decoder.inputs:
-                place = _Place(key) if spec.role is Role.F_HAT else self._layout.inputs[index][spec.name]
+                place = Place(key) if spec.role is Role.F_HAT else self._layout.inputs[index][spec.name]
                 inputs[spec.name] = self._view(decoder, spec, place)
             outputs = {spec.name: pixels.view() for spec in decoder.outputs if spec.role is Role.PIXELS}
             self._decoders[key] = self._bound_graph(decoder, inputs, outputs, None)
@@ -343,7 +264,7 @@ class Chain:
                 for spec in graph.outputs
                 if spec.role not in OPTIONAL_ROLES or spec.role in optional
             }
-            bound.append(self._bound_graph(graph, read, written, self._kv_memory))
+            bound.append(self._bound_graph(graph, read, written, self._memory))
         self._bound[optional] = bound
 
     def _bound_graph(
@@ -353,18 +274,18 @@ class Chain:
             return BoundOnDemand(self._backend, graph, read, written, spare)
         return self._backend.bind(graph, read, written)
 
-    def _buffer(self, place: _Place, spec: TensorSpec) -> Buffer:
+    def _buffer(self, place: Place, spec: TensorSpec) -> Buffer:
         """The buffer behind a tensor; allocated at its first use."""
         if place.key not in self._buffers:
-            if place.first_row is None:
-                buffer = self._backend.allocate(spec.shape, spec.dtype)
+            if place.key in self._layout.offsets:
+                shape = self._layout.shape(place.key, spec)
+                buffer = self._memory.part(self._layout.offsets[place.key], shape, spec.dtype)
             else:
-                shape = self._layout.kv_shape(place.key, spec)
-                buffer = self._kv_memory.part(self._layout.kv_offsets[place.key], shape, spec.dtype)
+                buffer = self._backend.allocate(spec.shape, spec.dtype)
             self._buffers[place.key] = buffer
         return self._buffers[place.key]
 
-    def _view(self, graph: GraphSpec, spec: TensorSpec, place: _Place) -> View:
+    def _view(self, graph: GraphSpec, spec: TensorSpec, place: Place) -> View:
         """The part of a buffer that a graph's tensor is bound to."""
         buffer = self._buffer(place, spec)
         is_part = place.first_row is not None or (spec.role in HALVED_ROLES and spec.shape[0] < buffer.shape[0])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvar_trt.runtime.errors import BundleError
+from fastvar_trt.runtime.layout import PASSED, passed_bytes
 from fastvar_trt.runtime.manifest import (
     DECODER,
     ENGINES_FILE,
@@ -20,7 +21,6 @@ from fastvar_trt.runtime.manifest import (
     WEIGHTS_FILE,
     FileSpec,
     Manifest,
-    Role,
     TensorSpec,
 )
 from fastvar_trt.runtime.weights import TensorPlace
@@ -247,17 +247,17 @@ def device_memory(
         for graph, record in passing.items()
     ]
     brought, engine, activations = max(own, key=sum, default=(0, 0, 0))
-    lent = 0  # beyond what keys and values take
+    shared = 0  # by all chains: what their graphs hand to each other, or lend to one on demand
     for variant in manifest.variants:
         for batch in manifest.batches:
             chain = variant.chain(batch)
-            kept = sum(t.num_bytes for graph in chain for t in graph.outputs if t.role in (Role.KEYS, Role.VALUES))
-            wanted = max((passing[graph].activation_bytes for graph in chain if graph in passing), default=0)
-            lent += max(wanted - kept, 0)
+            lent = max((passing[graph].activation_bytes for graph in chain if graph in passing), default=0)
+            shared = max(shared, passed_bytes(chain), lent)
+    outputs = (spec for graph in manifest.graphs for spec in graph.outputs)
     return {
         "weights": size_of(weights) + brought,
         "engines": sum(record.content.num_bytes for record in staying) + engine,
-        "buffers": sum(spec.num_bytes for graph in manifest.graphs for spec in graph.outputs) + lent,
+        "buffers": sum(spec.num_bytes for spec in outputs if spec.role not in PASSED) + shared,
         # As graphs run one after another, the largest of all; of a graph on demand beside it.
         "activations": max(record.activation_bytes for record in staying) + activations,
     }

@@ -36,6 +36,7 @@ CONDITION_GRAPH = "condition"
 STEP = "step"
 RESIDUAL = "residual"  # after the last step: what of the token features no code says (HART)
 DECODER = "decoder"
+IMAGE_ENCODER = "image_encoder"
 
 
 class Role(enum.StrEnum):
@@ -46,6 +47,7 @@ class Role(enum.StrEnum):
     NOISE = "noise"  # input: U[0, 1), one number per draw; of a scale
     NORMAL = "normal"  # input: N(0, 1); of a scale
     GUMBEL = "gumbel"  # input: Gumbel(0, 1); of a scale
+    GIVEN = "given"  # input: what is taken of a picture in place of being drawn; of an image encoder an output
     F_HAT = "f_hat"  # what the graph before wrote; as an output, the same after this graph
     # Of a layer, and of as many rows: those of all graphs before; as an output, those that this graph adds.
     KEYS = "keys"
@@ -72,6 +74,7 @@ _HANDED_ON = (Role.F_HAT, *HALVED_ROLES)  # a graph reads what one before wrote
 _OF_BATCH = (
     Role.REQUEST,
     *NOISES,
+    Role.GIVEN,
     Role.F_HAT,
     Role.TOKENS,
     Role.LOGITS,
@@ -98,6 +101,7 @@ NORMAL = "normal"  # fp32 [B, S, L, C_vae], N(0, 1): where the residual diffusio
 GUMBEL = "gumbel"  # fp32 [B, L, M], Gumbel(0, 1) of the M likeliest codes, the likeliest first
 UNIFORM = "uniform"  # fp32 [B, L] or [B, L, bits], U(0, 1), one per draw
 TOKENS = "tokens"  # int32 [B, L], or bits uint8 [B, L, bits]
+DETAIL = "detail"  # fp32 [B, C_vae, h_K, w_K], added to f_hat before it is decoded: of given tokens of skipped scales
 LOGITS = "logits"  # fp32 [B, L, V] or [B, L, bits, 2], after guidance, before temperature
 FINITE = "finite"  # bool [B]
 IMAGE = "image"  # fp32 [B, 3, H, W] in [0, 1], RGB
@@ -127,6 +131,16 @@ def new_k(layer: int) -> str:
 def new_v(layer: int) -> str:
     """Values of this step's kept tokens: likewise."""
     return f"new_v_{layer}"
+
+
+def given(scale: int) -> str:
+    """Tokens of a scale, as `TOKENS`: what the image encoder gives, and a step takes."""
+    return f"given_{scale:02d}"
+
+
+def is_given(scale: int) -> str:
+    """bool [B, L]: which of them a step takes in place of those that it draws."""
+    return f"is_given_{scale:02d}"
 
 
 def hub(scale: int) -> str:
@@ -159,9 +173,10 @@ def logits_name(scale: int) -> str:
     return f"logits_{scale:02d}"
 
 
-def graph_file(kind: str, batch: int, scale: int | None = None) -> str:
-    """File name of a graph; only batch sizes other than 1 are part of the name."""
-    return f"{graph_name(kind, scale)}{'' if batch == 1 else f'_b{batch}'}.onnx"
+def graph_file(kind: str, batch: int, scale: int | None = None, variant: str = "") -> str:
+    """File name of a graph; only batch sizes other than 1, and variants that are named, are part of the name."""
+    size = "" if batch == 1 else f"_b{batch}"
+    return f"{graph_name(kind, scale)}{size}{variant and f'_{variant}'}.onnx"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +305,7 @@ class GraphSpec:
         )
 
 
-ON_DEMAND = (TEXT_ENCODER, DECODER)  # kinds of graphs that need not stay loaded while a chain runs
+ON_DEMAND = (TEXT_ENCODER, IMAGE_ENCODER, DECODER)  # kinds of graphs that need not stay loaded while a chain runs
 
 
 class Condition(enum.StrEnum):
@@ -433,6 +448,8 @@ class Variant:
         schedule: (height, width) of the token map per scale, skipped ones included.
         plan: what is pruned.
         graphs: of all batch sizes; those of one batch size in the order in which they run.
+        encoder: the graph that makes tokens of one picture of this size, where the bundle has one.
+        configs: the exporter's, where they are not the manifest's own.
     """
 
     name: str
@@ -441,6 +458,8 @@ class Variant:
     schedule: tuple[tuple[int, int], ...]
     plan: PruningPlan
     graphs: tuple[GraphSpec, ...]
+    encoder: GraphSpec | None = None
+    configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def h_div_w(self) -> float:
@@ -482,6 +501,8 @@ class Variant:
             "schedule": [list(size) for size in self.schedule],
             "plan": self.plan.to_json(),
             "graphs": [graph.to_json() for graph in self.graphs],
+            "encoder": None if self.encoder is None else self.encoder.to_json(),
+            "configs": dict(self.configs),
         }
 
     @classmethod
@@ -498,6 +519,8 @@ class Variant:
             schedule=tuple((int(h), int(w)) for h, w in data["schedule"]),
             plan=PruningPlan.from_json(data["plan"]),
             graphs=tuple(map(GraphSpec.from_json, data["graphs"])),
+            encoder=None if data.get("encoder") is None else GraphSpec.from_json(data["encoder"]),
+            configs=dict(data.get("configs", {})),
         )
         if variant.image_height < 1 or variant.image_width < 1:
             raise ValueError(f"image: got {variant.image_width}x{variant.image_height}")
@@ -525,6 +548,35 @@ class Variant:
             if found != expected:
                 raise ValueError(f"graphs: those of batch {batch} are not in the order in which they run")
             self._check_chain(batch, plan)
+        self._check_given(plan)
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether parts of a picture can be given in place of being drawn."""
+        return self.encoder is not None
+
+    def _check_given(self, plan: ResolvedPlan) -> None:
+        """That steps and decoder take what the encoder gives, and nothing where there is none."""
+        tensors = {} if self.encoder is None else {spec.name: spec for spec in self.encoder.outputs}
+        if self.encoder is not None:
+            pixels = (self.encoder.input(Role.PIXELS), (1, self.image_height, self.image_width, 3))
+            expected = {given(scale) for scale in range(len(self.schedule))} | {DETAIL}
+            if pixels[0] is None or pixels[0].shape != pixels[1] or not expected <= set(tensors):
+                raise ValueError(f"{self.encoder.file}: got other tensors than an image encoder of this size has")
+        for graph in self.graphs:
+            taken = {spec.name: spec for spec in graph.inputs if spec.role is Role.GIVEN}
+            wanted: tuple[str, ...] = ()
+            if self.encoder is not None and graph.kind == DECODER:
+                wanted = (DETAIL,)
+            elif self.encoder is not None and graph.kind == STEP and graph.scale is not None:
+                wanted = (given(graph.scale), is_given(graph.scale))
+            if set(taken) != set(wanted):
+                raise ValueError(f"{graph.file}: got {', '.join(taken) or 'nothing'} to be given, expected {wanted}")
+            for name, spec in taken.items():
+                if name in tensors and (spec.shape[1:], spec.dtype) != (tensors[name].shape[1:], tensors[name].dtype):
+                    raise ValueError(f"{graph.file}: {name}: not what {self.encoder and self.encoder.file} gives")
+                if name not in tensors and graph.scale is not None:
+                    _check_axis(graph, spec, 1, plan.num_tokens(graph.scale))
 
     def _check_chain(self, batch: int, plan: ResolvedPlan) -> None:
         """That tokens, keys and values are as many as schedule and plan say: buffers are sized by these."""
@@ -613,7 +665,8 @@ class Manifest:
     @functools.cached_property
     def graphs(self) -> tuple[GraphSpec, ...]:
         """Every graph, once; variants may share some."""
-        graphs = [*self.auxiliary, *(graph for variant in self.variants for graph in variant.graphs)]
+        encoders = [variant.encoder for variant in self.variants if variant.encoder is not None]
+        graphs = [*self.auxiliary, *encoders, *(graph for variant in self.variants for graph in variant.graphs)]
         return tuple({graph.file: graph for graph in graphs}.values())
 
     @property

@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime.backends import Backend, create_backend
-from fastvar_trt.runtime.chain import Chain, ChainOutputs, plan_batches
+from fastvar_trt.runtime.auxiliary import AuxiliaryGraph
+from fastvar_trt.runtime.backends import Backend, Buffer, create_backend
+from fastvar_trt.runtime.chain import Chain, ChainOutputs, memory_of, plan_batches
 from fastvar_trt.runtime.errors import BackendError, RequestError
+from fastvar_trt.runtime.given import EncodedPicture, ImageEncoder, given_tensors
 from fastvar_trt.runtime.manifest import Manifest, Role, Variant, check_files, read_manifest
 from fastvar_trt.runtime.request import (
     Request,
     batch_inputs,
     check_inputs,
+    check_picture,
     check_request,
     example_requests,
     requests_of,
@@ -86,7 +89,9 @@ class Pipeline:
         self.backend = backend
         self._lock = threading.Lock()
         self._chains: dict[tuple[str, int], Chain] = {}  # by variant and batch size
+        self._memory: Buffer | None = None  # that the chains share
         self._text_encoder: TextEncoder | None = None
+        self._image_encoders: dict[str, ImageEncoder] = {}  # by variant
         self._tokenizer = PromptTokenizer(bundle, manifest)
         self._closed = False
 
@@ -134,11 +139,12 @@ class Pipeline:
         pipeline = cls(path, manifest, backend)
         try:
             backend.open(path, manifest, check_hashes=check == "full")
-            tolerance = manifest.own_precision.tolerance
-            # The largest first: what engines share then never has to grow.
+            chains = [variant.chain(batch) for variant in manifest.variants for batch in manifest.batches]
+            pipeline._memory = memory_of(backend, chains)
+            # The largest first: what engines share then never has to grow. Chains of other variants are loaded when
+            # they are first drawn with.
             for batch in sorted(manifest.batches, reverse=True):
-                for variant in manifest.variants:
-                    pipeline._chains[variant.name, batch] = Chain(backend, variant.chain(batch), tolerance)
+                pipeline._chain(manifest.default, batch)
         except BaseException:
             backend.close()
             raise
@@ -154,14 +160,16 @@ class Pipeline:
 
     @property
     def buffer_shapes(self) -> dict[tuple[str, int], dict[str, tuple[int, ...]]]:
-        """(Variant, batch size) -> shape of every buffer, of every chain."""
+        """(Variant, batch size) -> shape of every buffer, of every chain that is loaded."""
         return {key: chain.buffer_shapes for key, chain in self._chains.items()}
 
     @property
     def num_buffer_bytes(self) -> int:
         """Memory of requests, modulations, keys and values, caches and results, of all batch sizes."""
         text = 0 if self._text_encoder is None else self._text_encoder.num_buffer_bytes
-        return text + sum(chain.num_buffer_bytes for chain in self._chains.values())
+        pictures = sum(encoder.num_buffer_bytes for encoder in self._image_encoders.values())
+        shared = 0 if self._memory is None else self._memory.shape[0]
+        return text + pictures + shared + sum(chain.num_buffer_bytes for chain in self._chains.values())
 
     @property
     def capture_problems(self) -> tuple[str, ...]:
@@ -177,7 +185,9 @@ class Pipeline:
             for chain in self._chains.values():
                 chain.close()
             self._chains.clear()
+            self._memory = None
             self._text_encoder = None
+            self._image_encoders.clear()
             self.backend.close()
 
     def generate(
@@ -196,6 +206,9 @@ class Pipeline:
         top_k: int | Sequence[int | None] | None = None,
         top_p: float | Sequence[float | None] | None = None,
         greedy: bool = False,
+        image: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
+        mask: NDArray[Any] | Sequence[NDArray[Any] | None] | None = None,
+        keep_scales: int | Sequence[int | None] | None = None,
         h_div_w: float | None = None,
         variant: str | None = None,
         noise: Mapping[int, NDArray[Any]] | None = None,
@@ -219,6 +232,11 @@ class Pipeline:
                 of them, where the bundle allows it.
             top_p: the smallest set of likeliest tokens with this total probability may be drawn; 0 or 1: all.
             greedy: take the likeliest token; seeds, top_k and top_p are then without effect.
+            image: uint8 [H, W, 3], RGB, as large as what is drawn (`runtime.pictures` makes it so): of bundles with an
+                image encoder. One for all, or a list.
+            mask: bool [H, W], where the image is drawn anew; elsewhere it is kept. One for all, or a list.
+            keep_scales: how many of the first scales are the image's everywhere; the others are drawn, but for what a
+                mask keeps.
             h_div_w: height over width that the pictures shall have: picks the variant of the bundle.
             variant: the name of the variant; default: the bundle's first.
             noise: scale -> U[0, 1) float32 [N, tokens] or [N, tokens, bits], in place of what the seeds give.
@@ -243,7 +261,16 @@ class Pipeline:
                 "negative_text_tokens": negative_text_tokens,
             },
             seeds,
-            {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p, "greedy": greedy},
+            {
+                "cfg": cfg,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "greedy": greedy,
+                "image": image,
+                "mask": mask,
+                "keep_scales": keep_scales,
+            },
             noise,
         )
         return self.draw(requests, variant=chosen.name, **options)
@@ -282,7 +309,7 @@ class Pipeline:
         """
         chosen = self._variant(variant)
         prompts = self._checked(requests, chosen, preview_scales)
-        encoded = self._all_encoded(requests, prompts)
+        encoded = self._with_pictures(self._all_encoded(requests, prompts), chosen)
         wanted = [role for role, asked in ((Role.LOGITS, return_logits), (Role.IMAGE, return_float_images)) if asked]
         outputs: list[ChainOutputs] = []
         start = 0
@@ -296,7 +323,7 @@ class Pipeline:
             inputs = batch_inputs(self.manifest, chosen, [*part, *[part[-1]] * (batch - kept)])
             with self._lock:
                 self._check_open()
-                chain = self._chains[chosen.name, batch]
+                chain = self._chain(chosen, batch)
                 outputs.append(chain.run(inputs, wanted, should_stop, preview_scales, preview))
             start += batch
         for i, finite in enumerate(np.concatenate([o.finite for o in outputs])[: len(encoded)]):
@@ -382,6 +409,17 @@ class Pipeline:
         """
         self._checked(requests, self._variant(variant), preview_scales)
 
+    def _chain(self, variant: Variant, batch: int) -> Chain:
+        """A chain, loaded at its first use; with the lock held."""
+        key = variant.name, batch
+        if key not in self._chains:
+            if self._chains and variant is not self.manifest.default:  # what is loaded now is read from the folder
+                check_unreplaced(self.bundle, self.manifest)
+            self.backend.activate()
+            tolerance = self.manifest.own_precision.tolerance
+            self._chains[key] = Chain(self.backend, variant.chain(batch), tolerance, self._memory)
+        return self._chains[key]
+
     def _variant(self, name: str | None = None, h_div_w: float | None = None) -> Variant:
         """The variant of that name, or of that height over width; the default where neither is asked for.
 
@@ -428,6 +466,54 @@ class Pipeline:
             )
         return found
 
+    def encode_image(self, image: NDArray[Any], variant: str | None = None) -> EncodedPicture:
+        """The tokens of a picture, to edit it many times: `runtime.given.given_tensors` makes a `Request.given` of it.
+
+        Args:
+            image: uint8 [H, W, 3], RGB, as large as what the variant draws.
+            variant: its name; default: the bundle's first.
+
+        Raises:
+            RequestError: a bundle without image encoder, or a picture of another size.
+            BackendError: its tokens' features are not finite.
+        """
+        chosen = self._variant(variant)
+        check_picture(chosen, Request(image=image, keep_scales=1))
+        try:
+            return self._encode_image(image, chosen)
+        finally:
+            self._release(self._image_encoders.get(chosen.name))
+
+    def _encode_image(self, image: NDArray[Any], variant: Variant) -> EncodedPicture:
+        with self._lock:
+            self._check_open()
+            if variant.name not in self._image_encoders:
+                check_unreplaced(self.bundle, self.manifest)
+                self.backend.activate()
+                self._image_encoders[variant.name] = ImageEncoder(self.backend, variant)
+            encoded = self._image_encoders[variant.name].encode(image)
+        if not np.isfinite(encoded.f_hat).all():
+            raise BackendError(f"the image encoder's features are not finite: they exceed {self.manifest.precision}")
+        return encoded
+
+    def _with_pictures(self, requests: Sequence[Request], variant: Variant) -> list[Request]:
+        """The requests with given tokens in place of pictures, each of which is encoded once."""
+        pictures: dict[int, EncodedPicture] = {}
+        found = []
+        try:
+            for request in requests:
+                if request.image is not None:
+                    if id(request.image) not in pictures:
+                        pictures[id(request.image)] = self._encode_image(request.image, variant)
+                    picture = pictures[id(request.image)]
+                    given = given_tensors(variant, picture, request.mask, request.keep_scales)
+                    request = dataclasses.replace(request, image=None, mask=None, keep_scales=None, given=given)
+                found.append(request)
+        finally:
+            if pictures:
+                self._release(self._image_encoders.get(variant.name))
+        return found
+
     def _all_encoded(
         self, requests: Sequence[Request], prompts: Sequence[tuple[PromptTokens | None, PromptTokens | None]]
     ) -> list[Request]:
@@ -437,7 +523,7 @@ class Pipeline:
         try:
             return [self._encoded(request, tokens) for request, tokens in zip(requests, prompts, strict=True)]
         finally:
-            self._release_text_encoder()
+            self._release(self._text_encoder)
 
     def _encoded(self, request: Request, prompts: tuple[PromptTokens | None, PromptTokens | None]) -> Request:
         """The request with the text encoder's features in place of its prompts."""
@@ -479,14 +565,14 @@ class Pipeline:
         try:
             return self._encode_tokens(ids)
         finally:
-            self._release_text_encoder()
+            self._release(self._text_encoder)
 
-    def _release_text_encoder(self) -> None:
-        """Unload it, where it is on demand."""
-        if self.backend.low_memory:
+    def _release(self, graph: AuxiliaryGraph | None) -> None:
+        """Unload a graph, where it is on demand."""
+        if self.backend.low_memory and graph is not None:
             with self._lock:
-                if self._text_encoder is not None and not self._closed:
-                    self._text_encoder.release()
+                if not self._closed:
+                    graph.release()
 
     def _encode_tokens(self, ids: Sequence[int]) -> NDArray[Any]:
         with self._lock:

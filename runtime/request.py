@@ -23,7 +23,7 @@ from fastvar_trt.runtime.noise import MAX_SEED, gumbel_noise, normal_noise, unif
 # A character that can be seen: spelt out, as the languages of regular expressions differ in what is a space.
 VISIBLE = r"[^\s\x1c-\x1f\x85]"
 MIN_TEMPERATURE = 1e-3  # below, logits divided by it overflow
-Kind = Literal["integer", "number", "boolean", "text", "features"]
+Kind = Literal["integer", "number", "boolean", "text", "features", "image", "mask"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Parameter:
 
     Attributes:
         name: the field of `Request`.
-        kind: of one value; `features`: an array [tokens, width].
+        kind: of one value; `features`: an array [tokens, width]; `image`: uint8 [H, W, 3]; `mask`: bool [H, W].
         description: for people.
         dtype: of the graphs' input of that name; empty where there is none.
         per_scale: whether it may have one value per scale.
@@ -76,7 +76,8 @@ class Request:
 
     cfg and temperature may be one value per scale. `noise`, `normal_noise` and `gumbel_noise`, for tests and
     comparisons, are in place of what the seed gives: scale -> U[0, 1) float32 [tokens] or [tokens, bits]; scale ->
-    N(0, 1) or Gumbel(0, 1) float32, of the shape that the graph takes.
+    N(0, 1) or Gumbel(0, 1) float32, of the shape that the graph takes. `given` is in place of image, mask and
+    keep_scales, and what these become: inputs of the role `GIVEN` by name, as `runtime.given.given_tensors` makes them.
     """
 
     label: int | None = _parameter("integer", "Class index.", condition=True)
@@ -98,6 +99,13 @@ class Request:
     negative_text_tokens: int | None = _parameter(
         "integer", "The same of a negative prompt.", condition=True, needs="text_features", minimum=1
     )
+    image: NDArray[Any] | None = _parameter(
+        "image", "Picture to edit, as large as those that are drawn: its parts outside of the mask are kept."
+    )
+    mask: NDArray[Any] | None = _parameter("mask", "Where the image is drawn anew.", needs="image")
+    keep_scales: int | None = _parameter(
+        "integer", "How many of the first scales are the image's, everywhere.", needs="image", minimum=1
+    )
     seed: int = _parameter("integer", "Of the noise.", value=0, minimum=0, maximum=MAX_SEED)
     cfg: Any = _parameter("number", "Guidance scale, of the scales that have any.", dtype="float32", per_scale=True)
     temperature: Any = _parameter(
@@ -111,6 +119,7 @@ class Request:
     noise: Mapping[int, NDArray[Any]] | None = None
     normal_noise: Mapping[int, NDArray[Any]] | None = None
     gumbel_noise: Mapping[int, NDArray[Any]] | None = None
+    given: Mapping[str, NDArray[Any]] | None = None
 
 
 TABLE: Mapping[str, Parameter] = {
@@ -128,6 +137,7 @@ _NOISES: Mapping[names.Role, tuple[str, Callable[..., NDArray[Any]]]] = {
     names.Role.NORMAL: ("normal_noise", normal_noise),
     names.Role.GUMBEL: ("gumbel_noise", gumbel_noise),
 }
+_OF_PICTURES = frozenset({"image", "mask", "keep_scales"})
 GRAPH_INPUTS: Mapping[str, Parameter] = {name: p for name, p in TABLE.items() if p.dtype}
 
 
@@ -142,8 +152,11 @@ def parameters(manifest: Manifest) -> dict[str, Parameter]:
         "text_tokens": {"maximum": model.text_length},
         "negative_text_tokens": {"maximum": model.text_length},
         "top_k": {"minimum": least_top_k, "maximum": sampling.max_top_k},
+        "keep_scales": {"maximum": len(manifest.default.schedule) - 1},
     }
     absent: set[str] = set()
+    if not manifest.default.takes_pictures:
+        absent |= _OF_PICTURES
     if model.condition is not Condition.CLASS:
         absent.add("label")
     if model.condition is not Condition.TEXT:
@@ -208,6 +221,8 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
     for name, parameter in known.items():
         if _is_given(request, parameter):
             _check_value(parameter, getattr(request, name), len(variant.schedule), manifest, greedy=request.greedy)
+    if any(getattr(request, name) is not None for name in _OF_PICTURES):
+        check_picture(variant, request)
     _check_guidance(manifest, variant, request)
     for name in ("text", "negative_text"):
         tokens, features = (getattr(request, f"{name}_{of}") for of in ("tokens", "features"))
@@ -217,6 +232,33 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
             raise RequestError(f"{name}_tokens: got {tokens}, {name}_features has {len(features)}")
     if any(getattr(request, name) is not None for name, _ in _NOISES.values()):
         _noise(variant, manifest.batches[0], [request])
+
+
+def check_picture(variant: Variant, request: Request) -> None:
+    """That a picture is as large as those that are drawn, and comes with what is to be done with it.
+
+    Raises:
+        RequestError: it is not; or the variant has no image encoder.
+    """
+    if not variant.takes_pictures:
+        raise RequestError("image: this bundle has no image encoder; export it with --with-encoder")
+    if request.image is None:
+        raise RequestError(f"{'mask' if request.mask is not None else 'keep_scales'}: needs an image")
+    if request.given is not None:
+        raise RequestError("image: got given tokens, too; give one of them")
+    if request.mask is None and request.keep_scales is None:
+        raise RequestError("image: give a mask (what is drawn anew), keep_scales (how much of it is kept), or both")
+    size = variant.image_height, variant.image_width
+    for name, shape, kinds in (("image", (*size, 3), "u"), ("mask", size, "bu")):
+        array = getattr(request, name)
+        if array is None:
+            continue
+        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind not in kinds:
+            got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+            expected = f"{'uint8' if name == 'image' else 'bool'} {list(shape)}"
+            raise RequestError(f"{name}: got {got}, expected {expected}; `runtime.pictures.fitted` makes it so")
+    if request.image.dtype != np.uint8:
+        raise RequestError(f"image: got {request.image.dtype}, expected uint8")
 
 
 def _check_guidance(manifest: Manifest, variant: Variant, request: Request) -> None:
@@ -253,6 +295,8 @@ def _check_value(parameter: Parameter, value: Any, num_scales: int, manifest: Ma
         _check_text(name, value)
     elif parameter.kind == "features":
         _check_features(parameter, value)
+    elif parameter.kind in ("image", "mask"):
+        pass  # see `check_picture`
     elif parameter.kind == "boolean":
         if not isinstance(value, bool | np.bool_):
             raise RequestError(f"{name}: got {value!r}, expected true or false")
@@ -398,6 +442,11 @@ def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
 
 
 def _per_image(name: str, value: Any, count: int, num_scales: int) -> list[Any]:
+    if TABLE[name].kind in ("image", "mask"):
+        listed = list(value) if isinstance(value, list | tuple) else [value] * count
+        if len(listed) != count:
+            raise RequestError(f"{name}: got {len(listed)}, expected one, or one per image ({count})")
+        return listed
     if isinstance(value, list | tuple) and any(isinstance(row, list | tuple) for row in value):
         value = _numbers(name, value)  # rows of values per scale
     if isinstance(value, list | tuple):
@@ -421,11 +470,13 @@ class BatchInputs:
         condition: inputs of the condition graph, each [B or B2, ...].
         request: the inputs of `GRAPH_INPUTS`: those per scale [B, scales], the others [B].
         noise: the role, of `NOISES`, and scale -> fp32 [B, ...].
+        given: what is given in place of being drawn, by the names of the inputs, each [B, ...].
     """
 
     condition: dict[str, NDArray[Any]]
     request: dict[str, NDArray[Any]]
     noise: dict[tuple[names.Role, int], NDArray[Any]]
+    given: dict[str, NDArray[Any]]
 
 
 def batch_inputs(manifest: Manifest, variant: Variant, requests: Sequence[Request]) -> BatchInputs:
@@ -458,8 +509,24 @@ def batch_inputs(manifest: Manifest, variant: Variant, requests: Sequence[Reques
     values["top_p"] = np.where((values["top_p"] == 0) | (values["top_p"] == 1), np.float32(2), values["top_p"])
     conditions = {Condition.CLASS: _of_classes, Condition.TEXT: _of_text}
     return BatchInputs(
-        conditions[manifest.model.condition](manifest, requests), values, _noise(variant, len(requests), requests)
+        conditions[manifest.model.condition](manifest, requests),
+        values,
+        _noise(variant, len(requests), requests),
+        _given(variant, len(requests), requests),
     )
+
+
+def _given(variant: Variant, batch: int, requests: Sequence[Request]) -> dict[str, NDArray[Any]]:
+    """Zeros where nothing is given."""
+    found = {}
+    for graph in variant.chain(batch):
+        for spec in graph.inputs:
+            if spec.role is names.Role.GIVEN:
+                dtype = np.dtype(spec.dtype)
+                rows = [(request.given or {}).get(spec.name) for request in requests]
+                blank = np.zeros(spec.shape[1:], dtype)
+                found[spec.name] = np.stack([blank if row is None else row for row in rows])
+    return found
 
 
 def _of_classes(manifest: Manifest, requests: Sequence[Request]) -> dict[str, NDArray[Any]]:

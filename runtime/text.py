@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime import manifest as names
-from fastvar_trt.runtime.backends import Backend, BoundGraph
+from fastvar_trt.runtime.auxiliary import AuxiliaryGraph
+from fastvar_trt.runtime.backends import Backend
 from fastvar_trt.runtime.errors import BundleError, RequestError, UnavailableError
-from fastvar_trt.runtime.manifest import Manifest, TensorSpec, read_manifest
+from fastvar_trt.runtime.manifest import Manifest, read_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,60 +69,24 @@ class PromptTokenizer:
         return PromptTokens(ids)
 
 
-class TextEncoder:
+class TextEncoder(AuxiliaryGraph):
     """The text encoder of a bundle on an open backend, one prompt at a time."""
 
     def __init__(self, backend: Backend, bundle: Path, manifest: Manifest) -> None:
         graph = manifest.text_encoder
         assert graph is not None
-        self._backend, self._graph = backend, graph
+        check_unreplaced(bundle, manifest)
+        super().__init__(backend, graph)
         self._text_length = manifest.model.text_length
         self._gives_padding = manifest.model.context_tokens > 0
-        check_unreplaced(bundle, manifest)
-        self._buffers = {
-            spec.name: backend.allocate(spec.shape, spec.dtype) for spec in (*graph.inputs, *graph.outputs)
-        }
-        self._bound: BoundGraph | None = None
-
-    @property
-    def num_buffer_bytes(self) -> int:
-        """Memory of tokens and features."""
-        return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
-
-    def _load(self) -> BoundGraph:
-        graph = self._graph
-        try:
-            self._backend.load(graph)
-            return self._backend.bind(
-                graph,
-                {spec.name: self._buffers[spec.name].view() for spec in graph.inputs},
-                {spec.name: self._buffers[spec.name].view() for spec in graph.outputs},
-            )
-        except BaseException:
-            if self._backend.is_on_demand(graph):
-                self._backend.unload(graph)
-            raise
-
-    def release(self) -> None:
-        """Unload it, where it is on demand; it is loaded again for the next prompt."""
-        if self._bound is not None and self._backend.is_on_demand(self._graph):
-            self._backend.activate()
-            self._backend.synchronize()
-            self._bound = None
-            self._backend.unload(self._graph)
 
     def encode(self, ids: Sequence[int]) -> NDArray[Any]:
         """The features of one prompt: fp32 [tokens, C_text], or [T, C_text] where padding is read."""
         padded = np.zeros((1, self._text_length), dtype=np.int64)
         padded[0, : len(ids)] = ids
-        backend = self._backend
-        backend.activate()
-        backend.upload(self._buffers[names.TOKEN_IDS], padded)
-        backend.upload(self._buffers[names.TOKEN_COUNT], np.array([len(ids)], dtype=np.int64))
-        if self._bound is None:
-            self._bound = self._load()
-        self._bound.enqueue()
-        return backend.download(self._buffers[names.ENCODED])[0, : None if self._gives_padding else len(ids)].copy()
+        count = np.array([len(ids)], dtype=np.int64)
+        features = self.run({names.TOKEN_IDS: padded, names.TOKEN_COUNT: count})[names.ENCODED]
+        return features[0, : None if self._gives_padding else len(ids)]
 
 
 def check_unreplaced(bundle: Path, manifest: Manifest) -> None:

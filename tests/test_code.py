@@ -19,8 +19,8 @@ from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_agai
 from fastvar_trt.export.models.var.code import CoDeSource
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import Pipeline
-from fastvar_trt.runtime.chain import _placed, kv_bytes
 from fastvar_trt.runtime.errors import BundleError, CheckpointError, PlanError
+from fastvar_trt.runtime.layout import _placed, kv_bytes, passed_bytes
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, Manifest
 from fastvar_trt.runtime.plan import Drafted, PruningPlan, Work
 from fastvar_trt.runtime.precision import DTYPES
@@ -127,7 +127,9 @@ def test_the_refiner_takes_the_memory_of_the_drafter(export_once: Export) -> Non
             for name, buffer in chain._buffers.items()
             if not name.startswith(("keys_", "values_"))
         )
-        assert chain.num_buffer_bytes == others + refiner
+        passed = passed_bytes(report.manifest.default.chain(1))
+        assert refiner <= passed
+        assert chain.num_buffer_bytes + passed < others + refiner  # the drafter's modulations lie there, too
 
 
 def test_what_is_needed_at_the_same_time_lies_apart() -> None:

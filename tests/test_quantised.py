@@ -29,8 +29,8 @@ from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.export.passes.integer_products import IntegerProducts
 from fastvar_trt.export.weights_file import map_weights
 from fastvar_trt.runtime import BundleError, ExportError, Pipeline, PlanError, read_manifest
-from fastvar_trt.runtime.chain import kv_bytes
 from fastvar_trt.runtime.engines import read_engines
+from fastvar_trt.runtime.layout import kv_bytes
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, Role
 from fastvar_trt.runtime.plan import PruningPlan
 from fastvar_trt.runtime.precision import PRECISIONS

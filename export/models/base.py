@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -26,6 +28,7 @@ from fastvar_trt.export.models import matrix
 from fastvar_trt.export.models.matrix import INPUT_SCALE, torch_dtype
 from fastvar_trt.plugins.torch_ops import Selector, gather_tokens, pivotal_tokens, restore_tokens
 from fastvar_trt.runtime import manifest as names
+from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.manifest import ModelSpec, SamplingSpec, TensorSpec
 from fastvar_trt.runtime.plan import PruningPlan, ResolvedPlan
 from fastvar_trt.runtime.precision import Precision
@@ -323,6 +326,7 @@ class NextScaleModel(nn.Module, abc.ABC):
         self.depth = depth
         self.precision = precision
         self.image_decoder: nn.Module
+        self.image_encoder: nn.Module | None
 
     def resolve(self, plan: PruningPlan) -> ResolvedPlan:
         """A plan for this model.
@@ -340,9 +344,11 @@ class NextScaleModel(nn.Module, abc.ABC):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> NextScaleModel:
         """Take the tensors as parameters, by name; nothing is copied."""
         with torch.device("meta"):
-            self.image_decoder = self.new_decoder()
-        expected = self.image_decoder.state_dict()
-        self.image_decoder.load_state_dict({key: tensors[key] for key in expected}, assign=True)
+            self.image_decoder, self.image_encoder = self.new_decoder(), self.new_encoder()
+        parts = [part for part in (self.image_decoder, self.image_encoder) if part is not None]
+        expected = {key for part in parts for key in part.state_dict()}
+        for convolutions in parts:
+            convolutions.load_state_dict({key: tensors[key] for key in convolutions.state_dict()}, assign=True)
         for key, tensor in tensors.items():
             if key in expected:
                 continue
@@ -384,6 +390,28 @@ class NextScaleModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def configs(self) -> dict[str, Any]:
         """What the exporter needs to make this model again, as JSON."""
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether pictures can be encoded, and tokens be given."""
+        with torch.device("meta"):
+            return self.new_encoder() is not None
+
+    def load_transformer(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        """The official state dict of another checkpoint of the same sizes.
+
+        Raises:
+            CheckpointError: it is of others, or cannot be read.
+        """
+        raise CheckpointError(f"--checkpoint {checkpoint}: this model is made of more than one; export it again")
+
+    def transformer_tensors(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The deployment tensors of such a state dict that do not depend on the size of the pictures."""
+        raise NotImplementedError
+
+    def size_tensors(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Those that do; equal ones of several sizes have equal names."""
+        return iter(())
 
     def text_specs(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] | None:
         """Inputs and outputs of the text encoder, of models that have one."""
@@ -456,6 +484,11 @@ class NextScaleModel(nn.Module, abc.ABC):
     def new_decoder(self) -> nn.Module:
         """The decoder, its parameters in the names of the deployment tensors."""
 
+    def new_encoder(self) -> nn.Module | None:
+        """The image encoder, likewise: uint8 [B, H, W, 3] -> features fp32 [B, C_vae, h_K, w_K]; None where there is
+        none."""
+        return None
+
     @abc.abstractmethod
     def condition(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Everything that depends on the condition only: `condition_inputs` -> `condition_outputs`."""
@@ -465,9 +498,17 @@ class NextScaleModel(nn.Module, abc.ABC):
         """The static part of one layer of one step."""
 
     def blend(
-        self, drawn: Tensor, logits: Tensor, gumbel: Tensor, f_hat: Tensor | None, scale: int, request: Request
+        self,
+        drawn: Tensor,
+        logits: Tensor,
+        gumbel: Tensor,
+        f_hat: Tensor | None,
+        scale: int,
+        request: Request,
+        is_given: Tensor | None,
     ) -> Tensor:
-        """f_hat with a blend of codes added in place of the drawn ones; of models with a `gumbel_shape`."""
+        """f_hat with a blend of codes added in place of the drawn ones, but not of given ones (bool [B, L]); of models
+        with a `gumbel_shape`."""
         raise NotImplementedError
 
     def block_weights(self, spec: BlockSpec, layer: int) -> dict[str, Tensor]:
@@ -504,6 +545,10 @@ class NextScaleModel(nn.Module, abc.ABC):
     def accumulate(self, drawn: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
         """f_hat with this scale's codes added."""
 
+    def nearest(self, left: Tensor, scale: int) -> Tensor:
+        """The tokens of a scale that come nearest to fp32 [B, C_vae, h_K, w_K]; of models that have an encoder."""
+        raise NotImplementedError
+
     def handed_on(self, x: Tensor, drawn: Tensor, f_hat: Tensor, scale: int) -> dict[str, Tensor]:
         """`handed_on_specs`, of the last block's output [B2, L, C] and the new f_hat."""
         return {}
@@ -524,6 +569,7 @@ class NextScaleModel(nn.Module, abc.ABC):
         uniform: Tensor,
         request: Request,
         gumbel: Tensor | None = None,
+        given: tuple[Tensor, Tensor] | None = None,
         select: Selector = pivotal_tokens,
         block_names: Mapping[BlockSpec, str] | None = None,
     ) -> StepOutputs:
@@ -540,6 +586,7 @@ class NextScaleModel(nn.Module, abc.ABC):
             uniform: fp32 [B, *token shape].
             request: guidance and sampling.
             gumbel: fp32 [B, *gumbel_shape]; None where that is.
+            given: tokens [B, *token shape], and bool [B, L] of which of them are taken in place of what is drawn.
             select: which tokens a pruned sublayer computes.
             block_names: while tracing, the name of the custom node that stands for each block.
         """
@@ -575,10 +622,13 @@ class NextScaleModel(nn.Module, abc.ABC):
             condition = {name: tensor[:batch] for name, tensor in condition.items()}
         logits = self.logits(hidden, condition, scale, cfg)
         drawn = self.draw(logits, uniform, request, scale)
+        if given is not None:
+            drawn = torch.where(_per_token(given[1], drawn), given[0].to(drawn.dtype), drawn)
         if gumbel is None:
             f_hat = self.accumulate(drawn, f_hat, scale)
         else:
-            f_hat = self.blend(drawn, logits, gumbel, f_hat, scale, request)
+            is_given = None if given is None else given[1]
+            f_hat = self.blend(drawn, logits, gumbel, f_hat, scale, request, is_given)
         # A token looks sound whatever it was drawn from. One sum tells: it is not finite where a logit is not.
         finite = logits.flatten(1).sum(dim=1).abs() <= torch.finfo(torch.float32).max
         return StepOutputs(
@@ -595,15 +645,54 @@ class NextScaleModel(nn.Module, abc.ABC):
         """`BlockSpec.run`; in eager mode a place to compile."""
         return spec.run(tensors, select)
 
+    def encode(self, pixels: Tensor, plan: ResolvedPlan) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Pictures as tokens (`img_to_idxBl`, `MultiScaleBSQ`): each scale has those nearest to what is left.
+
+        Args:
+            pixels: uint8 [B, H, W, 3], RGB.
+            plan: which scales it computes.
+
+        Returns:
+            tokens per scale [B, *token_shape], skipped ones included, and what `accumulated` makes of them.
+        """
+        assert self.image_encoder is not None
+        features = self._convolved(self.image_encoder, pixels)
+        tokens: list[Tensor] = []
+        codes: list[Tensor] = []
+        left = features
+        for scale in range(len(self.schedule)):
+            tokens.append(self.nearest(left, scale).to(self.token_spec(scale)[1]))
+            codes.append(self.accumulate(tokens[-1], None, scale))
+            left = left - codes[-1]
+        return tokens, *_sums(codes, plan)
+
+    def accumulated(self, tokens: Sequence[Tensor], plan: ResolvedPlan) -> tuple[Tensor, Tensor]:
+        """f_hat of the tokens of all scales, and of those that a plan skips alone: fp32 [B, C_vae, h_K, w_K]."""
+        return _sums([self.accumulate(own, None, scale) for scale, own in enumerate(tokens)], plan)
+
     def decode(self, f_hat: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 [B, C_vae, h_K, w_K] -> image fp32 [B, 3, H, W] in [0, 1], pixels uint8 [B, H, W, 3]."""
-        if self.dtype != torch.float32 and f_hat.device.type == "cpu" and not torch.onnx.is_in_onnx_export():
-            # PyTorch's half-precision convolutions on the CPU are a hundred times slower than its fp32 ones.
-            weights = {name: parameter.float() for name, parameter in self.image_decoder.named_parameters()}
-            image, pixels = torch.func.functional_call(self.image_decoder, weights, (f_hat,))
-        else:
-            image, pixels = self.image_decoder(f_hat)
+        image, pixels = self._convolved(self.image_decoder, f_hat)
         return image, pixels
+
+    def _convolved(self, module: nn.Module, x: Tensor) -> Any:
+        """Decoder or encoder, in fp32 where they are in half precision on the CPU: PyTorch's convolutions are a hundred
+        times as fast then."""
+        if self.dtype == torch.float32 or x.device.type != "cpu" or torch.onnx.is_in_onnx_export():
+            return module(x)
+        weights = {name: parameter.float() for name, parameter in module.named_parameters()}
+        return torch.func.functional_call(module, weights, (x,))
+
+
+def _sums(codes: Sequence[Tensor], plan: ResolvedPlan) -> tuple[Tensor, Tensor]:
+    """The sum of the codes of all scales, each fp32 [B, C_vae, h_K, w_K], and of those that a plan skips."""
+    skipped = [own for scale, own in enumerate(codes) if scale not in plan.steps]
+    return functools.reduce(torch.add, codes), functools.reduce(torch.add, skipped, 0 * codes[-1])
+
+
+def _per_token(mask: Tensor, tokens: Tensor) -> Tensor:
+    """bool [B, L] for tokens [B, L] or [B, L, bits]."""
+    return mask if tokens.ndim == 2 else mask.unsqueeze(-1)
 
 
 class _Weights(Mapping[str, Tensor]):

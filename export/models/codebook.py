@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvar_trt.export.models.base import NextScaleModel, Request
 from fastvar_trt.export.models.resize import resize_map
-from fastvar_trt.export.models.vqvae import ImageDecoder, VQVAEConfig
+from fastvar_trt.export.models.vqvae import ImageDecoder, ImageEncoder, VQVAEConfig
 from fastvar_trt.runtime.precision import Precision
 
 
@@ -90,6 +90,16 @@ class CodeBookModel(NextScaleModel):
     def new_decoder(self) -> nn.Module:
         """`VQVAE.fhat_to_img`."""
         return ImageDecoder(self.vae_config)
+
+    def new_encoder(self) -> nn.Module | None:
+        """`VQVAE.img_to_idxBl` as far as the features, where it was asked for."""
+        return ImageEncoder(self.vae_config) if self.vae_config.has_encoder else None
+
+    def nearest(self, left: Tensor, scale: int) -> Tensor:
+        """The nearest code by squared distance: int64 [B, L]."""
+        rows = self.at_scale(left, scale).flatten(2).transpose(1, 2)  # [B, L, C_vae]
+        book = self.weight("quantize.embedding.weight")
+        return (rows @ book.T - 0.5 * book.square().sum(-1)).argmax(-1)
 
     def at_scale(self, f_hat: Tensor, scale: int) -> Tensor:
         """f_hat area-resized to the scale's map: fp32 [B, C_vae, h, w]."""

@@ -27,6 +27,7 @@ class SourceCommand:
         options: its own, besides those that all have.
         load: their values, by name, to the model to export.
         default_plan: their values to the preset that is taken where no plan is asked for.
+        sizes: their values to those of every size that is asked for, the default one first.
         top_k: what the graphs bound top-k by unless asked for another, as published; 0 where the model draws from no
             vocabulary.
     """
@@ -38,6 +39,29 @@ class SourceCommand:
     load: Callable[..., Source]
     default_plan: Callable[..., str]
     top_k: int
+    sizes: Callable[..., list[dict[str, Any]]] = lambda **own: [own]
+
+
+class ListParam(click.ParamType):
+    """Values separated by commas, as a tuple.
+
+    Args:
+        convert_part: of the text of one; raises ValueError.
+        name: of the parameter in a command's help.
+        kind: what is expected, in words.
+    """
+
+    def __init__(self, convert_part: Callable[[str], Any], name: str, kind: str) -> None:
+        self._convert_part, self.name, self._kind = convert_part, name, kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """`1,4` -> (1, 4)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._convert_part(part) for part in str(value).split(","))
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"got {value!r}, expected {self._kind} separated by commas", param, ctx)
 
 
 @dataclasses.dataclass(frozen=True)

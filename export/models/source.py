@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from fastvar_trt.export.models.base import NextScaleModel
+from fastvar_trt.export.models.lora import merged
 from fastvar_trt.export.models.matrix import dtype_name
 from fastvar_trt.runtime.precision import Precision
 
 
+class VAEConfig(Protocol):
+    """Sizes of a VAE."""
+
+    def with_encoder(self, state: Mapping[str, Tensor]) -> Any:
+        """The same with the image encoder of the VAE's state dict; raises CheckpointError where it has none."""
+
+
 class Source(abc.ABC):
-    """A model to export: its configurations and official state dicts."""
+    """A model to export: its configurations and official state dicts. A frozen dataclass."""
+
+    vae_config: VAEConfig
+    state: Mapping[str, Tensor]  # the transformer's
+    vae_state: Mapping[str, Tensor]
+
+    def with_encoder(self) -> Self:
+        """The same with its image encoder.
+
+        Raises:
+            CheckpointError: the VAE's state dict has none.
+        """
+        changes: Any = {"vae_config": self.vae_config.with_encoder(self.vae_state)}
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]  # each of them is a dataclass
+
+    def with_lora(self, lora: Path, scale: float) -> Self:
+        """The same with a LoRA merged into its transformer: see `lora.merged`."""
+        changes: Any = {"state": merged(self.state, lora, scale)}
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]  # likewise
 
     @abc.abstractmethod
     def new_model(self, precision: Precision) -> NextScaleModel:

@@ -1,4 +1,4 @@
-"""VAR's multi-scale VQVAE, of VAR and of HART: sizes, official keys, and its decoding half.
+"""VAR's multi-scale VQVAE, of VAR and of HART: sizes, official keys, decoder and encoder.
 
 The official state dicts load as they are (`vqvae.py`, `quant.py` of VAR).
 """
@@ -12,19 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.checkpoint import count_indices, key_problems, tensor_of
+from fastvar_trt.export.models.checkpoint import check_keys, count_indices, key_problems, tensor_of
 from fastvar_trt.export.models.decoder import NORM_GROUPS, Decoder, to_image
+from fastvar_trt.export.models.encoder import Encoder, from_pixels
 from fastvar_trt.export.models.matrix import torch_dtype
 from fastvar_trt.export.models.resize import area_matrix, bicubic_matrix
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.precision import Precision
 
-_UNUSED = ("encoder.", "quant_conv.", "quantize.ema_vocab_hit_SV")
+_UNUSED = "quantize.ema_vocab_hit_SV"
+_OF_ENCODER = ("encoder.", "quant_conv.")
 
 
 @dataclasses.dataclass(frozen=True)
 class VQVAEConfig:
-    """The decoding half of VAR's multi-scale VQVAE."""
+    """VAR's multi-scale VQVAE, with its encoder or without."""
 
     vocab_size: int  # V
     code_channels: int  # C_vae
@@ -33,6 +35,7 @@ class VQVAEConfig:
     phi: str  # `shared`, `partially_shared` or `non_shared`: how scales share the residual convolutions
     num_phi: int
     phi_ratio: float = 0.5  # `quant_resi`: share of the convolution in phi; not in the state dict
+    has_encoder: bool = False  # whether pictures are encoded, too
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], phi_ratio: float = 0.5) -> VQVAEConfig:
@@ -78,6 +81,16 @@ class VQVAEConfig:
             phi_ratio=float(phi_ratio),
         )
 
+    def with_encoder(self, state: Mapping[str, Tensor]) -> VQVAEConfig:
+        """The same with the encoder of the state dict.
+
+        Raises:
+            CheckpointError: it has none, or one of other sizes.
+        """
+        config = dataclasses.replace(self, has_encoder=True)
+        check_keys({"--with-encoder: --vae": vae_problems(config, state)})
+        return config
+
     @property
     def pixels_per_token(self) -> int:
         """Side of the image patch behind one token of the last scale."""
@@ -107,6 +120,20 @@ class ImageDecoder(nn.Module):
         return to_image(self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))))
 
 
+class ImageEncoder(nn.Module):
+    """`VQVAE.quant_conv(VQVAE.encoder(...))`: an image to features, before they are quantised."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        # The decoder has a residual block more per level.
+        self.encoder = Encoder(config.code_channels, config.level_channels, config.num_blocks - 1, attention=True)
+        self.quant_conv = nn.Conv2d(config.code_channels, config.code_channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 16h, 16w, 3], RGB -> fp32 [B, C_vae, h, w]."""
+        return self.quant_conv(self.encoder(from_pixels(pixels).to(self.quant_conv.weight.dtype))).float()
+
+
 def phi_key(config: VQVAEConfig, index: int) -> str:
     """Official key prefix of one residual convolution of the quantizer."""
     middle = {"shared": "qresi.", "partially_shared": f"qresi_ls.{index}.", "non_shared": f"{index}."}[config.phi]
@@ -114,9 +141,12 @@ def phi_key(config: VQVAEConfig, index: int) -> str:
 
 
 def expected_vae_keys(config: VQVAEConfig) -> dict[str, tuple[int, ...]]:
-    """Official key -> shape of the decoding half of a VQVAE."""
+    """Official key -> shape of a VQVAE, without what it leaves out."""
     with torch.device("meta"):
-        keys = {key: tuple(tensor.shape) for key, tensor in ImageDecoder(config).state_dict().items()}
+        parts: list[nn.Module] = [ImageDecoder(config)]
+        if config.has_encoder:
+            parts.append(ImageEncoder(config))
+    keys = {key: tuple(tensor.shape) for part in parts for key, tensor in part.state_dict().items()}
     c = config.code_channels
     keys["quantize.embedding.weight"] = (config.vocab_size, c)
     for index in range(config.num_phi):
@@ -127,7 +157,8 @@ def expected_vae_keys(config: VQVAEConfig) -> dict[str, tuple[int, ...]]:
 
 def vae_problems(config: VQVAEConfig, state: Mapping[str, Tensor]) -> list[str]:
     """What keeps a state dict from being that of such a VQVAE: `key_problems`."""
-    return key_problems(state, expected_vae_keys(config), _UNUSED)
+    unused = (_UNUSED,) if config.has_encoder else (_UNUSED, *_OF_ENCODER)
+    return key_problems(state, expected_vae_keys(config), unused)
 
 
 def check_book(config: VQVAEConfig, vocab_size: int, code_channels: int) -> None:
@@ -149,8 +180,8 @@ def vqvae_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a bundle that come from the VQVAE, in the names of `models.codebook`.
 
-    Of the precision are the decoder's convolutions. fp32 stay the code book and its convolutions (they accumulate in
-    f_hat), normalisation parameters, and the interpolation matrices.
+    Of the precision are the convolutions of decoder and encoder. fp32 stay the code book and its convolutions (they
+    accumulate in f_hat), normalisation parameters, and the interpolation matrices.
     """
     dtype = torch_dtype(precision.computed)
     yield "quantize.embedding.weight", vae_state["quantize.embedding.weight"].float()
@@ -164,8 +195,9 @@ def vqvae_tensors(
         yield f"phi.{index}.bias", vae_state[phi_key(vae_config, index) + "bias"].float() * ratio
     last = patch_nums[-1]
     resizes = {f"resize.bicubic_{last}_{side}": bicubic_matrix(last, side) for side in patch_nums[:-1]}
-    # Scale 0 embeds the condition, not f_hat.
-    resizes |= {f"resize.area_{side}_{last}": area_matrix(side, last) for side in patch_nums[1:-1]}
+    # Scale 0 embeds the condition, not f_hat; only an encoder has a map for it.
+    resized = patch_nums[0 if vae_config.has_encoder else 1 : -1]
+    resizes |= {f"resize.area_{side}_{last}": area_matrix(side, last) for side in resized}
     for name, resize in resizes.items():
         yield name, resize
         yield f"{name}_t", resize.T.contiguous()

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from fastvar_trt.export.models.family import ListParam
 from fastvar_trt.runtime.backends import BACKENDS, DEFAULT_BACKEND, Backend, BackendOption, create_backend
 from fastvar_trt.runtime.errors import FastVARError
 from fastvar_trt.runtime.pipeline import Pipeline
@@ -42,27 +43,14 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}".replace("\n", "\n  ") for line in lines)
 
 
-class _List(click.ParamType):
-    def __init__(self, convert_part: Callable[[str], Any], name: str, kind: str) -> None:
-        self._convert_part, self.name, self._kind = convert_part, name, kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(self._convert_part(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"got {value!r}, expected {self._kind} separated by commas", param, ctx)
-
-
 def integers() -> click.ParamType:
     """`1,4` -> (1, 4)."""
-    return _List(int, "N,N,...", "whole numbers")
+    return ListParam(int, "N,N,...", "whole numbers")
 
 
 def numbers() -> click.ParamType:
     """`0.4,0.5` -> (0.4, 0.5)."""
-    return _List(float, "X,X,...", "numbers")
+    return ListParam(float, "X,X,...", "numbers")
 
 
 @dataclasses.dataclass(frozen=True)

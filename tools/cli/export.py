@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastvar_trt.tools.cli.command import ErrorCommand, ErrorGroup, ProgressBar,
 _BUNDLE_EXAMPLES = (
     "fastvar-export bundle --from out/demo --prune none --out out/demo_dense",
     "fastvar-export bundle --from out/demo --precision w8a8 --target cpu --out out/demo_w8a8",
+    "fastvar-export bundle --from out/infinity --checkpoint finetuned.pth --out out/finetuned",
     "fastvar-export bundle --from out/demo --triton out/model_repository",
 )
 Export = Callable[[Path, ProgressBar], Any]  # writes the bundle to a folder, and gives the exporter's report
@@ -90,6 +91,17 @@ def _batches(default: str) -> click.Option:
     return click.Option(["--batch", "batches"], type=integers(), help=text)
 
 
+def _lora() -> list[click.Option]:
+    return [
+        click.Option(
+            ["--lora"],
+            type=click.Path(path_type=Path),
+            help="LoRA of the checkpoint to merge: a file, or PEFT's folder.",
+        ),
+        click.Option(["--lora-scale"], type=float, default=1.0, show_default=True, help="A factor on it."),
+    ]
+
+
 def _destinations(*, out_required: bool = True) -> list[click.Option]:
     return [
         click.Option(["--out"], type=click.Path(path_type=Path), required=out_required, help="Folder of the bundle."),
@@ -121,18 +133,27 @@ def _source_command(command: SourceCommand) -> click.Command:
         matrices: tuple[tuple[str, str], ...],
         integer_kv: bool,
         calibration: tuple[Any, ...],
+        with_encoder: bool,
+        lora: Path | None,
+        lora_scale: float,
         max_top_k: int = 0,
         **own: Any,
     ) -> None:
-        plan = load_plan(prune or command.default_plan(**own))
+        sizes = [(size, load_plan(prune or command.default_plan(**size))) for size in command.sizes(**own)]
+
+        def load(size: Mapping[str, Any]) -> Any:
+            source = command.load(**size)
+            source = source if lora is None else source.with_lora(lora, lora_scale)
+            return source.with_encoder() if with_encoder else source
 
         def export(out: Path, progress: ProgressBar) -> Any:
             from fastvar_trt.export.exporter import ExportOptions, export_model
 
+            first, *more = [(load(size), plan) for size, plan in sizes]
             options = ExportOptions(
-                plan, precision, batches or (1,), max_top_k, compare, matrices, calibration, integer_kv
+                first[1], precision, batches or (1,), max_top_k, compare, matrices, calibration, integer_kv
             )
-            return export_model(command.load(**own), out, options, force=force, progress=progress)
+            return export_model(first[0], out, options, more=more, force=force, progress=progress)
 
         wanted = dataclasses.replace(PRECISIONS[precision], matrices=matrices)
         _run(export, out, wanted, targets, triton, force=force)
@@ -155,6 +176,8 @@ def _source_command(command: SourceCommand) -> click.Command:
             help="Compare every graph with PyTorch, most of an export's time; `fastvar verify` needs it. Default: do.",
         ),
         *([top_k] if command.top_k else []),
+        click.Option(["--with-encoder"], is_flag=True, help="The VAE's encoder, too: pictures can be edited."),
+        *_lora(),
         *_destinations(),
     ]
     epilog = examples(*command.examples)
@@ -170,22 +193,27 @@ def _bundle_command() -> click.Command:
         integer_kv: bool,
         calibration: tuple[Any, ...],
         batches: tuple[int, ...] | None,
+        checkpoint: Path | None,
+        lora: Path | None,
+        lora_scale: float,
         out: Path | None,
         targets: str | None,
         triton: Path | None,
         force: bool,
     ) -> None:
-        changes = (prune, precision, batches, targets)
+        changes = (prune, precision, batches, targets, checkpoint, lora)
         if out is None:
             more = integer_kv or matrices or calibration
             if triton is None or more or any(change is not None for change in changes):
                 raise click.UsageError("give --out; without it, --triton alone writes the bundle as it is")
             _write_triton(bundle, triton, force=force)
             return
-        if prune is None and precision is None and not integer_kv:
+        if prune is None and precision is None and not integer_kv and checkpoint is None:
             raise click.UsageError(
-                "--out needs --prune, --precision or --integer-kv: what the new bundle has of its own"
+                "--out needs --prune, --precision, --integer-kv or --checkpoint: what the new bundle has of its own"
             )
+        if lora is not None and checkpoint is None:
+            raise click.UsageError("--lora needs --checkpoint, which it is of")
         if precision is None and matrices:
             raise click.UsageError("--matrix needs --precision")
         plan = None if prune is None else load_plan(prune)
@@ -202,6 +230,8 @@ def _bundle_command() -> click.Command:
                 integer_kv=integer_kv,
                 calibration=calibration,
                 batches=batches,
+                checkpoint=checkpoint,
+                lora=None if lora is None else (lora, lora_scale),
                 force=force,
                 progress=progress,
             )
@@ -215,13 +245,20 @@ def _bundle_command() -> click.Command:
         ["--from", "bundle"], type=click.Path(path_type=Path), required=True, help="The bundle whose weights are taken."
     )
     plan, batch = _prune(has_default=False), _batches("those of the bundle")
-    params: list[click.Parameter] = [source, plan, *_precision(None), batch, *_destinations(out_required=False)]
+    retrained = click.Option(
+        ["--checkpoint"],
+        type=click.Path(path_type=Path),
+        help="Another transformer of the same sizes, as a fine-tune is; VAE and text encoder stay.",
+    )
+    own = [source, plan, *_precision(None), batch, retrained, *_lora()]
+    params: list[click.Parameter] = [*own, *_destinations(out_required=False)]
     return ErrorCommand(
         "bundle",
         params=params,
         callback=run,
-        help="The model of a bundle with another pruning plan or precision, without the checkpoint: only the graphs "
-        "that a plan changes are traced. With --triton and no --out, the bundle goes into a model repository as it is.",
+        help="The model of a bundle with another pruning plan or precision, without the checkpoint, or with another "
+        "one: only the graphs that a plan changes are traced. With --triton and no --out, the bundle goes into a model "
+        "repository as it is.",
         epilog=examples(*_BUNDLE_EXAMPLES),
     )
 

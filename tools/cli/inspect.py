@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from fastvar_trt.runtime.chain import kv_bytes
 from fastvar_trt.runtime.engines import EngineSet, device_memory, engine_folders, read_engines
 from fastvar_trt.runtime.errors import BundleError
+from fastvar_trt.runtime.layout import kv_bytes
 from fastvar_trt.runtime.manifest import (
     WEIGHTS_FILE,
     Condition,

@@ -15,8 +15,8 @@ import numpy as np
 
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.onnxruntime import cpu_fields, num_cores
-from fastvar_trt.runtime.chain import kv_bytes
 from fastvar_trt.runtime.errors import BundleError
+from fastvar_trt.runtime.layout import kv_bytes
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, Role
 from fastvar_trt.runtime.precision import DTYPES
 from fastvar_trt.runtime.weights import TensorPlace, read_layout

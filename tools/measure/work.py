@@ -9,7 +9,7 @@ from fastvar_trt.runtime.precision import DTYPES
 
 def output_bytes(manifest: Manifest, batch: int, role: Role) -> int:
     """Bytes of the outputs of a role, over all graphs of a chain: of caches, modulations, ...; not of keys and values,
-    which share memory (`runtime.chain.kv_bytes`)."""
+    which share memory (`runtime.layout.kv_bytes`)."""
     return sum(t.num_bytes for g in manifest.default.chain(batch) for t in g.outputs if t.role is role)
 
 

@@ -1,9 +1,9 @@
 """Infinity's VAE for training: bits of a residual pyramid between an encoder and a decoder.
 
 The decoder, the quantization and the key names are Infinity's (`flux_vqgan.py`, `bsq_vae/multiscale_bsq.py`). The
-encoder, which generation does not need, is a light one that looks at pictures of half the size, so that rendering and
-encoding them costs a quarter. The bits are learnt with a light decoder, too: Infinity's, which works on every pixel at
-full width, costs ten times as much, and learns from bits that do not change any more.
+encoder is a light one that looks at pictures of half the size, so that rendering and encoding them costs a quarter. The
+bits are learnt with a light decoder, too: Infinity's, which works on every pixel at full width, costs ten times as
+much, and learns from bits that do not change any more.
 """
 
 from __future__ import annotations
@@ -15,40 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvar_trt.export.models.infinity.schedules import Schedule
-
-
-class Residual(nn.Module):
-    """Two convolutions beside the identity. No norm: a part of a picture is encoded as it is in the whole."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        for parameter in self.conv2.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
-
-
-class Encoder(nn.Module):
-    """[B, 3, 8h, 8w] in [-1, 1] -> [B, d, h, w]."""
-
-    def __init__(self, code_bits: int, channels: tuple[int, int]) -> None:
-        super().__init__()
-        fine, coarse = channels
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, fine, 4, stride=4),
-            Residual(fine),
-            nn.Conv2d(fine, coarse, 2, stride=2),
-            Residual(coarse),
-            Residual(coarse),
-            nn.SiLU(),
-            nn.Conv2d(coarse, code_bits, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+from fastvar_trt.export.models.infinity.vae import LightEncoder, Residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,5 +97,5 @@ class BitAutoEncoder(nn.Module):
 
     def __init__(self, code_bits: int, channels: tuple[int, int]) -> None:
         super().__init__()
-        self.encoder = Encoder(code_bits, channels)
+        self.encoder = LightEncoder(code_bits, channels)
         self.decoder = SketchDecoder(code_bits, channels)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastvar_trt.export.models.infinity.vae import LightEncoder
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.tools.files import replacing
 from fastvar_trt.tools.scenes.renderer import silhouette
 from fastvar_trt.tools.scenes.world import caption
-from fastvar_trt.tools.train_scenes.autoencoder import Encoder, quantize
+from fastvar_trt.tools.train_scenes.autoencoder import quantize
 from fastvar_trt.tools.train_scenes.config import (
     SCHEDULE,
     BitsConfig,
@@ -31,7 +32,9 @@ from fastvar_trt.tools.training import Stage, autocast
 
 
 @torch.no_grad()
-def encoded(config: BitsConfig, encoder: Encoder, folder: Path, device: torch.device, progress: Progress) -> Tensor:
+def encoded(
+    config: BitsConfig, encoder: LightEncoder, folder: Path, device: torch.device, progress: Progress
+) -> Tensor:
     """Features of all pictures: fp16 [N, d, h_K, w_K], kept on disk."""
     pool = half_pool(config, folder)
     shape = (pool.count, config.code_bits, *SCHEDULE[-1])
@@ -55,7 +58,7 @@ def encoded(config: BitsConfig, encoder: Encoder, folder: Path, device: torch.de
 
 def train_transformer(
     config: TransformerConfig,
-    encoder: Encoder,
+    encoder: LightEncoder,
     reader: TextReader,
     folder: Path,
     device: torch.device,

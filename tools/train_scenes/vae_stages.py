@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvar_trt.export.models.decoder import Decoder, ResnetBlock, UpLevel, Upsample2x
+from fastvar_trt.export.models.infinity.vae import LightEncoder
 from fastvar_trt.export.progress import Progress
-from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder, Encoder, quantize
+from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder, quantize
 from fastvar_trt.tools.train_scenes.config import PATCH, SCHEDULE, SIDE, BitsConfig, DecoderConfig, fingerprint, part_at
 from fastvar_trt.tools.train_scenes.pictures import PicturePool, to_tensor
 from fastvar_trt.tools.training import Stage, autocast, differences
@@ -90,7 +91,7 @@ def train_bits(
 
 
 def train_decoder(
-    config: DecoderConfig, encoder: Encoder, folder: Path, device: torch.device, progress: Progress, processes: int
+    config: DecoderConfig, encoder: LightEncoder, folder: Path, device: torch.device, progress: Progress, processes: int
 ) -> Stage[Decoder]:
     """Draw pictures from their bits, with Infinity's decoder."""
     half, full = half_pool(config.bits, folder), full_pool(config, folder)

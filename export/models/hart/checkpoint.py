@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastvar_trt.export.models.base import MAX_Q_SCALE
-from fastvar_trt.export.models.checkpoint import check_keys, key_problems
+from fastvar_trt.export.models.checkpoint import check_keys, key_problems, load_folder, load_state_dict
 from fastvar_trt.export.models.hart.config import HARTConfig
 from fastvar_trt.export.models.hart.diffusion import FREQUENCIES, diffusion_steps, sinusoids
 from fastvar_trt.export.models.matrix import write_linear, write_matrix
 from fastvar_trt.export.models.vqvae import VQVAEConfig, check_book, vae_problems, vqvae_tensors
 from fastvar_trt.runtime.precision import Precision
 
+_EMA_FILE = "ema_model.bin"
 ROPE_BASE = 10000.0
 # Buffers that training leaves in a checkpoint and inference does not read.
 _UNUSED = ("attn_bias_for_masking", "lvl_1L", ".attn.zero_k_bias")
@@ -65,6 +67,21 @@ def _linear(name: str, num_out: int, num_in: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (num_out, num_in), f"{name}.bias": (num_out,)}
 
 
+def load_transformer(llm: Path) -> Mapping[str, Tensor]:
+    """The state dict of the official folder: `ema_model.bin`, else its safetensors files.
+
+    Raises:
+        CheckpointError: neither, or damaged.
+    """
+    ema = llm / _EMA_FILE
+    return load_state_dict(ema) if ema.is_file() else load_folder(llm)
+
+
+def transformer_problems(config: HARTConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps a state dict from being that of such a HART: `key_problems`."""
+    return key_problems(state, expected_keys(config), _UNUSED)
+
+
 def check_checkpoints(
     config: HARTConfig, vae_config: VQVAEConfig, state: Mapping[str, Tensor], vae_state: Mapping[str, Tensor]
 ) -> None:
@@ -75,7 +92,7 @@ def check_checkpoints(
     """
     check_keys(
         {
-            "--checkpoint": key_problems(state, expected_keys(config), _UNUSED),
+            "--checkpoint": transformer_problems(config, state),
             "--vae": vae_problems(vae_config, vae_state),
         }
     )
@@ -90,9 +107,19 @@ def deployment_tensors(
     precision: Precision,
     max_top_k: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a bundle, one at a time, in the names of `models.hart.model`.
+    """The tensors of a bundle, one at a time, in the names of `models.hart.model`."""
+    yield "sampling.rank", torch.arange(max_top_k)
+    yield "sampling.narrow_rank", torch.arange((max_top_k + 1) // 2)
+    yield from transformer_tensors(config, state, precision)
+    yield from vqvae_tensors(vae_config, config.patch_nums, vae_state, precision)
 
-    What is fp32 whatever the precision: as for VAR (`models.var.checkpoint.deployment_tensors`).
+
+def transformer_tensors(
+    config: HARTConfig, state: Mapping[str, Tensor], precision: Precision
+) -> Iterator[tuple[str, Tensor]]:
+    """Those of transformer and residual diffusion.
+
+    What is fp32 whatever the precision: as for VAR (`models.var.checkpoint.transformer_tensors`).
     """
     c = config.width
 
@@ -104,8 +131,6 @@ def deployment_tensors(
         yield from write_matrix(precision, name, state[f"{source}.weight"])
         yield f"{name}.bias", state[f"{source}.bias"].float() + ones
 
-    yield "sampling.rank", torch.arange(max_top_k)
-    yield "sampling.narrow_rank", torch.arange((max_top_k + 1) // 2)
     if config.has_context_norm:
         yield "context.norm.weight", state["context_norm.weight"].float()
     yield from linear("context.embed", "context_embed")
@@ -141,7 +166,6 @@ def deployment_tensors(
 
     yield "diffusion.norm.weight", state["decoder_norm.weight"].float()
     yield from _diffusion(config, state, linear, modulation)
-    yield from vqvae_tensors(vae_config, config.patch_nums, vae_state, precision)
 
 
 def _diffusion(

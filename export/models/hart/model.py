@@ -10,7 +10,8 @@ token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised, restored
+from fastvar_trt.export.models.checkpoint import check_keys
 from fastvar_trt.export.models.codebook import CodeBookModel, top_k
+from fastvar_trt.export.models.hart.checkpoint import load_transformer, transformer_problems, transformer_tensors
 from fastvar_trt.export.models.hart.config import HARTConfig
 from fastvar_trt.export.models.hart.diffusion import DiffusionStep, diffusion_steps
 from fastvar_trt.export.models.matrix import linear_names, matrix_names, product
@@ -143,6 +146,16 @@ class HART(CodeBookModel, TextModel):
                 "instead"
             )
         return resolved
+
+    def load_transformer(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        """An official folder `llm`, checked."""
+        state = load_transformer(checkpoint)
+        check_keys({"--checkpoint": transformer_problems(self.config, state)})
+        return state
+
+    def transformer_tensors(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """All of the transformer's."""
+        return transformer_tensors(self.config, state, self.precision)
 
     def model_spec(self) -> ModelSpec:
         """Text, an index into the code book per position, and sizes."""
@@ -314,12 +327,20 @@ class HART(CodeBookModel, TextModel):
         return (self.patch_nums[scale] ** 2, len(self.rank(scale))) if self.config.more_smooth else None
 
     def blend(
-        self, drawn: Tensor, logits: Tensor, gumbel: Tensor, f_hat: Tensor | None, scale: int, request: Request
+        self,
+        drawn: Tensor,
+        logits: Tensor,
+        gumbel: Tensor,
+        f_hat: Tensor | None,
+        scale: int,
+        request: Request,
+        is_given: Tensor | None,
     ) -> Tensor:
         """`gumbel_softmax_with_rng` over the candidates of top-k: the codes' mean, near the likeliest one's later on.
 
         Noise is by rank and not by code, which is the same distribution and a tenth of the numbers. Greedy requests
-        take the drawn codes: near a tie a blend multiplies rounding, so no picture of it could be verified.
+        take the drawn codes: near a tie a blend multiplies rounding, so no picture of it could be verified. Given
+        tokens are taken as they are.
         """
         ratio = self._ramp(scale)
         warmth = max(0.27 * (1 - 0.95 * ratio), 0.005)
@@ -330,7 +351,10 @@ class HART(CodeBookModel, TextModel):
         # Not zeros, which would be a constant of this size in the graph.
         weights = (logits * 0).scatter(-1, order, noisy.softmax(dim=-1))
         blended = (weights.flatten(0, 1) @ self.weight("quantize.embedding.weight")).view(*logits.shape[:2], -1)
-        codes = torch.where(request.greedy[:, None, None], self.codes(drawn), blended)
+        exact = request.greedy[:, None, None]
+        if is_given is not None:
+            exact = exact | is_given.unsqueeze(-1)
+        codes = torch.where(exact, self.codes(drawn), blended)
         return self.add_codes(codes, f_hat, scale)
 
     def _ramp(self, scale: int) -> float:
@@ -340,9 +364,10 @@ class HART(CodeBookModel, TextModel):
 
     def add_codes(self, codes: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
         """f_hat with codes added; those of the last scale as they are, without its convolution."""
-        if f_hat is None or scale != len(self.patch_nums) - 1:
+        if scale != len(self.patch_nums) - 1:
             return super().add_codes(codes, f_hat, scale)
-        return f_hat + codes.transpose(1, 2).reshape(f_hat.shape)
+        codes = codes.transpose(1, 2).reshape(len(codes), *self.f_hat_shape())
+        return codes if f_hat is None else f_hat + codes
 
     # The residual diffusion.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastvar_trt.export.models.checkpoint import load_folder, load_state_dict, read_config
-from fastvar_trt.export.models.hart.checkpoint import check_checkpoints, deployment_tensors
+from fastvar_trt.export.models.checkpoint import load_folder, read_config
+from fastvar_trt.export.models.hart.checkpoint import check_checkpoints, deployment_tensors, load_transformer
 from fastvar_trt.export.models.hart.config import HARTConfig
 from fastvar_trt.export.models.hart.model import HART
 from fastvar_trt.export.models.qwen2 import Qwen2Source
@@ -20,7 +20,6 @@ from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.manifest import TOKENIZER_FILE
 from fastvar_trt.runtime.precision import Precision
 
-_EMA_FILE = "ema_model.bin"
 _VAE_PREFIX = "vae."
 
 
@@ -60,8 +59,7 @@ class HARTSource(Source):
             CheckpointError: a file that is missing, damaged, or not of this model.
         """
         data = read_config(llm, "--checkpoint")
-        ema = llm / _EMA_FILE
-        state = load_state_dict(ema) if ema.is_file() else load_folder(llm)
+        state = load_transformer(llm)
         folder = llm.parent / "tokenizer" if vae is None else vae
         vae_data = read_config(folder, "--vae")
         with_disc = load_folder(folder)

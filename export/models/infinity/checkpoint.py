@@ -13,9 +13,10 @@ from fastvar_trt.export.models.checkpoint import check_keys, key_problems
 from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
 from fastvar_trt.export.models.infinity.vae import official_keys
 from fastvar_trt.export.models.matrix import torch_dtype, write_linear, write_matrix
-from fastvar_trt.export.models.resize import bilinear_matrix
+from fastvar_trt.export.models.resize import area_matrix, bilinear_matrix
 from fastvar_trt.runtime.precision import Precision
 
+NESTED = ("trainer", "gpt_fsdp")  # where Infinity's trainer keeps the model in a training checkpoint
 ROPE_BASE = 10000.0
 # Constants and training-time buffers that inference does not read.
 _UNUSED = ("attn_bias_for_masking", "lvl_1L", "Infinity_", "rope2d_freqs_grid", ".zero_k_bias")
@@ -82,17 +83,34 @@ def check_checkpoints(
     Raises:
         CheckpointError: one error that names the keys at fault in both.
     """
+    problems = {"--checkpoint": _transformer_problems(config, state)}
+    expected = {_present(vae_state, keys): shape for keys, shape in official_keys(vae).values()}
+    known = {key.split(".")[0] for key in expected}
+    others = tuple({f"{part}." for part in (key.split(".")[0] for key in vae_state) if part not in known})
+    problems["--vae"] = key_problems(vae_state, expected, others)
+    check_keys(problems)
+
+
+def check_transformer(config: InfinityConfig, state: Mapping[str, Tensor]) -> None:
+    """That a transformer's state dict is complete and of these sizes.
+
+    Raises:
+        CheckpointError: one error that names the keys at fault.
+    """
+    check_keys({"--checkpoint": _transformer_problems(config, state)})
+
+
+def _transformer_problems(config: InfinityConfig, state: Mapping[str, Tensor]) -> list[str]:
     # Of two shapes: cfg_uncond has as many rows as the longest text, the q scale one or the other axis of heads.
-    unused = (*_UNUSED, "cfg_uncond", ".scale_mul_1H11")
-    problems = {"--checkpoint": key_problems(state, expected_keys(config), unused)}
+    problems = key_problems(state, expected_keys(config), (*_UNUSED, "cfg_uncond", ".scale_mul_1H11"))
     scales = [f"{prefix}sa.scale_mul_1H11" for prefix in config.block_prefixes]
     missing = [key for key in scales if key not in state or state[key].numel() != config.num_heads]
-    if missing:
-        problems["--checkpoint"].append(f"{len(missing)} missing or mis-shaped: {', '.join(missing)}")
-    decoder = {_present(vae_state, keys): shape for keys, shape in official_keys(vae).values()}
-    others = tuple({f"{key.split('.')[0]}." for key in vae_state if not key.startswith("decoder.")})
-    problems["--vae"] = key_problems(vae_state, decoder, others)
-    check_keys(problems)
+    shape = (config.text_length, config.text_width)
+    if "cfg_uncond" in state and (
+        state["cfg_uncond"].shape[0] < shape[0] or state["cfg_uncond"].shape[1:] != shape[1:]
+    ):
+        missing.append("cfg_uncond")
+    return [*problems, *([f"{len(missing)} missing or mis-shaped: {', '.join(missing)}"] if missing else [])]
 
 
 def _present(state: Mapping[str, Tensor], keys: tuple[str, str]) -> str:
@@ -107,12 +125,23 @@ def deployment_tensors(
     vae_state: Mapping[str, Tensor],
     precision: Precision,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a bundle, one at a time, in the names of `models.infinity.model`.
+    """The tensors of a bundle, one at a time, in the names of `models.infinity.model`."""
+    yield from transformer_tensors(config, state, precision)
+    yield from size_tensors(config, vae, state)
+    dtype = torch_dtype(precision.computed)
+    for name, (keys, _) in official_keys(vae).items():
+        yield name, vae_state[_present(vae_state, keys)].to(torch.float32 if "norm" in name else dtype)
 
-    What is fp32 whatever the precision: as for VAR (`models.var.checkpoint.deployment_tensors`), and all that
+
+def transformer_tensors(
+    config: InfinityConfig, state: Mapping[str, Tensor], precision: Precision
+) -> Iterator[tuple[str, Tensor]]:
+    """Those of the transformer that do not depend on the size of the pictures.
+
+    What is fp32 whatever the precision: as for VAR (`models.var.checkpoint.transformer_tensors`), and all that
     normalises the text.
     """
-    c, dtype = config.width, torch_dtype(precision.computed)
+    c = config.width
 
     def linear(name: str, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor]]:
         return write_linear(precision, name, weight, bias)
@@ -132,10 +161,6 @@ def deployment_tensors(
     levels = state["lvl_embed.weight"].float()
     yield "pos.0", state["pos_start"][0].float() + levels[0]
     yield "word_embed.weight", state["word_embed.weight"].float()
-    for k in range(1, len(config.schedule)):
-        # Not the bias of the product: TensorRT for RTX 1.7 builds no engine where that is an input of the network.
-        yield f"pos.{k}", state["word_embed.bias"].float() + levels[k]
-
     plus_one = torch.zeros(6, c)  # the blocks use 1 + scale: the one is added to the bias here, once
     plus_one[2:4] = 1.0
     yield from write_matrix(precision, "shared_modulation", state["shared_ada_lin.1.weight"])
@@ -165,13 +190,21 @@ def deployment_tensors(
     yield "head_modulation.bias", state["head_nm.ada_lin.1.bias"].float() + head_plus_one
     yield from linear("head", state["head.weight"], state["head.bias"])
 
+
+def size_tensors(
+    config: InfinityConfig, vae: BSQVAEConfig, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Those that depend on the size of the pictures; equal ones of several sizes have equal names."""
+    for k in range(1, len(config.schedule)):
+        # Not the bias of the product: TensorRT for RTX 1.7 builds no engine where that is an input of the network.
+        yield f"pos.{k}", state["word_embed.bias"].float() + state["lvl_embed.weight"][k].float()
     for k in range(len(config.schedule)):
         cos, sin = rope_tables(config, k)
-        yield f"rope.{k}.cos", cos
-        yield f"rope.{k}.sin", sin
+        yield f"{config.rope_name(k)}.cos", cos
+        yield f"{config.rope_name(k)}.sin", sin
     yield from _resizes(config)
-    for name, (keys, _) in official_keys(vae).items():
-        yield name, vae_state[_present(vae_state, keys)].to(torch.float32 if "norm" in name else dtype)
+    if vae.encoder_channels:
+        yield from _shrinks(config)
 
 
 def _kv_bias(v_bias: Tensor) -> Tensor:
@@ -213,6 +246,17 @@ def rope_tables(config: InfinityConfig, scale: int) -> tuple[Tensor, Tensor]:
 def _positions(length: int, span: int) -> Tensor:
     positions = torch.arange(length) * (span / length)
     return positions.round() if length <= span else positions
+
+
+def _shrinks(config: InfinityConfig) -> Iterator[tuple[str, Tensor]]:
+    """Area matrices from the last scale's feature map to every other one's, each once, for the encoder."""
+    full_h, full_w = config.code_schedule[-1]
+    matrices: dict[str, Tensor] = {}
+    for height, width in config.code_schedule[:-1]:
+        if (height, width) != (full_h, full_w):
+            matrices[f"resize.area_{height}_{full_h}"] = area_matrix(height, full_h)
+            matrices[f"resize.area_{width}_{full_w}_t"] = area_matrix(width, full_w).T.contiguous()
+    yield from matrices.items()
 
 
 def _resizes(config: InfinityConfig) -> Iterator[tuple[str, Tensor]]:

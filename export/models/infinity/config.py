@@ -19,11 +19,13 @@ _VAE_KIND = "an Infinity VAE"
 
 @dataclasses.dataclass(frozen=True)
 class BSQVAEConfig:
-    """The decoding half of Infinity's VAE (`flux_vqgan.AutoEncoder`)."""
+    """Infinity's VAE (`flux_vqgan.AutoEncoder`), with its encoder or without."""
 
     code_bits: int  # d: bits, and channels, of one position of the feature map
     level_channels: tuple[int, ...]  # `base_ch * ch_mult`, finest level first
     num_blocks: int  # residual blocks per decoder level (`num_res_blocks + 1`)
+    encoder_channels: tuple[int, ...] = ()  # `base_ch * encoder_ch_mult`, finest level first; () without encoder
+    encoder_blocks: int = 0  # residual blocks per encoder level (`num_res_blocks`); 0: the scene model's light one
 
     @property
     def pixels_per_code(self) -> int:
@@ -65,6 +67,30 @@ class BSQVAEConfig:
             num_blocks=count_indices(state, r"decoder\.up\.0\.block\.(\d+)\."),
         )
 
+    def with_encoder(self, state: Mapping[str, Tensor]) -> BSQVAEConfig:
+        """The same with the encoder of the state dict.
+
+        Raises:
+            CheckpointError: it has none, or one that no official VAE of images has.
+        """
+        light = [f"encoder.layers.{layer}.weight" for layer in (0, 2)]
+        if all(key in state for key in light):
+            channels = tuple(int(state[key].shape[0]) for key in light)
+            return dataclasses.replace(self, encoder_channels=channels, encoder_blocks=0)
+        levels = []
+        for level in range(count_indices(state, r"encoder\.down\.(\d+)\.")):
+            stem = f"encoder.down.{level}.block.0.conv1"
+            weight = next((state[key] for key in (f"{stem}.conv.weight", f"{stem}.weight") if key in state), None)
+            if weight is None:
+                raise CheckpointError(f"--with-encoder: not {_VAE_KIND}: key {stem}.conv.weight is missing")
+            levels.append(int(weight.shape[0]))
+        if not levels:
+            raise CheckpointError("--with-encoder: --vae: the file has no encoder (keys encoder.*)")
+        if len(levels) != len(self.level_channels) or any(k.startswith("encoder.mid.attn_1.") for k in state):
+            raise CheckpointError("--with-encoder: --vae: its encoder has levels or layers that no official one has")
+        num_blocks = count_indices(state, r"encoder\.down\.0\.block\.(\d+)\.")
+        return dataclasses.replace(self, encoder_channels=tuple(levels), encoder_blocks=num_blocks)
+
 
 @dataclasses.dataclass(frozen=True)
 class InfinityConfig:
@@ -98,6 +124,11 @@ class InfinityConfig:
         """(height, width) of the feature map per scale: twice the token map where tokens are patches."""
         factor = 2 if self.patchify else 1
         return tuple((factor * h, factor * w) for h, w in self.schedule)
+
+    def rope_name(self, scale: int) -> str:
+        """The rotary table of a scale: of its map, and of what the grid spans."""
+        (height, width), (span_h, span_w) = self.schedule[scale], self.rope_span
+        return f"rope.{height}x{width}_of_{span_h}x{span_w}"
 
     @classmethod
     def from_state_dict(

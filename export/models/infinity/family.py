@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastvar_trt.export.models.family import Family, SourceCommand
+from fastvar_trt.export.models.family import Family, ListParam, SourceCommand
 from fastvar_trt.export.models.infinity.schedules import SIZES, schedule
+from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.precision import PLAIN, Precision
 
@@ -50,47 +51,43 @@ _MEASURED = (
 )
 
 
-class _Aspect(click.ParamType):
-    """`W:H` as height over width."""
+def _height_over_width(text: str) -> float:
+    """`16:9` -> 0.5625."""
+    width, height = (float(part) for part in text.split(":"))
+    if not (width > 0 and height > 0):
+        raise ValueError(text)
+    return height / width
 
-    name = "W:H"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """`16:9` -> 0.5625."""
-        if isinstance(value, float):
-            return value
-        try:
-            width, height = (float(part) for part in value.split(":"))
-            return height / width
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"got {value!r}, expected two numbers as in 4:3", param, ctx)
+def _size(text: str) -> str:
+    if text not in SIZES:
+        raise ValueError(text)
+    return text
 
 
 def _load(
     checkpoint: Path,
     vae: Path,
     pn: str,
-    h_div_w: float | None,
-    aspect: float | None,
-    text_length: int | None,
-    text_encoder: Path | None,
+    h_div_w: float,
+    aspect: None = None,
+    text_length: int | None = None,
+    text_encoder: Path | None = None,
 ) -> InfinitySource:
-    if h_div_w is not None and aspect is not None:
-        raise click.UsageError("--h-div-w and --aspect say the same; give one of them")
+    del aspect  # is the other by now
     from fastvar_trt.export.models.infinity.source import InfinitySource
 
-    ratio = next((value for value in (h_div_w, aspect) if value is not None), 1.0)
-    return InfinitySource.from_files(checkpoint, vae, pn, ratio, text_length, text_encoder)
+    return InfinitySource.from_files(checkpoint, vae, pn, h_div_w, text_length, text_encoder)
 
 
-def load_scenes(pn: str, h_div_w: float | None = None, aspect: float | None = None) -> InfinitySource:
-    """The model that comes with the package; arguments as the options of its command.
+def load_scenes(pn: str, h_div_w: float = 1.0, aspect: None = None) -> InfinitySource:
+    """The model that comes with the package, at a size and a height over width.
 
     Raises:
         CheckpointError: the package was installed without its data.
     """
     checkpoint, vae, text = (SCENE_FOLDER / name for name in ("infinity.safetensors", "vae.safetensors", "t5"))
-    source = _load(checkpoint, vae, pn, h_div_w, aspect, None, text)
+    source = _load(checkpoint, vae, pn, h_div_w, text_encoder=text)
     # It knows the positions of one size: with others solids repeat. Of larger maps, tokens lie between these; at other
     # ratios, solids are as stretched as the picture.
     _, span = schedule(DEFAULT_SIZE, 1.0)
@@ -103,12 +100,46 @@ def _from_configs(configs: Mapping[str, Any], precision: Precision) -> Model:
     return Infinity.from_configs(configs, precision)
 
 
+def _sizes(pn: tuple[str, ...], h_div_w: Any, aspect: Any, **rest: Any) -> list[dict[str, Any]]:
+    """Every size at every ratio; what a size has not at all is left out, where it has others of those asked for."""
+    if h_div_w is not None and aspect is not None:
+        raise click.UsageError("--h-div-w and --aspect say the same; give one of them")
+    found: list[dict[str, Any]] = []
+    for size in pn:
+        missing: list[ExportError] = []
+        wanted = [ratio for given in (h_div_w, aspect) if given is not None for ratio in given] or [1.0]
+        for ratio in wanted:
+            try:
+                schedule(size, ratio)
+            except ExportError as error:
+                missing.append(error)
+                continue
+            found.append({"pn": size, "h_div_w": ratio, "aspect": None, **rest})
+        if len(missing) == len(wanted):
+            raise missing[0]
+        for absent in missing:
+            click.echo(f"left out: {absent}", err=True)
+    return found
+
+
 _SIZE_OPTIONS = (
     click.Option(
-        ["--pn"], type=click.Choice(SIZES), default=DEFAULT_SIZE, show_default=True, help="Pixels of the image."
+        ["--pn"],
+        type=ListParam(_size, "SIZE,SIZE,...", f"of {', '.join(SIZES)}"),
+        default=DEFAULT_SIZE,
+        show_default=True,
+        help="Pixels of the image; several are separated by commas, the first is the default.",
     ),
-    click.Option(["--h-div-w"], type=float, help="Height over width. Default: 1."),
-    click.Option(["--aspect"], type=_Aspect(), help="Width to height as W:H, the same said otherwise."),
+    click.Option(
+        ["--h-div-w"],
+        type=ListParam(float, "X,X,...", "numbers"),
+        help="Height over width; one, or several. Default: 1.",
+    ),
+    click.Option(
+        ["--aspect"],
+        type=ListParam(_height_over_width, "W:H,W:H,...", "two numbers each as in 4:3,"),
+        help="Width to height as W:H,W:H,...: the same said otherwise.",
+    ),
 )
 _FILES = SourceCommand(
     name="infinity",
@@ -138,6 +169,7 @@ _FILES = SourceCommand(
     load=_load,
     default_plan=lambda pn, **_: PLAN_OF_SIZE[pn].name,
     top_k=0,
+    sizes=_sizes,
 )
 _SCENES = SourceCommand(
     name="scenes",
@@ -145,11 +177,13 @@ _SCENES = SourceCommand(
     examples=(
         "fastvar-export scenes --out out/scenes",
         "fastvar-export scenes --pn 2K --aspect 2:1 --prune none --out out/scenes_2k",
+        "fastvar-export scenes --pn 1M,2K --aspect 1:1,2:1 --with-encoder --out out/scenes_all",
     ),
     options=_SIZE_OPTIONS,
     load=load_scenes,
     default_plan=lambda pn, **_: PLAN_OF_SIZE[pn].name,
     top_k=0,
+    sizes=_sizes,
 )
 # Computed once per prompt, over few rows: there is nothing to gain from rounding what they multiply.
 _OF_CONDITION = tuple((pattern, "w8") for pattern in ("text.*", "text_encoder.*", "cross.mat_kv", "*modulation"))

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised, restored
+from fastvar_trt.export.models.checkpoint import load_state_dict
+from fastvar_trt.export.models.infinity import checkpoint as checkpoints
 from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
-from fastvar_trt.export.models.infinity.vae import BSQDecoder
+from fastvar_trt.export.models.infinity.vae import BSQDecoder, BSQEncoder
 from fastvar_trt.export.models.matrix import linear_names
 from fastvar_trt.export.models.resize import resize_map
 from fastvar_trt.export.models.t5 import T5Config
@@ -41,7 +44,7 @@ _MASKED = -3e4  # in every precision finite, and low enough that exp() gives 0
 class InfinityBlockSpec(BlockSpec):
     """A layer of Infinity (`CrossAttnBlock`)."""
 
-    scale: int  # its rotary table
+    rope: str  # its rotary table
     text_length: int  # T
     cross_scale: float
 
@@ -60,7 +63,7 @@ class InfinityBlockSpec(BlockSpec):
     @property
     def shared_weights(self) -> tuple[str, ...]:
         """Names of the weights that are not the layer's own."""
-        return (*super().shared_weights, f"rope.{self.scale}.cos", f"rope.{self.scale}.sin")
+        return (*super().shared_weights, f"{self.rope}.cos", f"{self.rope}.sin")
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -105,7 +108,7 @@ class InfinityBlockSpec(BlockSpec):
         heads = (self.num_heads, self.channels // self.num_heads)
         qkv = self.linear(tensors, "attn.mat_qkv", hidden)  # [B2*K, 3C]
         q, k, v = qkv.view(self.rows, self.num_computed, 3, *heads).unbind(2)  # [B2, K, H, D]
-        tables = [tensors[f"rope.{self.scale}.{part}"] for part in ("cos", "sin")]  # [L, D/2]
+        tables = [tensors[f"{self.rope}.{part}"] for part in ("cos", "sin")]  # [L, D/2]
         if indices is not None:
             tables = [F.embedding(indices, table) for table in tables]  # [B2, K, D/2]
         cos, sin = (table.unsqueeze(-2) for table in tables)  # [(B2,) K, 1, D/2]
@@ -141,6 +144,20 @@ class Infinity(TextModel):
         self.config = config
         self.vae_config = vae_config
         self.text_config = text_config
+
+    def load_transformer(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        """An official file or folder of shards, checked."""
+        state = load_state_dict(checkpoint, checkpoints.NESTED)
+        checkpoints.check_transformer(self.config, state)
+        return state
+
+    def transformer_tensors(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """All of the transformer's, but for `size_tensors`."""
+        return checkpoints.transformer_tensors(self.config, state, self.precision)
+
+    def size_tensors(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Positions and interpolations."""
+        return checkpoints.size_tensors(self.config, self.vae_config, state)
 
     def model_spec(self) -> ModelSpec:
         """Text, bits, and sizes."""
@@ -237,6 +254,10 @@ class Infinity(TextModel):
         """`AutoEncoder.decode`."""
         return BSQDecoder(self.vae_config)
 
+    def new_encoder(self) -> nn.Module | None:
+        """`AutoEncoder.encode` as far as the features, where it was asked for."""
+        return BSQEncoder(self.vae_config) if self.vae_config.encoder_channels else None
+
     def condition(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Text features to start token, modulations, and the cross-attention's keys, values and mask."""
         config = self.config
@@ -291,7 +312,7 @@ class Infinity(TextModel):
             attn_scale=config.attn_scale,
             norm_eps=config.norm_eps,
             precision=self.precision,
-            scale=scale,
+            rope=config.rope_name(scale),
             text_length=config.text_length,
             cross_scale=config.cross_scale,
         )
@@ -353,6 +374,17 @@ class Infinity(TextModel):
         )
         threshold = torch.where(request.greedy[:, None, None], (margin <= 0).float(), threshold)
         return (uniform >= threshold).float()
+
+    def nearest(self, left: Tensor, scale: int) -> Tensor:
+        """The signs of what is left (`MultiScaleBSQ`): bool [B, L, bits]."""
+        size, full = self.config.code_schedule[scale], self.config.code_schedule[-1]
+        if size != full:
+            rows, columns = (f"resize.area_{size[0]}_{full[0]}", f"resize.area_{size[1]}_{full[1]}_t")
+            left = resize_map(left, self.weight(rows), self.weight(columns))
+        signs = (left > 0).float()
+        if self.config.patchify:
+            signs = F.pixel_unshuffle(signs, 2)  # [B, 4d, h, w]
+        return signs.flatten(2).transpose(1, 2)
 
     def accumulate(self, drawn: Tensor, f_hat: Tensor | None, scale: int) -> Tensor:
         """f_hat with this scale's codes added: bits are +-1/sqrt(d) (`BSQ.indices_to_codes`)."""

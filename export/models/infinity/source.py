@@ -19,8 +19,7 @@ from fastvar_trt.export.models.t5 import T5Source
 from fastvar_trt.runtime.manifest import TOKENIZER_FILE
 from fastvar_trt.runtime.precision import Precision
 
-# Where Infinity's trainer keeps the model in a training checkpoint; its VAEs are always nested.
-_NESTED, _NESTED_VAE = ("trainer", "gpt_fsdp"), ("vae",)
+_NESTED_VAE = ("vae",)  # official ones are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ class InfinitySource(Source):
             ExportError: a size or aspect ratio that does not exist.
         """
         maps, span = schedule(size, h_div_w)
-        state = load_state_dict(checkpoint, _NESTED)
+        state = load_state_dict(checkpoint, checkpoints.NESTED)
         source = cls.from_state(state, load_state_dict(vae, _NESTED_VAE), maps, span, text_length)
         if text_encoder is None:
             return source
@@ -84,6 +83,12 @@ class InfinitySource(Source):
         config = InfinityConfig.from_state_dict(state, vae_config, maps, rope_span, text_length)
         checkpoints.check_checkpoints(config, vae_config, state, vae_state)
         return cls(config, vae_config, state, vae_state)
+
+    def with_encoder(self) -> InfinitySource:
+        """The same with its image encoder, whose keys are checked."""
+        source = super().with_encoder()
+        checkpoints.check_checkpoints(source.config, source.vae_config, source.state, source.vae_state)
+        return source
 
     def new_model(self, precision: Precision) -> Infinity:
         """The model, without weights."""

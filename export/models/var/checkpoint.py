@@ -17,6 +17,7 @@ from fastvar_trt.export.models.var.config import VARConfig
 from fastvar_trt.export.models.vqvae import VQVAEConfig, check_book, vae_problems, vqvae_tensors
 from fastvar_trt.runtime.precision import Precision
 
+NESTED = ("trainer", "var_wo_ddp")  # where VAR's trainer keeps the model in a training checkpoint
 # Buffers that training leaves in a checkpoint and inference does not read.
 _UNUSED = ("attn_bias_for_masking", "lvl_1L", ".attn.zero_k_bias")
 
@@ -60,6 +61,11 @@ def expected_var_keys(config: VARConfig) -> dict[str, tuple[int, ...]]:
     return keys
 
 
+def var_problems(config: VARConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps a state dict from being that of such a VAR: `key_problems`."""
+    return key_problems(state, expected_var_keys(config), _UNUSED)
+
+
 def check_checkpoints(
     config: VARConfig,
     vae_config: VQVAEConfig,
@@ -73,7 +79,7 @@ def check_checkpoints(
         CheckpointError: one error that names the keys at fault in both, or the size in which the two models differ.
     """
     problems = {
-        option: key_problems(state, expected_var_keys(config), _UNUSED),
+        option: var_problems(config, state),
         "--vae": vae_problems(vae_config, vae_state),
     }
     check_keys(problems)

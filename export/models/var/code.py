@@ -26,10 +26,10 @@ from fastvar_trt.export.models.base import BlockSpec, restored
 from fastvar_trt.export.models.checkpoint import load_state_dict
 from fastvar_trt.export.models.codebook import CodeBookModel
 from fastvar_trt.export.models.source import Source, to_meta
-from fastvar_trt.export.models.var.checkpoint import check_checkpoints, shared_tensors, transformer_tensors
+from fastvar_trt.export.models.var.checkpoint import NESTED, check_checkpoints, shared_tensors, transformer_tensors
 from fastvar_trt.export.models.var.config import VARConfig
 from fastvar_trt.export.models.var.model import VAR, VARBlockSpec
-from fastvar_trt.export.models.var.source import NESTED, NESTED_VAE, check_overrides
+from fastvar_trt.export.models.var.source import NESTED_VAE, check_overrides
 from fastvar_trt.export.models.vqvae import VQVAEConfig
 from fastvar_trt.runtime import manifest as names
 from fastvar_trt.runtime.errors import CheckpointError
@@ -245,6 +245,14 @@ class CoDeSource(Source):
     vae_config: VQVAEConfig
     states: Mapping[str, Mapping[str, Tensor]]  # of drafter and refiner
     vae_state: Mapping[str, Tensor]
+
+    def with_lora(self, lora: Path, scale: float) -> CoDeSource:
+        """It has two transformers.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"--lora {lora}: a pair has two transformers; merge it into one of the files before")
 
     @classmethod
     def from_files(

@@ -8,7 +8,8 @@ logits; interpolations are constant matrices; sampling is by inverse CDF from on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvar_trt.export.models.base import BlockSpec, block_geometry, l2_normalised, restored
+from fastvar_trt.export.models.checkpoint import check_keys, load_state_dict
 from fastvar_trt.export.models.codebook import CodeBookModel
 from fastvar_trt.export.models.matrix import linear_names
+from fastvar_trt.export.models.var.checkpoint import NESTED, transformer_tensors, var_problems
 from fastvar_trt.export.models.var.config import VARConfig
 from fastvar_trt.export.models.vqvae import VQVAEConfig
 from fastvar_trt.plugins.torch_ops import Selector
@@ -89,6 +92,16 @@ class VAR(CodeBookModel):
     def __init__(self, config: VARConfig, vae_config: VQVAEConfig, precision: Precision) -> None:
         super().__init__(config.patch_nums, config.depth, vae_config, precision)
         self.config = config
+
+    def load_transformer(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        """An official file, checked."""
+        state = load_state_dict(checkpoint, NESTED)
+        check_keys({"--checkpoint": var_problems(self.config, state)})
+        return state
+
+    def transformer_tensors(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """All of the transformer's."""
+        return transformer_tensors(self.config, state, self.precision)
 
     def model_spec(self) -> ModelSpec:
         """Classes, an index into the code book per position, and sizes."""

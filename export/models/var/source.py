@@ -11,15 +11,14 @@ from torch import Tensor
 
 from fastvar_trt.export.models.checkpoint import load_state_dict
 from fastvar_trt.export.models.source import Source, to_meta
-from fastvar_trt.export.models.var.checkpoint import check_checkpoints, deployment_tensors
+from fastvar_trt.export.models.var.checkpoint import NESTED, check_checkpoints, deployment_tensors
 from fastvar_trt.export.models.var.config import VARConfig
 from fastvar_trt.export.models.var.model import VAR
 from fastvar_trt.export.models.vqvae import VQVAEConfig
 from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.precision import Precision
 
-# Where VAR's trainer keeps the models in a training checkpoint.
-NESTED, NESTED_VAE = ("trainer", "var_wo_ddp"), ("trainer", "vae_local")
+NESTED_VAE = ("trainer", "vae_local")  # where VAR's trainer keeps it in a training checkpoint
 
 
 def check_overrides(overrides: Mapping[str, Any] | None) -> None:
