@@ -462,6 +462,11 @@ class Variant:
     configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def size(self) -> str:
+        """Of the pictures, width x height in pixels: `1024x576`."""
+        return f"{self.image_width}x{self.image_height}"
+
+    @property
     def h_div_w(self) -> float:
         """Height over width of the pictures."""
         return self.image_height / self.image_width
@@ -645,6 +650,7 @@ class Manifest:
     configs: Mapping[str, Any]  # the exporter's: what it needs to trace these weights again
     matrices: tuple[tuple[str, str], ...] = ()  # exceptions from the precision's format: see `Precision.matrices`
     integer_kv: bool = False  # whether keys and values are kept in 8 bits
+    examples: tuple[str, ...] = ()  # of prompts, or names of classes in order
 
     @property
     def default(self) -> Variant:
@@ -656,6 +662,19 @@ class Manifest:
         """The precision, with what is this bundle's own."""
         precision = dataclasses.replace(PRECISIONS[self.precision], matrices=self.matrices)
         return precision.with_integer_kv() if self.integer_kv else precision
+
+    @functools.cached_property
+    def sizes(self) -> Mapping[str, Variant]:
+        """The first variant of every size of pictures: `1024x576` -> variant."""
+        found: dict[str, Variant] = {}
+        for variant in self.variants:
+            found.setdefault(variant.size, variant)
+        return found
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """SHA-256 of what it says, the hashes of all files among it, as hex."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def resolved_plan(self) -> ResolvedPlan:
@@ -716,6 +735,7 @@ class Manifest:
             "precision": self.precision,
             "matrices": [list(rule) for rule in self.matrices],
             "integer_kv": self.integer_kv,
+            "examples": list(self.examples),
             "batches": list(self.batches),
             "sampling": dataclasses.asdict(self.sampling),
             "variants": [variant.to_json() for variant in self.variants],
@@ -755,6 +775,7 @@ class Manifest:
                 configs=dict(data["configs"]),
                 matrices=tuple((pattern, name) for pattern, name in data.get("matrices", ())),
                 integer_kv=data.get("integer_kv", False),
+                examples=tuple(map(str, data.get("examples", ()))),
             )
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PlanError) as error:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.runtime.manifest import Manifest, Variant
 
 MAX_PIXELS = 40_000_000  # of a file: beyond, it is taken for one that is there to fill the memory
+_EDGE = 8  # pixels: of what is pasted into a picture
 _BACKGROUND = (255, 255, 255)  # behind what is transparent
 
 
@@ -73,6 +78,19 @@ def fitted_mask(mask: Image.Image, width: int, height: int) -> NDArray[np.bool_]
     return is_drawn(np.asarray(_cut(values, width, height, Image.Resampling.BILINEAR)))
 
 
+def pasted(drawn: NDArray[np.uint8], image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """What was drawn, in a picture: outside of the mask the picture's own pixels, inside with a soft edge.
+
+    Args:
+        drawn, image: uint8 [H, W, 3].
+        mask: bool [H, W], where it was drawn.
+    """
+    blurred = Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0))).filter(ImageFilter.GaussianBlur(_EDGE))
+    share = np.clip(np.asarray(blurred, dtype=np.float32) / 127.5 - 1, 0, 1) * mask  # 0 at the edge, 1 further inside
+    mixed = image + share[..., None] * (drawn.astype(np.float32) - image)
+    return np.where(mask[..., None], (mixed + 0.5).astype(np.uint8), image)
+
+
 def check_same_size(image: Image.Image, mask: Image.Image) -> None:
     """That a mask is for a picture.
 
@@ -90,3 +108,26 @@ def _cut(image: Image.Image, width: int, height: int, resampling: Image.Resampli
     left, top = (image.width - cut_width) / 2, (image.height - cut_height) / 2
     box: Any = (left, top, left + cut_width, top + cut_height)
     return image.resize((width, height), resampling, box)
+
+
+def drawing_text(manifest: Manifest, variant: Variant, values: Mapping[str, Any]) -> dict[str, str]:
+    """What a picture says of itself: what it was drawn of and with, and of which bundle.
+
+    The bundle is named by the SHA-256 of its manifest, which has those of all files.
+    """
+    details = {
+        **values,
+        "size": variant.size,
+        "plan": variant.plan.name,
+        "precision": manifest.precision,
+        "bundle_sha256": manifest.identity,
+    }
+    return {"Software": "fastvar-trt", "fastvar": json.dumps(details)}
+
+
+def png_text(text: Mapping[str, str]) -> PngInfo:
+    """Texts for a PNG."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    return info

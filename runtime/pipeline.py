@@ -19,6 +19,7 @@ from fastvar_trt.runtime.chain import Chain, ChainOutputs, memory_of, plan_batch
 from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.given import EncodedPicture, ImageEncoder, given_tensors
 from fastvar_trt.runtime.manifest import Manifest, Role, Variant, check_files, read_manifest
+from fastvar_trt.runtime.pictures import pasted
 from fastvar_trt.runtime.request import (
     Request,
     batch_inputs,
@@ -209,6 +210,8 @@ class Pipeline:
         image: NDArray[Any] | Sequence[NDArray[Any]] | None = None,
         mask: NDArray[Any] | Sequence[NDArray[Any] | None] | None = None,
         keep_scales: int | Sequence[int | None] | None = None,
+        paste: bool = True,
+        size: str | None = None,
         h_div_w: float | None = None,
         variant: str | None = None,
         noise: Mapping[int, NDArray[Any]] | None = None,
@@ -237,7 +240,9 @@ class Pipeline:
             mask: bool [H, W], where the image is drawn anew; elsewhere it is kept. One for all, or a list.
             keep_scales: how many of the first scales are the image's everywhere; the others are drawn, but for what a
                 mask keeps.
-            h_div_w: height over width that the pictures shall have: picks the variant of the bundle.
+            paste: outside of the mask, take the image's own pixels in `images`; float_images and f_hat are as drawn.
+            size: of the pictures, `1024x576`; one that the bundle holds. Default: that of its first variant.
+            h_div_w: height over width, in place of a size.
             variant: the name of the variant; default: the bundle's first.
             noise: scale -> U[0, 1) float32 [N, tokens] or [N, tokens, bits], in place of what the seeds give.
             options: those of `draw`.
@@ -248,7 +253,7 @@ class Pipeline:
             BackendError: the backend failed, or the model's logits were not finite.
             CancelledError: `should_stop` said so.
         """
-        chosen = self._variant(variant, h_div_w)
+        chosen = self.variant(variant, h_div_w=h_div_w, size=size)
         requests = requests_of(
             len(chosen.schedule),
             {
@@ -270,6 +275,7 @@ class Pipeline:
                 "image": image,
                 "mask": mask,
                 "keep_scales": keep_scales,
+                "paste": paste,
             },
             noise,
         )
@@ -307,7 +313,7 @@ class Pipeline:
             BackendError: the backend failed, or the model's logits were not finite.
             CancelledError: `should_stop` said so.
         """
-        chosen = self._variant(variant)
+        chosen = self.variant(variant)
         prompts = self._checked(requests, chosen, preview_scales)
         encoded = self._with_pictures(self._all_encoded(requests, prompts), chosen)
         wanted = [role for role, asked in ((Role.LOGITS, return_logits), (Role.IMAGE, return_float_images)) if asked]
@@ -326,6 +332,7 @@ class Pipeline:
                 chain = self._chain(chosen, batch)
                 outputs.append(chain.run(inputs, wanted, should_stop, preview_scales, preview))
             start += batch
+        merged = _merge(outputs, len(encoded))
         for i, finite in enumerate(np.concatenate([o.finite for o in outputs])[: len(encoded)]):
             if not finite:
                 cfg = np.max(self.manifest.sampling.cfg if requests[i].cfg is None else requests[i].cfg)
@@ -333,8 +340,11 @@ class Pipeline:
                     f"image {i}: the model's logits are not finite: cfg {cfg:g} is too large, or its activations "
                     f"exceed {self.manifest.precision}"
                 )
+        for image, request in zip(merged.images, requests, strict=True):
+            if request.image is not None and request.mask is not None and request.paste:
+                image[...] = pasted(image, request.image, request.mask.astype(bool))
         warnings = [[tokens.warning for tokens in pair if tokens and tokens.warning] for pair in prompts]
-        return dataclasses.replace(_merge(outputs, len(encoded)), warnings=warnings)
+        return dataclasses.replace(merged, warnings=warnings)
 
     def stream(self, *arguments: Any, preview_scales: Collection[int], **options: Any) -> Iterator[Preview]:
         """Draw as `generate` does, and hand out the images in the making.
@@ -364,7 +374,8 @@ class Pipeline:
                     should_stop=stop.is_set,
                     **options,
                 )
-                variant = self._variant(options.get("variant"), options.get("h_div_w"))
+                sizes = {name: options.get(name) for name in ("h_div_w", "size")}
+                variant = self.variant(options.get("variant"), **sizes)
                 items.put(Preview(variant.computed_scales[-1], 0, result.images, result))
             except BaseException as error:
                 items.put(error)
@@ -407,7 +418,7 @@ class Pipeline:
         Raises:
             RequestError: a value out of range.
         """
-        self._checked(requests, self._variant(variant), preview_scales)
+        self._checked(requests, self.variant(variant), preview_scales)
 
     def _chain(self, variant: Variant, batch: int) -> Chain:
         """A chain, loaded at its first use; with the lock held."""
@@ -420,8 +431,8 @@ class Pipeline:
             self._chains[key] = Chain(self.backend, variant.chain(batch), tolerance, self._memory)
         return self._chains[key]
 
-    def _variant(self, name: str | None = None, h_div_w: float | None = None) -> Variant:
-        """The variant of that name, or of that height over width; the default where neither is asked for.
+    def variant(self, name: str | None = None, *, h_div_w: float | None = None, size: str | None = None) -> Variant:
+        """The variant of that name, size, or height over width; the default where none is asked for.
 
         Raises:
             RequestError: the bundle holds none such.
@@ -432,6 +443,12 @@ class Pipeline:
             if not variants:
                 known = ", ".join(variant.name for variant in self.manifest.variants)
                 raise RequestError(f"variant: got {name!r}, this bundle holds {known}")
+        if size is not None:
+            if size not in self.manifest.sizes:
+                raise RequestError(f"size: got {size!r}, this bundle draws {', '.join(self.manifest.sizes)}")
+            variants = tuple(variant for variant in variants if variant.size == size)
+            if not variants:
+                raise RequestError(f"size: got {size!r}, the variant {name} has another")
         if h_div_w is None:
             return variants[0]
         for variant in variants:
@@ -477,7 +494,7 @@ class Pipeline:
             RequestError: a bundle without image encoder, or a picture of another size.
             BackendError: its tokens' features are not finite.
         """
-        chosen = self._variant(variant)
+        chosen = self.variant(variant)
         check_picture(chosen, Request(image=image, keep_scales=1))
         try:
             return self._encode_image(image, chosen)

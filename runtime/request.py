@@ -106,6 +106,7 @@ class Request:
     keep_scales: int | None = _parameter(
         "integer", "How many of the first scales are the image's, everywhere.", needs="image", minimum=1
     )
+    paste: bool = _parameter("boolean", "Outside of the mask, take the image's own pixels.", value=True, needs="image")
     seed: int = _parameter("integer", "Of the noise.", value=0, minimum=0, maximum=MAX_SEED)
     cfg: Any = _parameter("number", "Guidance scale, of the scales that have any.", dtype="float32", per_scale=True)
     temperature: Any = _parameter(
@@ -137,7 +138,8 @@ _NOISES: Mapping[names.Role, tuple[str, Callable[..., NDArray[Any]]]] = {
     names.Role.NORMAL: ("normal_noise", normal_noise),
     names.Role.GUMBEL: ("gumbel_noise", gumbel_noise),
 }
-_OF_PICTURES = frozenset({"image", "mask", "keep_scales"})
+_EDITED = ("image", "mask", "keep_scales")
+_OF_PICTURES = frozenset({*_EDITED, "paste"})
 GRAPH_INPUTS: Mapping[str, Parameter] = {name: p for name, p in TABLE.items() if p.dtype}
 
 
@@ -221,7 +223,7 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
     for name, parameter in known.items():
         if _is_given(request, parameter):
             _check_value(parameter, getattr(request, name), len(variant.schedule), manifest, greedy=request.greedy)
-    if any(getattr(request, name) is not None for name in _OF_PICTURES):
+    if any(getattr(request, name) is not None for name in _EDITED):
         check_picture(variant, request)
     _check_guidance(manifest, variant, request)
     for name in ("text", "negative_text"):

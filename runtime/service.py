@@ -38,10 +38,12 @@ class ImageRequest(Request):
     Attributes:
         deadline_s: seconds from submission after which the picture is not wanted any more.
         preview_scales: steps after which the picture in the making is decoded, for `Service.submit`'s `on_preview`.
+        variant: of the bundle, by name; default: its first.
     """
 
     deadline_s: float | None = None
     preview_scales: tuple[int, ...] = ()
+    variant: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Service:
             RequestError: a value out of range; checked here, so that it cannot spoil a batch.
             OverloadedError: the queue is full, or the service is draining; try again later.
         """
-        self._pipeline.check([request], preview_scales=request.preview_scales)
+        self._pipeline.check([request], variant=request.variant, preview_scales=request.preview_scales)
         entry = _Entry(request, Future(), time.monotonic(), on_preview)
         with self._changed:
             self._drop_unwanted()
@@ -320,8 +322,18 @@ class Service:
             self._drop_unwanted()
             if self._stopping:
                 return None
-            self._running = [self._queue.popleft() for _ in range(min(len(self._queue), largest))]
+            self._running = self._take(largest)
             return self._running
+
+    def _take(self, largest: int) -> list[_Entry]:
+        """The first request, and those behind it that may travel with it; with the lock held."""
+        if not self._queue:
+            return []
+        variant = self._queue[0].request.variant
+        batch = [entry for entry in self._queue if entry.request.variant == variant][:largest]
+        taken = set(map(id, batch))
+        self._queue = deque(entry for entry in self._queue if id(entry) not in taken)
+        return batch
 
     def _drop_unwanted(self) -> None:
         """Settle what nobody waits for any more; with the lock held."""
@@ -356,6 +368,7 @@ class Service:
         try:
             result = self._pipeline.draw(
                 [entry.request for entry in batch],
+                variant=batch[0].request.variant,
                 should_stop=lambda: all(entry.unwanted for entry in batch),
                 preview_scales=sorted(set().union(*wanted)),
                 on_preview=preview,

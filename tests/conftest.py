@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _content_hash(source: Source, options: ExportOptions) -> str:
 def _update(digest: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         digest.update(str(value.dtype).encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for key in sorted(value):
             digest.update(key.encode())
             _update(digest, value[key])
@@ -149,6 +149,15 @@ def _update(digest: Any, value: Any) -> None:
 
 _CACHE = ROOT / "build" / "test_bundles" / _code_hash()
 _KEPT_S = 24 * 3600.0  # bundles of other states of the code
+
+
+@pytest.fixture(scope="session")
+def editing_bundle(export_once: Callable[..., tuple[Path, ExportReport]]) -> Path:
+    """The tiny model with its image encoder, batch sizes 1 and 2; its plan skips a scale."""
+    source = VARSource.from_state(*tiny_states(with_encoder=True)).with_encoder()
+    plan = PruningPlan("skipping", fractions=((-2, 0.5), (-1, 1.0)), cache_scale=-3, first_layer=1)
+    path, _ = export_once("editing", source, ExportOptions(plan=plan, batches=(1, 2)))
+    return path
 
 
 @pytest.fixture(scope="session")

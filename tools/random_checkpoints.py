@@ -40,6 +40,7 @@ def random_checkpoint(
     vae_channels: int = 32,
     shared_aln: bool = False,
     attn_l2_norm: bool = True,
+    with_encoder: bool = False,
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """State dicts of a VAR and of its VQVAE, fp32, in the official keys.
@@ -60,7 +61,7 @@ def random_checkpoint(
         shared_aln=shared_aln,
         attn_l2_norm=attn_l2_norm,
     )
-    vae_config = _vqvae(vocab_size, code_channels, vae_channels)
+    vae_config = _vqvae(vocab_size, code_channels, vae_channels, with_encoder)
     generator = torch.Generator().manual_seed(seed)
     state = {key: _tensor(key, shape, generator) for key, shape in expected_var_keys(config).items()}
     levels = [torch.full((side * side,), k) for k, side in enumerate(patch_nums)]
@@ -69,7 +70,7 @@ def random_checkpoint(
     return state, vae_state
 
 
-def _vqvae(vocab_size: int, code_channels: int, channels: int) -> VQVAEConfig:
+def _vqvae(vocab_size: int, code_channels: int, channels: int, with_encoder: bool) -> VQVAEConfig:
     return VQVAEConfig(
         vocab_size=vocab_size,
         code_channels=code_channels,
@@ -77,6 +78,7 @@ def _vqvae(vocab_size: int, code_channels: int, channels: int) -> VQVAEConfig:
         num_blocks=3,
         phi="partially_shared",
         num_phi=4,
+        has_encoder=with_encoder,
     )
 
 
@@ -110,6 +112,7 @@ def random_infinity_checkpoint(
     text_length: int = 64,
     block_chunks: int = 2,
     vae_channels: int = 32,
+    with_encoder: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -118,7 +121,9 @@ def random_infinity_checkpoint(
     Infinity-2B has 32 layers x 2048, 16 heads, 32 bits, text 2048 wide and 512 long, 8 chunks, a VAE of 128 channels.
     """
     multipliers = (1, 2, 4, 4) if patchify else (1, 2, 4, 4, 4)  # `decoder_ch_mult`
-    vae_config = BSQVAEConfig(bits, tuple(vae_channels * m for m in multipliers), num_blocks=3)
+    channels = tuple(vae_channels * m for m in multipliers)
+    encoder = (channels, 2) if with_encoder else ((), 0)  # `encoder_ch_mult`, `num_res_blocks`
+    vae_config = BSQVAEConfig(bits, channels, 3, *encoder)
     per_chunk = depth // block_chunks
     prefixes = tuple(f"block_chunks.{i // per_chunk}.module.{i % per_chunk}." for i in range(depth))
     tokens_bits = 4 * bits if patchify else bits
@@ -165,6 +170,7 @@ def random_hart_folders(
     diffusion_width: int = 64,
     diffusion_depth: int = 2,
     attn_l2_norm: bool = False,
+    with_encoder: bool = False,
     seed: int = 0,
 ) -> Path:
     """The folders `llm` and `tokenizer` of a HART, as published, in `folder`.
@@ -193,7 +199,7 @@ def random_hart_folders(
         diffusion_depth=diffusion_depth,
         diffusion_steps=8,
     )
-    vae_config = _vqvae(vocab_size, code_channels, vae_channels)
+    vae_config = _vqvae(vocab_size, code_channels, vae_channels, with_encoder)
     generator = torch.Generator().manual_seed(seed)
     state = {key: _tensor(key, shape, generator) for key, shape in expected_hart_keys(config).items()}
     vae_state = {f"vae.{key}": _tensor(key, shape, generator) for key, shape in expected_vae_keys(vae_config).items()}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from fastvar_trt.tools.files import replacing
 
@@ -66,11 +67,11 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG beside its place, then move it there.
+def save_image(image: Image.Image, path: Path, text: PngInfo | None = None) -> None:
+    """Write a PNG beside its place, with what it says of itself, then move it there.
 
     Raises:
         RequestError: it cannot be written.
     """
     with replacing(path) as partial:
-        image.save(partial, format="PNG")
+        image.save(partial, format="PNG", pnginfo=text)

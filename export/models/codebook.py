@@ -98,8 +98,9 @@ class CodeBookModel(NextScaleModel):
     def nearest(self, left: Tensor, scale: int) -> Tensor:
         """The nearest code by squared distance: int64 [B, L]."""
         rows = self.at_scale(left, scale).flatten(2).transpose(1, 2)  # [B, L, C_vae]
-        book = self.weight("quantize.embedding.weight")
-        return (rows @ book.T - 0.5 * book.square().sum(-1)).argmax(-1)
+        book, bias = (self.weight(f"quantize.{name}") for name in ("embedding.weight", "closeness.bias"))
+        closeness = F.linear(rows.flatten(0, 1), book, bias)
+        return closeness.argmax(-1).view(len(left), -1)
 
     def at_scale(self, f_hat: Tensor, scale: int) -> Tensor:
         """f_hat area-resized to the scale's map: fp32 [B, C_vae, h, w]."""

@@ -30,6 +30,7 @@ class Source(abc.ABC):
     vae_config: VAEConfig
     state: Mapping[str, Tensor]  # the transformer's
     vae_state: Mapping[str, Tensor]
+    examples: tuple[str, ...] = ()  # of prompts
 
     def with_encoder(self) -> Self:
         """The same with its image encoder.

@@ -185,6 +185,8 @@ def vqvae_tensors(
     """
     dtype = torch_dtype(precision.computed)
     yield "quantize.embedding.weight", vae_state["quantize.embedding.weight"].float()
+    if vae_config.has_encoder:
+        yield "quantize.closeness.bias", -0.5 * vae_state["quantize.embedding.weight"].float().square().sum(-1)
     ratio = vae_config.phi_ratio
     channels = torch.arange(vae_config.code_channels)
     for index in range(vae_config.num_phi):

@@ -1,10 +1,11 @@
-"""The HTTP server: one `Service` behind FastAPI.
+"""The HTTP server: one or several `Service`s behind FastAPI.
 
 | | |
 |---|---|
 | `POST /v1/images` | a picture: PNG, JPEG or WebP |
 | `POST /v1/images/stream` | previews and the picture, as server-sent events |
-| `GET /v1/model` | what the bundle holds |
+| `POST /v1/images/generations`, `/v1/images/edits`, `GET /v1/models` | OpenAI's API: see `openai` |
+| `GET /v1/model` | what a bundle holds |
 | `GET /healthz`, `GET /metrics`, `GET /openapi.json` | for those who operate it |
 | `GET /` | a page to try it |
 """
@@ -15,9 +16,7 @@ import asyncio
 import base64
 import dataclasses
 import json
-import logging
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
 from typing import Any
@@ -30,28 +29,32 @@ from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastvar_trt.runtime.errors import CancelledError, FastVARError, OverloadedError, RequestError
+from fastvar_trt.runtime.errors import CancelledError, FastVARError, RequestError
 from fastvar_trt.runtime.manifest import Manifest
+from fastvar_trt.runtime.models import Models
 from fastvar_trt.runtime.pipeline import Preview
 from fastvar_trt.runtime.request import parameters
 from fastvar_trt.runtime.service import ImageRequest, ImageResult, Service, Ticket
 from fastvar_trt.serving.http.bodies import Bodies, Body, ImageBody, bodies_of, to_request
-from fastvar_trt.serving.http.images import MEDIA_TYPES, encode_image
+from fastvar_trt.serving.http.errors import (
+    ERROR_RESPONSES,
+    RateError,
+    error_answer,
+    error_content,
+    openai_content,
+    retry_after,
+)
+from fastvar_trt.serving.http.images import MEDIA_TYPES, encode_image, picture_text
+from fastvar_trt.serving.http.keys import ApiKeys
+from fastvar_trt.serving.http.openai import OPENAI_PATHS, add_openai, openai_error
 from fastvar_trt.serving.metrics import ServiceCollector
 
-_LOG = logging.getLogger(__name__)
 _CLIENT_CLOSED_REQUEST = 499  # as nginx calls it; nobody reads it but the metrics
+_NO_KEY = "no valid API key; send one as `Authorization: Bearer KEY`"
 _PREVIEW_QUALITY = 80  # of JPEG: previews are looked at for a moment
-_STATUS: tuple[tuple[type[Exception], int], ...] = (
-    (RequestError, 422),
-    (OverloadedError, 503),
-    (MemoryError, 503),
-    (CancelledError, 504),
-)
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; connect-src 'self'; img-src blob: data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 )
@@ -65,87 +68,127 @@ class ServerOptions:
         max_body_bytes: of a request.
         max_deadline_s: longest deadline of a request, and the default.
         rate: requests for pictures per client address; None for no limit.
+        keys: one of which requests of `/v1` must bring; None: nobody is asked.
+        max_images: of one request of OpenAI's API.
     """
 
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int = 16 << 20
     max_deadline_s: float = 120.0
     rate: RateLimitItem | None = None
+    keys: ApiKeys | None = None
+    max_images: int = 10
 
 
 def create_app(
-    service: Service, options: ServerOptions | None = None, *, on_start: Callable[[], None] | None = None
+    served: Service | Models, options: ServerOptions | None = None, *, on_start: Callable[[], None] | None = None
 ) -> FastAPI:
-    """The ASGI application. When it stops it closes the service and its pipeline.
+    """The ASGI application. When it stops it closes the services and their pipelines.
 
     Args:
-        service: what draws; the application takes it over.
+        served: what draws; the application takes it over.
         options: limits.
         on_start: called in the event loop's thread when the application starts.
     """
     options = options or ServerOptions()
+    models = Models.of(served) if isinstance(served, Service) else served
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if on_start is not None:
             on_start()
         yield
-        await asyncio.to_thread(service.close)  # who serves the application has waited for the answers
-        service.pipeline.close()
+        await asyncio.to_thread(models.close)  # who serves the application has waited for the answers
 
     version = metadata.version("fastvar-trt")
     # The pages /docs and /redoc load scripts from a CDN: the schema is enough.
     app = FastAPI(title="fastvar-trt", version=version, lifespan=lifespan, docs_url=None, redoc_url=None)
     registry = CollectorRegistry()
-    registry.register(ServiceCollector(service))
+    registry.register(ServiceCollector(models))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     responses = Counter(
         "fastvar_http_responses", "Responses by path and status.", ["path", "status"], registry=registry
     )
-    app.add_middleware(_Gatekeeper, max_body_bytes=options.max_body_bytes, responses=responses)
-    _add_pictures(app, service, options)
-    _add_status(app, service, registry)
+    app.add_middleware(_Gatekeeper, max_body_bytes=options.max_body_bytes, responses=responses, keys=options.keys)
+    drawing = Drawing(models, options)
+    _add_pictures(app, drawing)
+    add_openai(app, drawing)
+    _add_status(app, models, registry)
     _add_errors(app)
     return app
 
 
-def _add_pictures(app: FastAPI, service: Service, options: ServerOptions) -> None:
+class Drawing:
+    """What all paths that draw share: who may ask, which model draws, and who waits for it.
+
+    Attributes:
+        models: what draws.
+        options: limits.
+    """
+
+    def __init__(self, models: Models, options: ServerOptions) -> None:
+        self.models, self.options = models, options
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    async def admit(self, request: Request) -> None:
+        """That a client has not asked too often.
+
+        Raises:
+            RateError: it has.
+        """
+        client, rate = request.client.host if request.client else "unknown", self.options.rate
+        if rate is not None and not await self._limiter.hit(rate, client):
+            window = await self._limiter.get_window_stats(rate, client)
+            raise RateError(f"more than {rate} from {client}; try again later", window.reset_time)
+
+    @asynccontextmanager
+    async def using(self, name: str | None) -> AsyncIterator[Service]:
+        """The service of a model, loaded."""
+        service = await asyncio.to_thread(self.models.acquire, name)
+        try:
+            yield service
+        finally:
+            self.models.release(name)
+
+    async def drawn(self, request: Request, service: Service, wanted: list[ImageRequest]) -> list[ImageResult] | None:
+        """The pictures, in order; where the client goes before, they are given up, and None."""
+        tickets = [await asyncio.to_thread(service.submit, each) for each in wanted]  # prompts take a while to check
+        results = (result_of(ticket, each) for ticket, each in zip(tickets, wanted, strict=True))
+        return await unless_gone(request, _all(*results))
+
+    def bodies(self, service: Service) -> Bodies:
+        """Of the bundle that is served now: another one may have taken its place."""
+        return bodies_of(service.pipeline.manifest, self.options.max_deadline_s, self.models.names)
+
+
+async def _all(*results: Awaitable[ImageResult]) -> list[ImageResult]:
+    return await asyncio.gather(*results)
+
+
+def _add_pictures(app: FastAPI, drawing: Drawing) -> None:
     """The paths that draw, and the schema of what they take."""
-    limiter = MovingWindowRateLimiter(MemoryStorage())
-
-    async def admit(request: Request) -> None:
-        client = request.client.host if request.client else "unknown"
-        if options.rate is not None and not await limiter.hit(options.rate, client):
-            window = await limiter.get_window_stats(options.rate, client)
-            raise _RateError(f"more than {options.rate} from {client}; try again later", window.reset_time)
-
-    def bodies() -> Bodies:
-        return bodies_of(service.pipeline.manifest, options.max_deadline_s)  # another bundle may have taken its place
-
-    async def submit(
-        body: ImageBody, on_preview: Callable[[Preview], None] | None = None
-    ) -> tuple[Ticket, ImageRequest]:
-        request = to_request(body)
-        return await asyncio.to_thread(service.submit, request, on_preview), request  # prompts take a while to check
 
     @app.post(
         "/v1/images",
         response_class=Response,
         responses={
             200: {"description": "The picture.", "content": {kind: {} for kind in MEDIA_TYPES.values()}},
-            **_ERROR_RESPONSES,
+            **ERROR_RESPONSES,
         },
     )
     async def images(request: Request) -> Response:
         """Draw one picture. Requests that arrive together share a batch, which does not change their pictures."""
-        await admit(request)
-        body = await _parsed(request, bodies().image)
-        ticket, wanted = await submit(body)
-        result = await _unless_gone(request, _result(ticket, wanted))
-        if result is None:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        data = await asyncio.to_thread(encode_image, result.image, body.format, body.quality)
-        return Response(data, media_type=MEDIA_TYPES[body.format], headers=_headers(result, wanted))
+        await drawing.admit(request)
+        name, content = await _named(request)
+        async with drawing.using(name) as service:
+            bodies = drawing.bodies(service)
+            body, wanted = await asyncio.to_thread(_parsed, content, bodies.image, bodies.manifest)
+            results = await drawing.drawn(request, service, [wanted])
+            if results is None:
+                return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            text = picture_text(bodies.manifest, wanted)
+            data = await asyncio.to_thread(encode_image, results[0].image, body.format, body.quality, text)
+            return Response(data, media_type=MEDIA_TYPES[body.format], headers=_headers(results[0], wanted))
 
     @app.post(
         "/v1/images/stream",
@@ -156,45 +199,73 @@ def _add_pictures(app: FastAPI, service: Service, options: ServerOptions) -> Non
                 "warnings) or `error` (type, message); images are base64.",
                 "content": {"text/event-stream": {}},
             },
-            **_ERROR_RESPONSES,
+            **ERROR_RESPONSES,
         },
     )
     async def stream(request: Request) -> StreamingResponse:
         """Draw one picture, and show it in the making."""
-        await admit(request)
-        body = await _parsed(request, bodies().stream)
+        await drawing.admit(request)
+        name, content = await _named(request)
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[Preview | None] = asyncio.Queue()
 
         def hand_over(preview: Preview) -> None:  # from the service's thread
             loop.call_soon_threadsafe(items.put_nowait, preview)
 
-        ticket, wanted = await submit(body, hand_over)
-        return StreamingResponse(_events(ticket, wanted, body, items), media_type="text/event-stream")
+        service = await asyncio.to_thread(drawing.models.acquire, name)
+        try:
+            bodies = drawing.bodies(service)
+            body, wanted = await asyncio.to_thread(_parsed, content, bodies.stream, bodies.manifest)
+            ticket = await asyncio.to_thread(service.submit, wanted, hand_over)
+            events = _events(ticket, wanted, body, items, bodies.manifest)
+        except BaseException:
+            drawing.models.release(name)
+            raise
+
+        async def released() -> AsyncIterator[str]:
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                await events.aclose()  # type: ignore[attr-defined]  # it is a generator
+                drawing.models.release(name)
+
+        return StreamingResponse(released(), media_type="text/event-stream")
 
     def openapi() -> dict[str, Any]:
         """FastAPI's own schema, with the bodies that the bundle takes."""
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        known = bodies()
+        with drawing.models.using() as service:
+            known = drawing.bodies(service)
         return known.add_to_schema(schema, {"/v1/images": known.image, "/v1/images/stream": known.stream})
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
-def _add_status(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
+def _add_status(app: FastAPI, models: Models, registry: CollectorRegistry) -> None:
     """What is served and how it does, for people, load balancers and Prometheus."""
 
     @app.get("/v1/model")
-    async def model() -> dict[str, Any]:
-        """What is served: sizes, plan, defaults, the scales that have previews."""
-        return _describe(service.pipeline.manifest)
+    async def model(name: str | None = None) -> dict[str, Any]:
+        """What a model of the server, by default the first, holds: sizes, plan, defaults, scales that have previews."""
+
+        def describe() -> dict[str, Any]:
+            with models.using(name) as service:
+                return _describe(service.pipeline.manifest, models.names)
+
+        return await asyncio.to_thread(describe)
 
     @app.get("/healthz", responses={503: {"description": "Draining, or broken."}})
     async def healthz() -> JSONResponse:
         """200 where pictures can be asked for."""
-        found = service.metrics()
-        healthy = service.healthy
-        content = {"status": "ok" if healthy else "unavailable", "queued": found.queued, "running": found.running}
+        services = list(models.loaded.values())
+        found = [service.metrics() for service in services]
+        healthy = all(service.healthy for service in services)
+        content = {
+            "status": "ok" if healthy else "unavailable",
+            "queued": sum(own.queued for own in found),
+            "running": sum(own.running for own in found),
+        }
         return JSONResponse(content, 200 if healthy else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -216,70 +287,56 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(FastVARError)
     @app.exception_handler(MemoryError)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        status, content = _error(error)
-        headers = {}
-        if isinstance(error, _RateError):
-            headers["retry-after"] = str(error.seconds)
-        elif status == 503:
-            headers["retry-after"] = "1"
+        status, content = error_answer(error)
+        headers = retry_after(error, status)
+        if request.url.path in OPENAI_PATHS:
+            status, content = openai_error(error, status, content)
         return JSONResponse(content, status, headers)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(_error_content("HTTPError", str(error.detail)), error.status_code, error.headers)
+        return JSONResponse(error_content("HTTPError", str(error.detail)), error.status_code, error.headers)
 
 
-async def _parsed(request: Request, body: Body) -> ImageBody:
-    """The body, validated; FastAPI takes one schema for good, and ours is that of the bundle which is served now.
+async def _named(request: Request) -> tuple[str | None, bytes]:
+    """The model that a body of JSON asks for, and the body.
 
     Raises:
-        RequestError: it is no JSON, or not what the bundle takes.
+        RequestError: it is of another type.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a page of another site can send unasked is none
         raise RequestError(f"content-type: got {kind!r}, expected application/json")
-    return await asyncio.to_thread(body.parse, await request.body())  # a large one takes a while
+    content = await request.body()
+    return await asyncio.to_thread(_model_of, content), content  # a large one takes a while
 
 
-class _ErrorBody(BaseModel):
-    """`type` is the name of the error's class in `fastvar_trt.runtime`."""
-
-    type: str
-    message: str
-
-
-class ErrorResponse(BaseModel):
-    """What every status of 400 and above carries."""
-
-    error: _ErrorBody
+def _model_of(content: bytes) -> str | None:
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError):  # refused with what the bundle takes
+        return None
+    name = data.get("model") if isinstance(data, dict) else None
+    return name if isinstance(name, str) else None
 
 
-_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse, "description": text}
-    for status, text in {
-        413: "The request is too large.",
-        422: "A value is out of range.",
-        429: "Too many requests from this client; see Retry-After.",
-        500: "The backend failed.",
-        503: "The queue is full, or the server stops; see Retry-After.",
-        504: "The deadline has passed.",
-    }.items()
-}
+def _parsed(content: bytes, body: Body, manifest: Manifest) -> tuple[ImageBody, ImageRequest]:
+    """The body, validated, and what is drawn; FastAPI takes one schema for good, and ours is that of the bundle that is
+    served now.
 
-
-class _RateError(OverloadedError):
-    """More requests from one client than are allowed."""
-
-    def __init__(self, message: str, reset_time: float) -> None:
-        super().__init__(message)
-        self.seconds = max(1, round(reset_time - time.time()))
+    Raises:
+        RequestError: it is no JSON, or not what the bundle takes.
+    """
+    parsed = body.parse(content)
+    return parsed, to_request(parsed, manifest)
 
 
 class _Gatekeeper:
-    """Reads bodies up to a limit, whatever length they declare, refuses larger ones, and counts responses."""
+    """Asks for keys, reads bodies up to a limit, whatever length they declare, refuses larger ones, and counts
+    responses."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, responses: Counter) -> None:
-        self._app, self._max, self._responses = app, max_body_bytes, responses
+    def __init__(self, app: ASGIApp, max_body_bytes: int, responses: Counter, keys: ApiKeys | None) -> None:
+        self._app, self._max, self._responses, self._keys = app, max_body_bytes, responses, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -291,6 +348,10 @@ class _Gatekeeper:
                 self._responses.labels(_path(scope), message["status"]).inc()
             await send(message)
 
+        if self._keys is not None and not self._keys.admit(scope):  # before anything of the body is read
+            headers = {"www-authenticate": "Bearer", "connection": "close"}
+            await JSONResponse(_refusal(scope, 401, _NO_KEY), 401, headers)(scope, receive, counted)
+            return
         body = bytearray()
         more = True
         while more:
@@ -300,7 +361,7 @@ class _Gatekeeper:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._max:
-                error = _error_content("RequestError", f"the body has more than {self._max} bytes")
+                error = _refusal(scope, 413, f"the body has more than {self._max} bytes")
                 await JSONResponse(error, 413, {"connection": "close"})(scope, receive, counted)
                 return
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
@@ -323,12 +384,18 @@ class _Gatekeeper:
             raise
 
 
+def _refusal(scope: Scope, status: int, message: str) -> dict[str, Any]:
+    """An error that no path of ours has raised."""
+    kind = "AuthenticationError" if status == 401 else "RequestError"
+    return openai_content(status, message) if scope["path"] in OPENAI_PATHS else error_content(kind, message)
+
+
 def _path(scope: Scope) -> str:
     """The path of the route, of which there are few; clients can think of many others."""
     return str(getattr(scope.get("route"), "path", "other"))
 
 
-async def _unless_gone(request: Request, result: Coroutine[Any, Any, ImageResult]) -> ImageResult | None:
+async def unless_gone(request: Request, result: Coroutine[Any, Any, list[ImageResult]]) -> list[ImageResult] | None:
     """The result; where the client goes before, the request is given up, and None."""
 
     async def gone() -> None:
@@ -344,7 +411,7 @@ async def _unless_gone(request: Request, result: Coroutine[Any, Any, ImageResult
             task.cancel()
 
 
-async def _result(ticket: Ticket, wanted: ImageRequest) -> ImageResult:
+async def result_of(ticket: Ticket, wanted: ImageRequest) -> ImageResult:
     """The result of a request; to cancel this gives the request up.
 
     Raises:
@@ -358,10 +425,10 @@ async def _result(ticket: Ticket, wanted: ImageRequest) -> ImageResult:
 
 
 async def _events(
-    ticket: Ticket, wanted: ImageRequest, body: ImageBody, items: asyncio.Queue[Preview | None]
+    ticket: Ticket, wanted: ImageRequest, body: ImageBody, items: asyncio.Queue[Preview | None], manifest: Manifest
 ) -> AsyncIterator[str]:
     """Server-sent events; the server closes this iterator when the client goes, which gives the request up."""
-    drawing = asyncio.ensure_future(_result(ticket, wanted))
+    drawing = asyncio.ensure_future(result_of(ticket, wanted))
     drawing.add_done_callback(lambda _: items.put_nowait(None))
     try:
         while (preview := await items.get()) is not None:
@@ -370,9 +437,9 @@ async def _events(
         try:
             result = drawing.result()
         except Exception as error:
-            yield _event("error", _error(error)[1]["error"])
+            yield _event("error", error_answer(error)[1]["error"])
             return
-        data = await _encoded(result.image, body.format, body.quality)
+        data = await _encoded(result.image, body.format, body.quality, picture_text(manifest, wanted))
         details = {
             "image": data,
             "seed": wanted.seed,
@@ -385,8 +452,8 @@ async def _events(
         drawing.cancel()
 
 
-async def _encoded(image: Any, kind: str, quality: int) -> dict[str, str]:
-    data = await asyncio.to_thread(encode_image, image, kind, quality)
+async def _encoded(image: Any, kind: str, quality: int, text: Mapping[str, str] | None = None) -> dict[str, str]:
+    data = await asyncio.to_thread(encode_image, image, kind, quality, text)
     return {"media_type": MEDIA_TYPES[kind], "base64": base64.b64encode(data).decode()}
 
 
@@ -404,28 +471,11 @@ def _headers(result: ImageResult, wanted: ImageRequest) -> dict[str, str]:
     }
 
 
-def _error_content(kind: str, message: str) -> dict[str, dict[str, str]]:
-    return {"error": {"type": kind, "message": message}}
-
-
-def _error(error: Exception) -> tuple[int, dict[str, dict[str, str]]]:
-    """Status and body; what we did not foresee is logged, and says nothing of our insides."""
-    if isinstance(error, _RateError):
-        return 429, _error_content("OverloadedError", str(error))
-    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
-    if status >= 500 and not isinstance(error, OverloadedError | CancelledError):
-        _LOG.error("a request failed", exc_info=error)
-    if isinstance(error, MemoryError):
-        return status, _error_content("MemoryError", "out of memory; try again later")
-    if isinstance(error, FastVARError):
-        return status, _error_content(type(error).__name__, str(error))
-    return status, _error_content("InternalError", "the server failed; see its log")
-
-
-def _describe(manifest: Manifest) -> dict[str, Any]:
+def _describe(manifest: Manifest, names: tuple[str, ...]) -> dict[str, Any]:
     model, variant = manifest.model, manifest.default
     known = parameters(manifest)
     return {
+        "models": list(names),
         "family": model.family,
         "takes": [name for name, parameter in known.items() if parameter.condition and not parameter.needs],
         "parameters": [dataclasses.asdict(parameter) for parameter in known.values()],
@@ -433,6 +483,9 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         "text_length": model.text_length,
         "width": variant.image_width,
         "height": variant.image_height,
+        "sizes": list(manifest.sizes),
+        "edits": variant.takes_pictures,
+        "examples": list(manifest.examples),
         "precision": manifest.precision,
         "plan": variant.plan.name,
         "batches": list(manifest.batches),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import secrets
@@ -21,7 +22,8 @@ from pydantic import (
 )
 
 from fastvar_trt.runtime.errors import RequestError
-from fastvar_trt.runtime.manifest import Manifest
+from fastvar_trt.runtime.manifest import Manifest, Variant
+from fastvar_trt.runtime.pictures import check_same_size, fitted, fitted_mask, read_picture
 from fastvar_trt.runtime.request import VISIBLE, Parameter, parameters
 from fastvar_trt.runtime.service import ImageRequest
 
@@ -95,6 +97,7 @@ class Bodies:
 
     image: Body
     stream: Body
+    manifest: Manifest
 
     def add_to_schema(self, schema: dict[str, Any], paths: Mapping[str, Body]) -> dict[str, Any]:
         """An OpenAPI schema with the bodies of its paths."""
@@ -108,8 +111,18 @@ class Bodies:
 
 
 @functools.lru_cache(maxsize=8)
-def _bodies(known: tuple[Parameter, ...], preview_scales: tuple[int, ...], max_deadline_s: float) -> Bodies:
+def _models(
+    known: tuple[Parameter, ...],
+    sizes: tuple[str, ...],
+    preview_scales: tuple[int, ...],
+    names: tuple[str, ...],
+    max_deadline_s: float,
+) -> tuple[Body, Body]:
     fields: dict[str, Any] = {p.name: _field(p) for p in known if not p.condition}
+    size: Any = Literal[sizes]
+    fields["size"] = (size | None, Field(sizes[0], description="Width x height in pixels."))
+    name: Any = Literal[names]
+    fields["model"] = (name | None, Field(names[0], description="Of the server's."))
     deadline = Field(max_deadline_s, gt=0, description="Seconds after which the picture is not wanted any more.")
     fields["deadline_s"] = (float | None, deadline)
     scale: Any = Literal[preview_scales] if preview_scales else int
@@ -130,17 +143,20 @@ def _bodies(known: tuple[Parameter, ...], preview_scales: tuple[int, ...], max_d
             models[subject.name] = create_model(title, __base__=ImageBody, **every)
         return Body(models)
 
-    return Bodies(body("ImageBody"), body("StreamBody", **with_previews))
+    return body("ImageBody"), body("StreamBody", **with_previews)
 
 
-def bodies_of(manifest: Manifest, max_deadline_s: float) -> Bodies:
+def bodies_of(manifest: Manifest, max_deadline_s: float, names: tuple[str, ...] = ("default",)) -> Bodies:
     """The bodies of a bundle: one way to say what a picture is of each, so that the schema tells them apart.
 
     Args:
         manifest: of the bundle.
         max_deadline_s: the default of deadlines; longer ones are cut.
+        names: by which the server's models may be asked for.
     """
-    return _bodies(tuple(parameters(manifest).values()), manifest.preview_scales, max_deadline_s)
+    sizes = tuple(manifest.sizes)
+    known = tuple(parameters(manifest).values())
+    return Bodies(*_models(known, sizes, manifest.preview_scales, names, max_deadline_s), manifest)
 
 
 def _field(parameter: Parameter, *, required: bool = False) -> tuple[Any, Any]:
@@ -169,6 +185,9 @@ def _features(parameter: Parameter) -> Any:
     return Annotated[list[row], Field(min_length=least, max_length=most)]
 
 
+_File: Any = Annotated[str, Field(min_length=1, description="A picture's file as base64: PNG, JPEG, WebP, ...")]
+
+
 def _text(parameter: Parameter) -> Any:
     # Something that can be seen; of negative prompts, which forms send empty, nothing is one as well.
     pattern = f"^$|{VISIBLE}" if parameter.needs else VISIBLE
@@ -181,7 +200,42 @@ _KINDS: Mapping[str, Any] = {
     "boolean": lambda parameter: bool,
     "text": _text,
     "features": _features,
+    "image": lambda parameter: _File,
+    "mask": lambda parameter: _File,
 }
+
+
+def _decoded(name: str, text: str | None) -> bytes | None:
+    if text is None:
+        return None
+    try:
+        return base64.b64decode(text.rpartition("base64,")[2], validate=True)  # data URLs, too
+    except ValueError as error:
+        raise RequestError(f"body.{name}: is no base64: {error}") from error
+
+
+def pictures_of(variant: Variant, image: bytes | None, mask: bytes | None) -> dict[str, Any]:
+    """A picture and its mask, as requests have them, of the content of files.
+
+    A picture that is partly transparent, and comes without a mask, is its own: where it is transparent it is drawn, as
+    OpenAI's API has it.
+
+    Raises:
+        RequestError: a file that is no picture, or a mask of another size.
+    """
+    found: dict[str, Any] = {}
+    if image is None:
+        return found
+    size = variant.image_width, variant.image_height
+    picture = read_picture(image)
+    found["image"] = fitted(picture, *size)
+    if mask is not None:
+        own = read_picture(mask, "mask")
+        check_same_size(picture, own)
+        found["mask"] = fitted_mask(own, *size)
+    elif picture.has_transparency_data:
+        found["mask"] = fitted_mask(picture, *size)
+    return found
 
 
 def _default_scales(allowed: tuple[int, ...]) -> tuple[int, ...]:
@@ -189,8 +243,12 @@ def _default_scales(allowed: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({allowed[(i * len(allowed) - 1) // 3] for i in (1, 2, 3)} if len(allowed) > 2 else allowed))
 
 
-def to_request(body: ImageBody) -> ImageRequest:
-    """What the service draws; a seed that was left out is drawn."""
+def to_request(body: ImageBody, manifest: Manifest) -> ImageRequest:
+    """What the service draws; a seed that was left out is drawn.
+
+    Raises:
+        RequestError: a picture that is none.
+    """
     fields = {field.name for field in dataclasses.fields(ImageRequest)}
     defaults = {name: field.default for name, field in type(body).model_fields.items()}
     filled = {name: defaults[name] if value is None else value for name, value in body}
@@ -198,6 +256,11 @@ def to_request(body: ImageBody) -> ImageRequest:
     for name in ("text_features", "negative_text_features"):
         if name in given:
             given[name] = np.array(given[name], dtype=np.float32)
+    variant = manifest.sizes[filled["size"]]
+    given["variant"] = variant.name
+    if isinstance(given.get("image"), str):
+        files = [_decoded(name, given.get(name)) for name in ("image", "mask")]
+        given |= pictures_of(variant, *files)
     given.setdefault("seed", secrets.randbits(32))
     given["preview_scales"] = tuple(given.get("preview_scales", ()))
     given["deadline_s"] = min(given["deadline_s"], defaults["deadline_s"])

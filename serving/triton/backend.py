@@ -90,7 +90,7 @@ class TritonPythonModel:
             if tensor is None:
                 continue
             array = tensor.as_numpy()
-            if array.ndim == 3:  # text features: [n, tokens, width]
+            if array.ndim > 2:  # features [n, tokens, width], pictures, masks
                 given[field] = list(array)
             else:
                 given[field] = [v.decode() if isinstance(v, bytes) else v for v in array[:, 0].tolist()]

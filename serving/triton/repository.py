@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastvar_trt.export.folders import disk_errors, new_folder, recover
 from fastvar_trt.runtime.errors import ExportError
-from fastvar_trt.runtime.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
+from fastvar_trt.runtime.manifest import MANIFEST_FILE, Manifest, Variant, check_files, read_manifest
 from fastvar_trt.runtime.request import Parameter, parameters
 
 _MODEL = '''"""Needs fastvar-trt in the Python of Triton's Python backend."""
@@ -85,7 +85,9 @@ def triton_config(name: str, manifest: Manifest) -> str:
     known = parameters(manifest)
     subject = next(p for p in known.values() if p.condition)
     inputs = [
-        _input(p, required=p is subject) for p in known.values() if not p.condition or subject.name in (p.name, p.needs)
+        _input(p, variant, required=p is subject)
+        for p in known.values()
+        if not p.condition or subject.name in (p.name, p.needs)
     ]
     outputs = [
         _tensor("IMAGE", "UINT8", f"{variant.image_height}, {variant.image_width}, 3"),
@@ -111,15 +113,25 @@ def triton_config(name: str, manifest: Manifest) -> str:
     return "\n".join(sections) + "\n"
 
 
-def _input(parameter: Parameter, *, required: bool) -> str:
+_KINDS = {
+    "integer": "INT64",
+    "number": "FP32",
+    "boolean": "BOOL",
+    "text": "STRING",
+    "features": "FP32",
+    "image": "UINT8",
+    "mask": "BOOL",
+}
+
+
+def _input(parameter: Parameter, variant: Variant, *, required: bool) -> str:
     """The input of a parameter; prompts of different lengths may share a batch."""
-    kinds = {"integer": "INT64", "number": "FP32", "boolean": "BOOL", "text": "STRING", "features": "FP32"}
-    is_array = parameter.kind == "features"
-    kind = "UINT64" if parameter.name == "seed" else kinds[parameter.kind]
-    more = ["allow_ragged_batch: true"] if is_array else []
+    size = f"{variant.image_height}, {variant.image_width}"
+    dims = {"features": f"-1, {parameter.width}", "image": f"{size}, 3", "mask": size}
+    kind = "UINT64" if parameter.name == "seed" else _KINDS[parameter.kind]
+    more = ["allow_ragged_batch: true"] if parameter.kind == "features" else []
     more += [] if required else ["optional: true"]
-    dims = f"-1, {parameter.width}" if is_array else "1"
-    return _tensor(parameter.name.upper(), kind, dims, *more)
+    return _tensor(parameter.name.upper(), kind, dims.get(parameter.kind, "1"), *more)
 
 
 def _tensor(name: str, kind: str, dims: str, *more: str) -> str:

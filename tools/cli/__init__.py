@@ -11,7 +11,7 @@ from fastvar_trt.tools.cli.build import build
 from fastvar_trt.tools.cli.command import ErrorGroup
 from fastvar_trt.tools.cli.compare import compare
 from fastvar_trt.tools.cli.evaluate import evaluate
-from fastvar_trt.tools.cli.generate import generate
+from fastvar_trt.tools.cli.generate import edit, generate
 from fastvar_trt.tools.cli.inspect import inspect
 from fastvar_trt.tools.cli.profile import profile
 from fastvar_trt.tools.cli.serve import serve
@@ -25,5 +25,5 @@ def main() -> None:
     """Run, check and build exported bundles (make one with fastvar-export)."""
 
 
-for _command in (build, compare, evaluate, generate, inspect, profile, serve, tune, verify):
+for _command in (build, compare, edit, evaluate, generate, inspect, profile, serve, tune, verify):
     main.add_command(_command)

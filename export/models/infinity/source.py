@@ -31,6 +31,7 @@ class InfinitySource(Source):
     state: Mapping[str, Tensor]
     vae_state: Mapping[str, Tensor]
     text: T5Source | None = None
+    examples: tuple[str, ...] = ()
 
     @classmethod
     def from_files(
