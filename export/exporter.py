@@ -84,6 +84,7 @@ class ExportOptions:
     matrices: tuple[tuple[str, str], ...] = ()  # before the family's own: see `Precision.matrices`
     calibration: tuple[Subject, ...] = ()  # classes or prompts to draw for the scales of activations
     integer_kv: bool = False  # keep keys and values in 8 bits
+    examples: tuple[str, ...] = ()  # of prompts, or the names of all classes in order; for pages that offer them
 
     def check(self, family: str) -> Precision:
         """The precision for a family of models, where everything is in range.
@@ -166,6 +167,9 @@ def export_model(
     """
     spec = source.new_model(PRECISIONS["fp32"]).model_spec()
     precision = options.check(spec.family)
+    options = dataclasses.replace(options, examples=options.examples or source.examples)
+    if options.examples and spec.num_classes not in (0, len(options.examples)):
+        raise ExportError(f"examples: got {len(options.examples)} names, this model has {spec.num_classes} classes")
     model = source.new_model(precision)
     sizes = [_Size(model, options.plan), *(_Size(other.new_model(precision), plan) for other, plan in more)]
     check_subjects(model, options.calibration)
@@ -254,10 +258,16 @@ def load_bundle_model(bundle: Path, *, hashes: bool = True) -> tuple[NextScaleMo
     Raises:
         BundleError: a bundle that is incomplete or damaged.
     """
+    models, manifest = _load_models(bundle, hashes=hashes)
+    return models[0], manifest
+
+
+def _load_models(bundle: Path, *, hashes: bool = True) -> tuple[list[NextScaleModel], Manifest]:
+    """The same of all sizes."""
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=hashes)
-    model = _new_models(bundle, manifest, manifest.own_precision)[0]
-    return model.load_tensors(map_weights(bundle)), manifest
+    models = _new_models(bundle, manifest, manifest.own_precision)
+    return [model.load_tensors(map_weights(bundle)) for model in models], manifest
 
 
 def _new_models(bundle: Path, manifest: Manifest, precision: Precision) -> list[NextScaleModel]:
@@ -315,7 +325,8 @@ def export_again(
             of these weights.
         PlanError: the plan does not fit the model.
     """
-    model, manifest = load_bundle_model(bundle)
+    models, manifest = _load_models(bundle)
+    model = models[0]
     options = ExportOptions(
         plan or manifest.default.plan,
         precision or manifest.precision,
@@ -325,6 +336,7 @@ def export_again(
         matrices=matrices,
         calibration=calibration,
         integer_kv=integer_kv or manifest.integer_kv,
+        examples=manifest.examples,
     )
     checked = options.check(manifest.model.family)
     if matrices and precision is None:
@@ -333,9 +345,6 @@ def export_again(
         raise ExportError("--lora: needs --checkpoint, which it is of; weights of a bundle are not as they were")
     if checkpoint is not None and precision is not None:
         raise ExportError("--checkpoint: not with --precision; change one after the other")
-    models = _new_models(bundle, manifest, manifest.own_precision)
-    for own in models:
-        own.load_tensors(map_weights(bundle))
     sizes = [_Size(own, plan or v.plan) for own, v in zip(models, manifest.variants, strict=True)]
     _check_sizes(sizes)
     before = [_Size(own, v.plan) for own, v in zip(models, manifest.variants, strict=True)]
@@ -405,7 +414,7 @@ def _export_rounded(
     progress: Progress,
 ) -> ExportReport:
     """The bundle of a model in another precision."""
-    before, model = manifest.own_precision, sizes[0].model
+    before = manifest.own_precision
     quantises = wanted.is_quantised and wanted.name != before.name
     if before.is_quantised and wanted.name != before.name:
         raise ExportError(f"bundle {bundle}: is {before.name}, and rounding twice loses more; take what it was made of")
@@ -414,7 +423,7 @@ def _export_rounded(
             f"bundle {bundle}: is {before.name}, and {wanted.name} computes in {wanted.computed}; take a bundle that "
             "does, or export from the checkpoint"
         )
-    linears = linear_layers(model, functions) if quantises else frozenset()
+    linears = linear_layers([size.model for size in sizes], functions) if quantises else frozenset()
     _check_names(options.matrices, linears)
     tensors = {
         name.removeprefix("image_decoder.").removeprefix("image_encoder."): parameter.data
@@ -697,6 +706,7 @@ def _manifest(
         configs=model.configs(),
         matrices=model.precision.matrices,
         integer_kv=model.precision.rounds_kv,
+        examples=options.examples,
     )
 
 

@@ -427,9 +427,9 @@ def _only_what_it_reads(module: nn.Module, inputs: Sequence[Tensor]) -> Iterator
             part._parameters = own
 
 
-def linear_layers(model: NextScaleModel, functions: Iterable[GraphFunction]) -> frozenset[str]:
-    """The names of the linear layers that graphs multiply with, of a model whose matrices are no more than cast."""
-    names_of = {id(parameter): name for name, parameter in model.named_parameters()}
+def linear_layers(models: Iterable[NextScaleModel], functions: Iterable[GraphFunction]) -> frozenset[str]:
+    """The names of the linear layers that graphs of models multiply with, whose matrices are no more than cast."""
+    names_of = {id(parameter): name for model in models for name, parameter in model.named_parameters()}
     found = set()
 
     def observe(linear: str, tensors: Mapping[str, Tensor], x: Tensor) -> None:

@@ -18,7 +18,7 @@ from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Manifest, Variant
 
 MAX_PIXELS = 40_000_000  # of a file: beyond, it is taken for one that is there to fill the memory
-_EDGE = 8  # pixels: of what is pasted into a picture
+_EDGES = 128  # soft edges of what is pasted, in the shorter side of a picture
 _BACKGROUND = (255, 255, 255)  # behind what is transparent
 
 
@@ -53,10 +53,15 @@ def fitted(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
 
     It is scaled to cover them (Lanczos), and its middle is cut out; what is transparent becomes white.
     """
-    if image.has_transparency_data:
+    if is_transparent(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*_BACKGROUND, 255)), image)
     return np.array(_cut(_eight_bits(image).convert("RGB"), width, height, Image.Resampling.LANCZOS))
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether any of it is; canvases of browsers write files that could be and are not."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -71,7 +76,7 @@ def fitted_mask(mask: Image.Image, width: int, height: int) -> NDArray[np.bool_]
 
     Of a mask with transparency these are its transparent parts, as OpenAI's API has it; of others the light ones.
     """
-    if mask.has_transparency_data:
+    if is_transparent(mask):
         values, is_drawn = mask.convert("RGBA").getchannel("A"), lambda x: x < 128
     else:
         values, is_drawn = _eight_bits(mask).convert("L"), lambda x: x >= 128
@@ -85,8 +90,12 @@ def pasted(drawn: NDArray[np.uint8], image: NDArray[np.uint8], mask: NDArray[np.
         drawn, image: uint8 [H, W, 3].
         mask: bool [H, W], where it was drawn.
     """
-    blurred = Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0))).filter(ImageFilter.GaussianBlur(_EDGE))
-    share = np.clip(np.asarray(blurred, dtype=np.float32) / 127.5 - 1, 0, 1) * mask  # 0 at the edge, 1 further inside
+    width = max(min(mask.shape) // _EDGES, 1)
+    eroded = Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0)))
+    share = np.zeros(mask.shape, dtype=np.float32)  # from the edge inwards: 1 / width, 2 / width, ... 1
+    for _ in range(width):
+        share += np.asarray(eroded, dtype=np.float32) / (255 * width)
+        eroded = eroded.filter(ImageFilter.MinFilter(3))
     mixed = image + share[..., None] * (drawn.astype(np.float32) - image)
     return np.where(mask[..., None], (mixed + 0.5).astype(np.uint8), image)
 

@@ -71,12 +71,12 @@ class ServerProcess:
 
 
 class Page:
-    """The server's page in a browser, loaded."""
+    """The server's page in a browser, loaded as far as a field of it says something."""
 
-    def __init__(self, browser: Any, url: str) -> None:
+    def __init__(self, browser: Any, url: str, field: str = "bundle") -> None:
         self._browser = browser
         browser.get(url + "/")
-        self._wait_until(lambda: self.field("bundle").text != "")
+        self.wait_until(lambda: self.field(field).text != "")
 
     def field(self, name: str) -> Any:
         """The element of that id."""
@@ -94,14 +94,15 @@ class Page:
     def draw_and_wait(self, start: str) -> None:
         """Press the button, and wait for a status that starts so."""
         self.field("draw").click()
-        self._wait_until(lambda: self.field("status").text.startswith(start))
+        self.wait_until(lambda: self.field("status").text.startswith(start))
 
     def picture(self) -> Any:
         """What is shown: uint8 [H, W, 3]."""
         source = self.field("image").get_attribute("src")
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
 
-    def _wait_until(self, condition: Callable[[], bool]) -> None:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Ask again and again, for a limited time."""
         WebDriverWait(self._browser, START_S).until(lambda _: condition())
 
 

@@ -308,7 +308,8 @@ def test_files_become_pictures(image: Any) -> None:
 def test_masks_are_light_or_transparent(image: Any, mask: Any) -> None:
     light = png(np.where(mask, 255, 0).astype(np.uint8))
     clear = png(np.dstack([image, np.where(mask, 0, 255).astype(np.uint8)]))
-    for file in (light, clear):
+    opaque = png(np.dstack([*3 * [np.where(mask, 255, 0)], np.full(mask.shape, 255)]).astype(np.uint8))  # a browser's
+    for file in (light, clear, opaque):
         np.testing.assert_array_equal(fitted_mask(read_picture(file), 128, 128), mask)
     with pytest.raises(RequestError, match="mask: got 128x128, expected 64x64, the size of its image"):
         check_same_size(read_picture(png(image[:64, :64])), read_picture(light))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
 
 from fastvar_trt.runtime import Pipeline
 from server_process import Page, serving
@@ -40,3 +42,42 @@ def test_a_person_draws_a_picture(tiny_bundle: Path, tmp_path: Path, browser: An
         server.stop()
         page.enter("cfg", "2")
         page.draw_and_wait("The server cannot be reached")
+
+
+def test_a_person_edits_a_picture(editing_bundle: Path, tmp_path: Path, browser: Any) -> None:
+    """With a key, an example, a picture of their own and a mask that they paint; and downloads the result."""
+    (tmp_path / "keys").write_text("a-key-of-somebody\n")
+    y, x = np.mgrid[0:128, 0:128] / 128
+    image = (255 * np.stack([x, y, 0.5 + 0.3 * np.sin(6 * x)], axis=-1)).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "in.png")
+    with serving(editing_bundle, tmp_path / "log", "--api-key-file", str(tmp_path / "keys")) as server:
+        page = Page(browser, server.url, "status")
+        assert page.field("status").text.startswith("no valid API key")
+        page.enter("key", "a-key-of-somebody\t")
+        page.wait_until(lambda: page.field("bundle").text != "")
+        assert page.field("editing").is_displayed() and not page.field("keep_scales").is_displayed()
+        for name, text in (("label", "3"), ("seed", "5")):
+            page.enter(name, text)
+        page.draw_and_wait("Seed 5, ")
+        drawn = page.picture()
+        assert page.field("download").get_attribute("href") == page.field("image").get_attribute("src")
+
+        page.field("file").send_keys(str(tmp_path / "in.png"))
+        page.wait_until(lambda: page.field("mask").get_property("width") == 128)
+        assert page.field("keep_scales").is_displayed()
+        page.draw_and_wait("image: give a mask")
+        canvas = page.field("mask")
+        width = canvas.size["width"]
+        ActionChains(browser).move_to_element_with_offset(canvas, width // 4, 0).click_and_hold().move_by_offset(
+            0, width // 8
+        ).release().perform()
+        page.draw_and_wait("Seed 5, ")
+        edited = page.picture()
+        changed = (edited != image).any(axis=-1)
+        assert changed[64:, 80:].any() and not changed[:, :64].any()
+        page.field("stop").click()
+        assert page.field("draw").text == "Draw"
+        page.draw_and_wait("Seed 5, ")
+        np.testing.assert_array_equal(page.picture(), drawn)
+        problems = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert len(problems) == 2 and "401" in problems[0] and "422" in problems[1], problems

@@ -23,7 +23,7 @@ from pydantic import (
 
 from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Manifest, Variant
-from fastvar_trt.runtime.pictures import check_same_size, fitted, fitted_mask, read_picture
+from fastvar_trt.runtime.pictures import check_same_size, fitted, fitted_mask, is_transparent, read_picture
 from fastvar_trt.runtime.request import VISIBLE, Parameter, parameters
 from fastvar_trt.runtime.service import ImageRequest
 
@@ -233,7 +233,7 @@ def pictures_of(variant: Variant, image: bytes | None, mask: bytes | None) -> di
         own = read_picture(mask, "mask")
         check_same_size(picture, own)
         found["mask"] = fitted_mask(own, *size)
-    elif picture.has_transparency_data:
+    elif is_transparent(picture):
         found["mask"] = fitted_mask(picture, *size)
     return found
 

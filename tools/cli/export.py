@@ -136,10 +136,13 @@ def _source_command(command: SourceCommand) -> click.Command:
         with_encoder: bool,
         lora: Path | None,
         lora_scale: float,
+        examples_file: Path | None,
         max_top_k: int = 0,
         **own: Any,
     ) -> None:
         sizes = [(size, load_plan(prune or command.default_plan(**size))) for size in command.sizes(**own)]
+
+        offered = () if examples_file is None else _lines(examples_file)
 
         def load(size: Mapping[str, Any]) -> Any:
             source = command.load(**size)
@@ -151,7 +154,15 @@ def _source_command(command: SourceCommand) -> click.Command:
 
             first, *more = [(load(size), plan) for size, plan in sizes]
             options = ExportOptions(
-                first[1], precision, batches or (1,), max_top_k, compare, matrices, calibration, integer_kv
+                plan=first[1],
+                precision=precision,
+                batches=batches or (1,),
+                max_top_k=max_top_k,
+                compare=compare,
+                matrices=matrices,
+                calibration=calibration,
+                integer_kv=integer_kv,
+                examples=offered,
             )
             return export_model(first[0], out, options, more=more, force=force, progress=progress)
 
@@ -178,10 +189,28 @@ def _source_command(command: SourceCommand) -> click.Command:
         *([top_k] if command.top_k else []),
         click.Option(["--with-encoder"], is_flag=True, help="The VAE's encoder, too: pictures can be edited."),
         *_lora(),
+        click.Option(
+            ["--examples", "examples_file"],
+            type=click.Path(path_type=Path),
+            help="Text file, a line each, of what the server's page offers: prompts, or the names of all classes.",
+        ),
         *_destinations(),
     ]
     epilog = examples(*command.examples)
     return ErrorCommand(command.name, params=params, callback=run, help=command.description, epilog=epilog)
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        ExportError: it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"--examples {path}: cannot be read: {error}") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _bundle_command() -> click.Command:
@@ -208,12 +237,12 @@ def _bundle_command() -> click.Command:
                 raise click.UsageError("give --out; without it, --triton alone writes the bundle as it is")
             _write_triton(bundle, triton, force=force)
             return
+        if lora is not None and checkpoint is None:
+            raise click.UsageError("--lora needs --checkpoint, which it is of")
         if prune is None and precision is None and not integer_kv and checkpoint is None:
             raise click.UsageError(
                 "--out needs --prune, --precision, --integer-kv or --checkpoint: what the new bundle has of its own"
             )
-        if lora is not None and checkpoint is None:
-            raise click.UsageError("--lora needs --checkpoint, which it is of")
         if precision is None and matrices:
             raise click.UsageError("--matrix needs --precision")
         plan = None if prune is None else load_plan(prune)

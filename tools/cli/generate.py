@@ -21,6 +21,7 @@ from fastvar_trt.runtime.pictures import (
     drawing_text,
     fitted,
     fitted_mask,
+    is_transparent,
     png_text,
     read_picture,
 )
@@ -139,11 +140,11 @@ def edit(image: Path, mask: Path | None, keep_scales: int | None, paste: bool, *
     """
     picture = read_picture(image, "--image")
     own = None if mask is None else read_picture(mask, "--mask")
-    if own is None and keep_scales is None and not picture.has_transparency_data:
+    if own is None and keep_scales is None and not is_transparent(picture):
         raise click.UsageError("give --mask, --keep-scales, or a picture that is transparent where it is to be drawn")
     if own is not None:
         check_same_size(picture, own)
-    elif picture.has_transparency_data and keep_scales is None:
+    elif is_transparent(picture) and keep_scales is None:
         own = picture
 
     def pictures(variant: Variant) -> dict[str, Any]:

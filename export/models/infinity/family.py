@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = "1M"
 _SCENE_CFG = 2.5  # at 4, solids lose their shapes
+_SCENE_EXAMPLES = (
+    "a red sphere left of a blue cube on sand",
+    "a glossy purple cone in the middle on a checkered floor at night",
+    "three yellow cylinders on snow at sunset",
+    "a green cube in front of an orange sphere on grass by day",
+)
 SCENE_FOLDER = Path(str(importlib.resources.files("fastvar_trt.export"))) / "scene_model"
 
 
@@ -91,7 +97,8 @@ def load_scenes(pn: str, h_div_w: float = 1.0, aspect: None = None) -> InfinityS
     # It knows the positions of one size: with others solids repeat. Of larger maps, tokens lie between these; at other
     # ratios, solids are as stretched as the picture.
     _, span = schedule(DEFAULT_SIZE, 1.0)
-    return dataclasses.replace(source, config=dataclasses.replace(source.config, cfg=_SCENE_CFG, rope_span=span))
+    config = dataclasses.replace(source.config, cfg=_SCENE_CFG, rope_span=span)
+    return dataclasses.replace(source, config=config, examples=_SCENE_EXAMPLES)
 
 
 def _from_configs(configs: Mapping[str, Any], precision: Precision) -> Model:
