@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 OLDEST := $(VENV)/.oldest
 GPU := $(VENV)/.gpu
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 PACKAGES := export runtime plugins serving tools
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs links format clean
 
 demo: $(DEMO)
 	$(BIN)/fastvar-export scenes --prune none --target cpu --out out/demo_dense --force
@@ -23,14 +24,20 @@ demo: $(DEMO)
 test: $(INSTALLED) $(OLDEST) $(GPU)
 	$(BIN)/pytest
 
-check: $(INSTALLED)
+check: $(INSTALLED) links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-# mypy and import-linter do not follow the mapping of our folders to one package: they get a folder of links instead.
-	mkdir -p build/types/fastvar_trt
-	for name in $(PACKAGES); do ln -sfn ../../../$$name build/types/fastvar_trt/$$name; done
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastvar_trt
 	cd build/types && PYTHONPATH=. ../../$(BIN)/lint-imports --no-cache ../../.importlinter
+
+# Into build/site; a warning is an error.
+docs: $(DOCS) links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# mypy, import-linter and mkdocstrings do not follow the mapping of our folders to one package: they get links instead.
+links:
+	mkdir -p build/types/fastvar_trt
+	for name in $(PACKAGES); do ln -sfn ../../../$$name build/types/fastvar_trt/$$name; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -46,6 +53,10 @@ $(INSTALLED): $(DEMO)
 	$(PIP) install -e '.[export,cpu,text,quality,serve,dev]'
 # Without the package that they describe, which comes from NVIDIA's index.
 	$(PIP) install --no-deps tensorrt-stubs
+	touch $@
+
+$(DOCS): $(DEMO)
+	$(PIP) install -e '.[docs]'
 	touch $@
 
 # The oldest ONNX Runtime that is allowed, over the packages that are there: a promise about its memory is tested on both.

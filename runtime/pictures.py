@@ -87,7 +87,8 @@ def pasted(drawn: NDArray[np.uint8], image: NDArray[np.uint8], mask: NDArray[np.
     """What was drawn, in a picture: outside of the mask the picture's own pixels, inside with a soft edge.
 
     Args:
-        drawn, image: uint8 [H, W, 3].
+        drawn: uint8 [H, W, 3].
+        image: the picture, likewise.
         mask: bool [H, W], where it was drawn.
     """
     width = max(min(mask.shape) // _EDGES, 1)

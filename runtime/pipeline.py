@@ -19,7 +19,6 @@ from fastvar_trt.runtime.chain import Chain, ChainOutputs, memory_of, plan_batch
 from fastvar_trt.runtime.errors import BackendError, RequestError
 from fastvar_trt.runtime.given import EncodedPicture, ImageEncoder, given_tensors
 from fastvar_trt.runtime.manifest import Manifest, Role, Variant, check_files, read_manifest
-from fastvar_trt.runtime.pictures import pasted
 from fastvar_trt.runtime.request import (
     Request,
     batch_inputs,
@@ -226,7 +225,8 @@ class Pipeline:
             text_features: in place of prompts: N arrays [tokens, width], the text encoder's last hidden state without
                 padding.
             negative_text_features: the same of N negative prompts; None, for all or for one: the model's own.
-            text_tokens, negative_text_tokens: of models that read padding, how many of each one's features are none.
+            text_tokens: of models that read padding, how many of each one's features are none.
+            negative_text_tokens: the same of negative ones.
             seeds: one per image, or one for all: then image i gets seed + i.
             cfg: guidance scale; default: the manifest's. VAR ramps it linearly over the scales; it may be an array
                 [N, scales].
@@ -245,8 +245,8 @@ class Pipeline:
             h_div_w: height over width, in place of a size.
             variant: the name of the variant; default: the bundle's first.
             noise: scale -> U[0, 1) float32 [N, tokens] or [N, tokens, bits], in place of what the seeds give.
-            options: those of `draw`.
-            (cfg, temperature, top_k and top_p may be one value per image, None for the default.)
+            options: those of `draw`. (cfg, temperature, top_k and top_p may be one value per image, None for the
+                default.)
 
         Raises:
             RequestError: a value out of range; the message gives the range.
@@ -342,6 +342,8 @@ class Pipeline:
                 )
         for image, request in zip(merged.images, requests, strict=True):
             if request.image is not None and request.mask is not None and request.paste:
+                from fastvar_trt.runtime.pictures import pasted  # needs Pillow, without which all else draws
+
                 image[...] = pasted(image, request.image, request.mask.astype(bool))
         warnings = [[tokens.warning for tokens in pair if tokens and tokens.warning] for pair in prompts]
         return dataclasses.replace(merged, warnings=warnings)
@@ -353,7 +355,8 @@ class Pipeline:
         calls `generate` meanwhile, holds nobody up. Closing the iterator stops the drawing before its next scale.
 
         Args:
-            arguments, options: those of `generate`, but for `should_stop` and `on_preview`.
+            arguments: those of `generate`.
+            options: likewise, but for `should_stop` and `on_preview`.
             preview_scales: scales after which the images are decoded.
 
         Yields:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,41 @@ def test_no_package_imports_the_tests() -> None:
             text = path.read_text()
             assert "import tests" not in text, path
             assert "from tests" not in text, path
+
+
+def test_what_is_installed_needs_no_clone(tmp_path: Path) -> None:
+    """The source distribution, a wheel made of it, and that in a fresh environment: the demo's model draws."""
+    source, home = tmp_path / "source", tmp_path / "home"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.split("\0"):
+        if name and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
+    made = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (wheel,), (_,) = (list((tmp_path / "dist").glob(f"*{kind}")) for kind in (".whl", ".tar.gz"))
+    assert wheel.name.startswith(f"fastvar_trt-{PROJECT['project']['version']}-")
+    shutil.rmtree(source)
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip())
+    (site / "others.pth").write_text(sysconfig.get_path("purelib"))  # the packages that it needs, but not ours
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    bundle, picture = tmp_path / "bundle", tmp_path / "picture.png"
+    export = ["scenes", "--pn", "0.06M", "--prune", "none", "--no-compare", "--out", str(bundle)]
+    page = (
+        "import fastvar_trt.serving.http.app as a; a.resources.files(a.__package__).joinpath('page.html').read_text()"
+    )
+    for command, arguments in (
+        ("python", ["-c", f"import fastvar_trt.runtime as r; assert r.__file__.startswith({str(site)!r})"]),
+        ("fastvar-export", export),
+        ("fastvar", ["generate", str(bundle), "--prompt", "a red sphere on sand", "-o", str(picture)]),
+        ("fastvar", ["doctor"]),
+        ("python", ["-c", page]),
+    ):
+        found = subprocess.run([home / "bin" / command, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout + found.stderr
+    assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -581,8 +581,8 @@ class NextScaleModel(nn.Module, abc.ABC):
             condition: the outputs of the condition graph, and what steps before have handed on.
             f_hat: fp32 [B, C_vae, h_K, w_K]; None at the first scale.
             past: layer -> the pieces of keys and values, each [S, B2, H, D]; without those that have none yet.
-            caches: per pruned layer the sublayers' outputs at the cache scale [B2, T, C]; pruned scales only.
-            (Of a scale without guidance, B2 is B in all of these but the first piece of the past.)
+            caches: per pruned layer the sublayers' outputs at the cache scale [B2, T, C]; pruned scales only. (Of a
+                scale without guidance, B2 is B in all of these but the first piece of the past.)
             uniform: fp32 [B, *token shape].
             request: guidance and sampling.
             gumbel: fp32 [B, *gumbel_shape]; None where that is.

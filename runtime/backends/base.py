@@ -73,7 +73,8 @@ class BoundOnDemand(BoundGraph):
     Args:
         backend: loads it.
         graph: the graph.
-        inputs, outputs: as for `Backend.bind`.
+        inputs: as for `Backend.bind`.
+        outputs: likewise.
         spare: memory that nothing else needs while it runs.
     """
 
@@ -260,8 +261,10 @@ class BackendEntry:
         create: makes one that is not yet opened: `create(device, profile, **options)`, device as the user gave it or
             None; profile: take the times of single operators, for `Backend.operator_times`.
         options: the keywords that `create` takes.
+        checks: by kind of device (`cpu`, `cuda`): says what it would run on here, or raises UnavailableError.
     """
 
     name: str
     create: Callable[..., Backend]
     options: tuple[BackendOption, ...] = ()
+    checks: Mapping[str, Callable[[], str]] = dataclasses.field(default_factory=dict)

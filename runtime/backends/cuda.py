@@ -18,6 +18,19 @@ class CudaOutOfMemoryError(BackendError):
     """The device has not enough free memory."""
 
 
+def gpu_name() -> str:
+    """The first GPU: its name and target.
+
+    Raises:
+        UnavailableError: there is none that CUDA can use.
+    """
+    device = CudaDevice()
+    try:
+        return f"{device.name} ({device.target})"
+    finally:
+        device.close()
+
+
 class CudaDevice:
     """One GPU and one stream on it; everything is queued on that stream.
 

@@ -345,4 +345,21 @@ ENGINES = BackendOption(
     ("auto", "off", "require"),
 )
 CAPTURE = BackendOption("capture", bool, "On a GPU: run the chain as one CUDA graph.")
-ENTRY = BackendEntry("onnxruntime", _create, (NUM_THREADS, ENGINES, CAPTURE, LOW_MEMORY))
+
+
+def _on_cpu() -> str:
+    return f"{cpu_fields().get('model name', 'the CPU')}, onnxruntime {import_onnxruntime().__version__}"
+
+
+def _on_cuda() -> str:
+    from fastvar_trt.runtime.backends.onnxruntime_cuda import check_cuda
+
+    return check_cuda(import_onnxruntime())
+
+
+ENTRY = BackendEntry(
+    "onnxruntime",
+    _create,
+    (NUM_THREADS, ENGINES, CAPTURE, LOW_MEMORY),
+    {"cpu": _on_cpu, "cuda": _on_cuda},
+)

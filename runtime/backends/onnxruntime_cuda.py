@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvar_trt.runtime.backends.base import BoundGraph, Buffer, View
+from fastvar_trt.runtime.backends.cuda import gpu_name
 from fastvar_trt.runtime.backends.on_cuda import CudaBackend
 from fastvar_trt.runtime.backends.onnxruntime import import_onnxruntime, share_arena
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
@@ -160,6 +161,21 @@ class OnnxRuntimeCudaBackend(CudaBackend):
             options.add_run_config_entry("gpu_graph_id", str(self._num_bound[graph.file]))
         keep = [view.buffer for view in (*inputs.values(), *outputs.values())]
         return _BoundSession(graph.file, session, binding, options, keep)
+
+
+def check_cuda(onnxruntime: Any) -> str:
+    """The GPU, and with what it would be used.
+
+    Raises:
+        UnavailableError: there is none, or no provider for it.
+    """
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise UnavailableError(
+            f"onnxruntime {onnxruntime.__version__} has no CUDA provider; pip uninstall onnxruntime, then pip install "
+            "'fastvar-trt[gpu]'"
+        )
+    _check_libraries(onnxruntime)
+    return f"{gpu_name()}, onnxruntime {onnxruntime.__version__}"
 
 
 def _check_libraries(onnxruntime: Any) -> None:

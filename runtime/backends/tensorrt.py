@@ -22,6 +22,7 @@ from fastvar_trt.runtime.backends.base import (
     CapturedChain,
     View,
 )
+from fastvar_trt.runtime.backends.cuda import gpu_name
 from fastvar_trt.runtime.backends.on_cuda import CudaBackend
 from fastvar_trt.runtime.backends.onnxruntime import CAPTURE, ENGINES
 from fastvar_trt.runtime.engines import EngineRecord
@@ -313,7 +314,11 @@ def _entry(flavour: str) -> BackendEntry:
             raise BackendError(f"backend {flavour}: runs engines only; leave engines='off' out")
         return TensorRTBackend(flavour, device=device or "cuda", profile=profile, **options)
 
-    return BackendEntry(flavour, create, (ENGINES, CAPTURE, KERNEL_CACHE, LOW_MEMORY))
+    def check() -> str:
+        version = import_tensorrt(flavour).__version__
+        return f"{gpu_name()}, {flavour} {version}"
+
+    return BackendEntry(flavour, create, (ENGINES, CAPTURE, KERNEL_CACHE, LOW_MEMORY), {"cuda": check})
 
 
 RTX, ENTERPRISE = _entry(RTX_FLAVOUR), _entry(ENTERPRISE_FLAVOUR)

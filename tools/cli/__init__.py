@@ -8,8 +8,10 @@ from __future__ import annotations
 import click
 
 from fastvar_trt.tools.cli.build import build
+from fastvar_trt.tools.cli.capture import capture
 from fastvar_trt.tools.cli.command import ErrorGroup
 from fastvar_trt.tools.cli.compare import compare
+from fastvar_trt.tools.cli.doctor import doctor
 from fastvar_trt.tools.cli.evaluate import evaluate
 from fastvar_trt.tools.cli.generate import edit, generate
 from fastvar_trt.tools.cli.inspect import inspect
@@ -25,5 +27,5 @@ def main() -> None:
     """Run, check and build exported bundles (make one with fastvar-export)."""
 
 
-for _command in (build, compare, edit, evaluate, generate, inspect, profile, serve, tune, verify):
+for _command in (build, capture, compare, doctor, edit, evaluate, generate, inspect, profile, serve, tune, verify):
     main.add_command(_command)

@@ -1,0 +1,37 @@
+"""A file of prompts, one a line, to a folder of pictures: python batch_prompts.py BUNDLE PROMPTS.txt FOLDER."""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from fastvar_trt.runtime import Pipeline, Request, RequestError
+
+
+def main(bundle: str, prompts: str, folder: str) -> None:
+    """Draw all prompts, batch by batch; those that the bundle refuses are named and left out."""
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    with Pipeline.load(bundle) as pipe:
+        requests = {}
+        for i, line in enumerate(lines):
+            request = Request(prompt=line, seed=i)
+            try:
+                pipe.check([request])
+            except RequestError as error:
+                print(f"line {i + 1} is left out: {error}")
+                continue
+            requests[i] = request
+        size = max(pipe.manifest.batches)
+        numbers = list(requests)
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            result = pipe.draw([requests[i] for i in batch])
+            for i, image in zip(batch, result.images, strict=True):
+                Image.fromarray(image).save(out / f"{i:04d}.png")
+    print(f"{len(requests)} pictures in {out}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,77 @@
+"""`fastvar doctor`, and a graph that is captured and run by others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.comparator import Comparator
+
+from fastvar_trt.runtime import Pipeline, RequestError
+from fastvar_trt.runtime.manifest import read_manifest
+from fastvar_trt.runtime.request import Request
+from fastvar_trt.tools.cli import main
+from fastvar_trt.tools.measure.capture import capture_graph
+
+
+def invoke(*arguments: object) -> str:
+    found = CliRunner().invoke(main, list(map(str, arguments)))
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def test_a_captured_graph_runs_without_us(tiny_bundle: Path, tmp_path: Path) -> None:
+    """By ONNX Runtime through Polygraphy, in its default way: the same outputs."""
+    out = tmp_path / "step_03"
+    told = invoke("capture", tiny_bundle, "--graph", "step_03", "--class", 4, "--seed", 2, "-o", out)
+    assert f"polygraphy run {tiny_bundle / 'step_03.onnx'} --onnxrt" in told
+    namespace: dict[str, object] = {"__file__": str(out / "load_data.py")}
+    exec((out / "load_data.py").read_text(), namespace)
+    with np.load(out / "outputs.npz") as arrays:
+        expected = dict(arrays)
+    with Pipeline.load(tiny_bundle) as pipe:
+        np.testing.assert_array_equal(pipe.generate([4], seeds=2).tokens[3], expected["tokens"])
+    runner = OnnxrtRunner(SessionFromOnnx(str(tiny_bundle / "step_03.onnx"), providers=["cpu"]))
+    results = Comparator.run([runner], data_loader=namespace["load_data"]())  # type: ignore[operator]
+    (_, iterations), *_ = results
+    (iteration,) = iterations
+    for name, array in expected.items():
+        np.testing.assert_allclose(iteration[name], array, atol=1e-5, err_msg=name)
+
+
+def test_polygraphy_s_command_takes_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "decoder"
+    invoke("capture", tiny_bundle, "--graph", "decoder", "-o", out)
+    tool = "from polygraphy.tools import main; main()"
+    arguments = ["run", tiny_bundle / "decoder.onnx", "--onnxrt", "--data-loader-script", out / "load_data.py"]
+    found = subprocess.run(
+        [sys.executable, "-c", tool, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0 and "PASSED" in found.stdout, found.stdout + found.stderr
+
+
+def test_what_cannot_be_captured(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="graph: got 'step_09', expected one of condition, step_00"):
+        capture_graph(tiny_bundle, "step_09", Request(label=1))
+    found = CliRunner().invoke(main, ["capture", str(tiny_bundle), "--graph", "decoder", "-o", str(tmp_path)])
+    assert found.exit_code == 1 and "exists already" in found.output
+
+
+def test_the_doctor_says_what_runs_here(tiny_bundle: Path) -> None:
+    told = invoke("doctor", tiny_bundle)
+    assert max(map(len, told.splitlines()[:-1])) <= 120
+    report = json.loads(told.splitlines()[-1])
+    assert report["extras"]["cpu"] and report["extras"]["export"] and report["backends"]["onnxruntime cpu"]
+    assert f"onnxruntime {onnxruntime.__version__}" in told
+    assert set(report["backends"]) == {"onnxruntime cpu", "onnxruntime cuda", "tensorrt_rtx cuda", "tensorrt cuda"}
+    if not report["backends"]["tensorrt cuda"]:
+        assert "pip install 'fastvar-trt[tensorrt]'" in " ".join(told.split())
+    assert report["engines"][str(tiny_bundle)] == {}
+    assert read_manifest(tiny_bundle).files  # and nothing was written
