@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastvar_trt.runtime.pipeline import Pipeline
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 _WIDTH = 24  # of bars, characters
+_EXAMPLE_WIDTH = 72  # of command lines in a help of 80 columns
 
 
 class ErrorCommand(click.Command):
@@ -39,8 +41,22 @@ class ErrorGroup(click.Group):
 
 
 def examples(*lines: str) -> str:
-    """Command lines as the end of a command's help."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}".replace("\n", "\n  ") for line in lines)
+    """Command lines as the end of a command's help, broken to fit 80 columns."""
+    return "\b\nExamples:\n" + "\n".join(f"  {row}" for line in lines for row in _broken(line))
+
+
+def _broken(line: str) -> list[str]:
+    """A command line as rows that a shell takes together; what is quoted stays whole."""
+    word = r"""(?:[^\s'"]|'[^']*'|"[^"]*")+"""
+    words = re.findall(rf"-\S+ (?!-){word}|{word}", line.replace("\\\n", " "))  # an option with its value
+    rows = [words[0]]
+    for word in words[1:]:
+        if len(rows[-1]) + len(word) + 1 > _EXAMPLE_WIDTH:
+            rows[-1] += " \\"
+            rows.append(f"    {word}")
+        else:
+            rows[-1] += f" {word}"
+    return rows
 
 
 def integers() -> click.ParamType:

@@ -35,6 +35,7 @@ def _comparison_table(comparison: Comparison) -> str:
 
 @click.command(
     cls=ErrorCommand,
+    short_help="Measure how the pictures of two bundles differ.",
     epilog=examples(
         "fastvar compare out/dense out/pruned -o out/compare.png",
         "fastvar compare out/fp32 out/fp16 --class 207 --class 88 --seeds 16 --json out/compare.json",

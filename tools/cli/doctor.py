@@ -31,7 +31,11 @@ _PURPOSES = {
 }
 
 
-@click.command(cls=ErrorCommand, epilog=examples("fastvar doctor", "fastvar doctor out/infinity"))
+@click.command(
+    cls=ErrorCommand,
+    short_help="Say what is installed, and what runs here.",
+    epilog=examples("fastvar doctor", "fastvar doctor out/infinity"),
+)
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
 def doctor(bundles: tuple[Path, ...]) -> None:
     """Say what is installed, which backends can run here and why others cannot, and what to install for more.

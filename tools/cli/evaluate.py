@@ -26,6 +26,7 @@ _ON_SHEET = 8
 
 @click.command(
     cls=ErrorCommand,
+    short_help="Say whether pictures show what their prompts say.",
     epilog=examples(
         "fastvar evaluate out/demo_dense out/demo_pruned --scenes 300 -o out/evaluation.png",
         "fastvar evaluate out/dense out/pruned --prompts evaluation_metadata.jsonl --checker my_geneval:check",

@@ -109,6 +109,7 @@ def generate(**options: Any) -> None:
 
 @click.command(
     cls=ErrorCommand,
+    short_help="Draw a picture anew, in part or from a scale on.",
     epilog=examples(
         'fastvar edit out/scenes --image in.png --mask mask.png --prompt "a red sphere on sand" -o out/edited.png',
         'fastvar edit out/scenes --image small.png --keep-scales 9 --prompt "two cubes on grass" -o out/large.png',

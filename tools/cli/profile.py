@@ -33,6 +33,7 @@ _ESTIMATE_FILES = ("estimate.json", "estimate.md")
 
 @click.command(
     cls=ErrorCommand,
+    short_help="Time every graph of a bundle.",
     epilog=examples(
         "fastvar profile out/demo_pruned --operators --out out/profile",
         "fastvar profile out/demo_pruned --beside out/demo_dense --runs 50 --out out/profile",

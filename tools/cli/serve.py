@@ -29,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 @click.command(
     cls=ErrorCommand,
+    short_help="Serve bundles over HTTP.",
     epilog=examples(
         "fastvar serve out/demo",
         'curl -s --json \'{"label": 1, "seed": 3}\' localhost:8000/v1/images -o cat.png',

@@ -31,6 +31,7 @@ _FILES = ("tune.json", "front.png", "plan.json")
 
 @click.command(
     cls=ErrorCommand,
+    short_help="Choose a pruning plan by measurement.",
     epilog=examples(
         "fastvar tune out/demo_dense --scenes 12 --budget 72 --fractions 0.4,0.5,1,1 --fractions 0.4,1,1,1 \\\n"
         "    --cache-scales=-5 --first-layers 0,3 --unguided-from=-4,-5 --plan fastvar-infinity --out out/tune",

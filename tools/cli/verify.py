@@ -14,7 +14,11 @@ from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, RuntimeOptions, 
 from fastvar_trt.tools.tables import format_table
 
 
-@click.command(cls=ErrorCommand, epilog=examples("fastvar verify out/b", "fastvar verify out/b --engines require"))
+@click.command(
+    cls=ErrorCommand,
+    short_help="Check files, and draw PyTorch's pictures again.",
+    epilog=examples("fastvar verify out/b", "fastvar verify out/b --engines require"),
+)
 @BUNDLE
 @runtime_options
 def verify(bundle: Path, runtime: RuntimeOptions) -> None:

@@ -155,7 +155,7 @@ _FILES = SourceCommand(
         "fastvar-export infinity --checkpoint infinity_2b_reg.pth --vae infinity_vae_d32reg.pth \\\n"
         "    --pn 1M --h-div-w 1.333 --precision fp16 --out out/infinity_1m",
         "fastvar-export infinity --checkpoint infinity_2b_reg.pth --vae infinity_vae_d32reg.pth \\\n"
-        "    --text-encoder flan-t5-xl --pn 2K --aspect 16:9 --out out/infinity_2k",
+        "    --text-encoder flan-t5-xl --pn 1M,2K --aspect 1:1,2:1 --out out/infinity_2k",
     ),
     options=(
         click.Option(
