@@ -18,6 +18,7 @@ from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Manifest, Variant
 
 MAX_PIXELS = 40_000_000  # of a file: beyond, it is taken for one that is there to fill the memory
+_FINEST = 3  # halvings after which differences of colour are looked at: what is finer is detail
 _EDGES = 128  # soft edges of what is pasted, in the shorter side of a picture
 _BACKGROUND = (255, 255, 255)  # behind what is transparent
 
@@ -84,7 +85,10 @@ def fitted_mask(mask: Image.Image, width: int, height: int) -> NDArray[np.bool_]
 
 
 def pasted(drawn: NDArray[np.uint8], image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """What was drawn, in a picture: outside of the mask the picture's own pixels, inside with a soft edge.
+    """What was drawn, in a picture: outside of the mask the picture's own pixels.
+
+    What was decoded from tokens is a little off in its colours: inside, it is moved by what it is off by around the
+    mask, and has a soft edge.
 
     Args:
         drawn: uint8 [H, W, 3].
@@ -97,8 +101,40 @@ def pasted(drawn: NDArray[np.uint8], image: NDArray[np.uint8], mask: NDArray[np.
     for _ in range(width):
         share += np.asarray(eroded, dtype=np.float32) / (255 * width)
         eroded = eroded.filter(ImageFilter.MinFilter(3))
-    mixed = image + share[..., None] * (drawn.astype(np.float32) - image)
-    return np.where(mask[..., None], (mixed + 0.5).astype(np.uint8), image)
+    off = _continued(image.astype(np.float32) - drawn, ~mask)
+    mixed = image + share[..., None] * (drawn + off - image)
+    return np.where(mask[..., None], mixed.clip(0, 255) + 0.5, image).astype(np.uint8)
+
+
+def _continued(values: NDArray[Any], known: NDArray[np.bool_]) -> NDArray[Any]:
+    """A map fp32 [H, W, 3], smoothed where it is known and continued where it is not: coarser means fill what finer ones
+    leave (pull-push, Gortler et al. 1996)."""
+    weights = known.astype(np.float32)[..., None]
+    levels = []
+    sums, counts = _halved(values * weights), _halved(weights)
+    while True:
+        levels.append((sums / np.maximum(counts, 1e-6), np.minimum(counts, 1)))
+        if max(counts.shape[:2]) == 1:
+            break
+        sums, counts = _halved(levels[-1][0] * levels[-1][1]), _halved(levels[-1][1])
+    smooth = levels[-1][0]
+    for mean, weight in reversed(levels[_FINEST:-1]):
+        smooth = weight * mean + (1 - weight) * _stretched(smooth, mean.shape[:2])
+    return _stretched(smooth, values.shape[:2])
+
+
+def _halved(values: NDArray[Any]) -> NDArray[Any]:
+    """Sums over 2x2 of fp32 [H, W, C]; odd sides are padded."""
+    height, width, channels = values.shape
+    padded = np.pad(values, ((0, height % 2), (0, width % 2), (0, 0)))
+    return padded.reshape((height + 1) // 2, 2, (width + 1) // 2, 2, channels).sum((1, 3))
+
+
+def _stretched(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """fp32 [h, w, 3] to [*shape, 3], bilinearly."""
+    bilinear = Image.Resampling.BILINEAR
+    planes = [Image.fromarray(np.ascontiguousarray(values[..., c])) for c in range(values.shape[2])]
+    return np.stack([np.asarray(plane.resize(shape[::-1], bilinear)) for plane in planes], axis=-1)
 
 
 def check_same_size(image: Image.Image, mask: Image.Image) -> None:

@@ -23,7 +23,7 @@ from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import CheckpointError, Pipeline, PruningPlan, Request, RequestError
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.manifest import read_manifest
-from fastvar_trt.runtime.pictures import check_same_size, fitted, fitted_mask, read_picture
+from fastvar_trt.runtime.pictures import check_same_size, fitted, fitted_mask, pasted, read_picture
 from fastvar_trt.runtime.request import example_requests
 from fastvar_trt.tools.cli import main
 from fastvar_trt.tools.random_checkpoints import random_hart_folders
@@ -313,6 +313,18 @@ def test_masks_are_light_or_transparent(image: Any, mask: Any) -> None:
         np.testing.assert_array_equal(fitted_mask(read_picture(file), 128, 128), mask)
     with pytest.raises(RequestError, match="mask: got 128x128, expected 64x64, the size of its image"):
         check_same_size(read_picture(png(image[:64, :64])), read_picture(light))
+
+
+def test_what_is_pasted_has_the_picture_s_colours(image: Any, mask: Any) -> None:
+    off = np.clip(image.astype(int) + (9, -7, 5), 0, 255).astype(np.uint8)  # as if decoded a little off
+    found = pasted(off, image, mask)
+    np.testing.assert_array_equal(found[:, :64], image[:, :64])
+    assert np.abs(found.astype(int) - image)[:, 66:].max() <= 3
+    everything, nothing = (np.full(mask.shape, value) for value in (True, False))
+    np.testing.assert_array_equal(pasted(off, image, everything), off)  # of which nothing is known
+    np.testing.assert_array_equal(pasted(off, image, nothing), image)
+    odd = np.zeros((37, 23, 3), np.uint8)
+    assert pasted(odd, odd, np.ones((37, 23), bool)).shape == odd.shape
 
 
 def test_files_that_are_no_pictures(tmp_path: Path) -> None:
