@@ -107,7 +107,7 @@ def pasted(drawn: NDArray[np.uint8], image: NDArray[np.uint8], mask: NDArray[np.
 
 
 def _continued(values: NDArray[Any], known: NDArray[np.bool_]) -> NDArray[Any]:
-    """A map fp32 [H, W, 3], smoothed where it is known and continued where it is not: coarser means fill what finer ones
+    """A map fp32 [H, W, 3], smoothed where it is known, continued where it is not: coarser means fill what finer ones
     leave (pull-push, Gortler et al. 1996)."""
     weights = known.astype(np.float32)[..., None]
     levels = []

@@ -316,7 +316,7 @@ def test_masks_are_light_or_transparent(image: Any, mask: Any) -> None:
 
 
 def test_what_is_pasted_has_the_picture_s_colours(image: Any, mask: Any) -> None:
-    off = np.clip(image.astype(int) + (9, -7, 5), 0, 255).astype(np.uint8)  # as if decoded a little off
+    off = np.clip(image + np.array([9, -7, 5]), 0, 255).astype(np.uint8)  # as if decoded a little off
     found = pasted(off, image, mask)
     np.testing.assert_array_equal(found[:, :64], image[:, :64])
     assert np.abs(found.astype(int) - image)[:, 66:].max() <= 3
