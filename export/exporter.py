@@ -343,8 +343,8 @@ def export_again(
         raise ExportError("matrix: are exceptions from a new precision; give one")
     if lora is not None and checkpoint is None:
         raise ExportError("--lora: needs --checkpoint, which it is of; weights of a bundle are not as they were")
-    if checkpoint is not None and precision is not None:
-        raise ExportError("--checkpoint: not with --precision; change one after the other")
+    if checkpoint is not None and (precision is not None or (integer_kv and not manifest.integer_kv)):
+        raise ExportError("--checkpoint: not with --precision or --integer-kv; change one after the other")
     sizes = [_Size(own, plan or v.plan) for own, v in zip(models, manifest.variants, strict=True)]
     _check_sizes(sizes)
     before = [_Size(own, v.plan) for own, v in zip(models, manifest.variants, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Manifest, Variant
 
 MAX_PIXELS = 40_000_000  # of a file: beyond, it is taken for one that is there to fill the memory
+# Not all that Pillow reads: some of its readers are rarely looked at, one starts Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _FINEST = 3  # halvings after which differences of colour are looked at: what is finer is detail
 _EDGES = 128  # soft edges of what is pasted, in the shorter side of a picture
 _BACKGROUND = (255, 255, 255)  # behind what is transparent
@@ -27,7 +29,7 @@ def read_picture(source: Path | bytes, name: str = "image") -> Image.Image:
     """A picture from a file, upright; not yet of the size that is drawn.
 
     Args:
-        source: the file, or its content: whatever Pillow reads.
+        source: the file, or its content: PNG, JPEG, WebP, GIF, BMP or TIFF.
         name: of the value, for errors.
 
     Raises:
@@ -37,7 +39,7 @@ def read_picture(source: Path | bytes, name: str = "image") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `MAX_PIXELS` is lower
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise RequestError(
                 f"{where}: got {image.width}x{image.height}, expected at most {MAX_PIXELS / 1e6:g} megapixels"
@@ -55,8 +57,8 @@ def fitted(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
     It is scaled to cover them (Lanczos), and its middle is cut out; what is transparent becomes white.
     """
     if is_transparent(image):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*_BACKGROUND, 255)), image)
+        own = _cut(image.convert("RGBA"), width, height, Image.Resampling.LANCZOS)
+        return np.array(Image.alpha_composite(Image.new("RGBA", own.size, (*_BACKGROUND, 255)), own).convert("RGB"))
     return np.array(_cut(_eight_bits(image).convert("RGB"), width, height, Image.Resampling.LANCZOS))
 
 
@@ -130,11 +132,11 @@ def _halved(values: NDArray[Any]) -> NDArray[Any]:
     return padded.reshape((height + 1) // 2, 2, (width + 1) // 2, 2, channels).sum((1, 3))
 
 
-def _stretched(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+def _stretched(values: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
     """fp32 [h, w, 3] to [*shape, 3], bilinearly."""
     bilinear = Image.Resampling.BILINEAR
     planes = [Image.fromarray(np.ascontiguousarray(values[..., c])) for c in range(values.shape[2])]
-    return np.stack([np.asarray(plane.resize(shape[::-1], bilinear)) for plane in planes], axis=-1)
+    return np.stack([np.asarray(plane.resize((shape[1], shape[0]), bilinear)) for plane in planes], axis=-1)
 
 
 def check_same_size(image: Image.Image, mask: Image.Image) -> None:

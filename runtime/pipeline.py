@@ -398,7 +398,7 @@ class Pipeline:
             thread.join()
 
     def warm_up(self) -> None:
-        """Draw one batch of every size with every variant; where there is a text encoder, load it and its tokenizer.
+        """Draw one batch of every size with every variant; where there are encoders, load them, and the tokenizer.
 
         The first request of a service then takes what the later ones take (on a GPU, chains are captured here), and no
         file is read later, but where text encoder and decoder are loaded on demand.
@@ -409,6 +409,9 @@ class Pipeline:
         for variant in self.manifest.variants:
             for batch in self.manifest.batches:
                 self.draw(example_requests(self.manifest, batch), variant=variant.name)
+        for variant in self.manifest.variants:
+            if variant.takes_pictures:
+                self.encode_image(np.zeros((variant.image_height, variant.image_width, 3), np.uint8), variant.name)
         if self.manifest.text_encoder is not None:
             self._tokenizer.load()
             self.encode_tokens([0])
@@ -507,8 +510,9 @@ class Pipeline:
     def _encode_image(self, image: NDArray[Any], variant: Variant) -> EncodedPicture:
         with self._lock:
             self._check_open()
+            if variant.name not in self._image_encoders or self.backend.low_memory:
+                check_unreplaced(self.bundle, self.manifest)  # what is loaded now is read from it
             if variant.name not in self._image_encoders:
-                check_unreplaced(self.bundle, self.manifest)
                 self.backend.activate()
                 self._image_encoders[variant.name] = ImageEncoder(self.backend, variant)
             encoded = self._image_encoders[variant.name].encode(image)

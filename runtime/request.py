@@ -154,7 +154,7 @@ def parameters(manifest: Manifest) -> dict[str, Parameter]:
         "text_tokens": {"maximum": model.text_length},
         "negative_text_tokens": {"maximum": model.text_length},
         "top_k": {"minimum": least_top_k, "maximum": sampling.max_top_k},
-        "keep_scales": {"maximum": len(manifest.default.schedule) - 1},
+        "keep_scales": {"maximum": max(len(variant.schedule) for variant in manifest.variants) - 1},
     }
     absent: set[str] = set()
     if not manifest.default.takes_pictures:
@@ -223,6 +223,8 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
     for name, parameter in known.items():
         if _is_given(request, parameter):
             _check_value(parameter, getattr(request, name), len(variant.schedule), manifest, greedy=request.greedy)
+    if request.given is not None:
+        _check_given(variant, request.given)
     if any(getattr(request, name) is not None for name in _EDITED):
         check_picture(variant, request)
     _check_guidance(manifest, variant, request)
@@ -234,6 +236,23 @@ def check_request(manifest: Manifest, variant: Variant, request: Request) -> Non
             raise RequestError(f"{name}_tokens: got {tokens}, {name}_features has {len(features)}")
     if any(getattr(request, name) is not None for name, _ in _NOISES.values()):
         _noise(variant, manifest.batches[0], [request])
+
+
+def _check_given(variant: Variant, given: Mapping[str, NDArray[Any]]) -> None:
+    """That given tokens are what the chain takes: buffers are as large as its tensors.
+
+    Raises:
+        RequestError: naming the first that is not.
+    """
+    graphs = variant.chain(min(graph.batch for graph in variant.graphs))
+    taken = {spec.name: spec for graph in graphs for spec in graph.inputs if spec.role is names.Role.GIVEN}
+    for name, array in given.items():
+        if name not in taken:
+            raise RequestError(f"given: got {name!r}, this size takes {', '.join(taken) or 'nothing given'}")
+        shape, dtype = taken[name].shape[1:], np.dtype(taken[name].dtype)
+        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+            got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise RequestError(f"given: {name}: got {got}, expected {dtype} {list(shape)}")
 
 
 def check_picture(variant: Variant, request: Request) -> None:
@@ -250,6 +269,11 @@ def check_picture(variant: Variant, request: Request) -> None:
         raise RequestError("image: got given tokens, too; give one of them")
     if request.mask is None and request.keep_scales is None:
         raise RequestError("image: give a mask (what is drawn anew), keep_scales (how much of it is kept), or both")
+    most = len(variant.schedule) - 1
+    if request.keep_scales is not None and request.keep_scales > most:
+        raise RequestError(
+            f"keep_scales: got {request.keep_scales}, expected 1 to {most} of the {most + 1} of this size"
+        )
     size = variant.image_height, variant.image_width
     for name, shape, kinds in (("image", (*size, 3), "u"), ("mask", size, "bu")):
         array = getattr(request, name)

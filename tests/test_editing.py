@@ -368,7 +368,10 @@ def test_the_command_edits_and_says_how(editing_bundle: Path, tmp_path: Path, pi
         np.testing.assert_array_equal(np.asarray(drawn), expected.images[0])
         text = json.loads(drawn.text["fastvar"])
     assert (text["labels"], text["seed"], text["edited"], text["plan"]) == ([3], 7, True, "skipping")
-    assert text["bundle_sha256"] == pipe.manifest.identity
+    assert text["bundle_sha256"] == pipe.manifest.identity and text["paste"] is True
+    assert invoke("generate", editing_bundle, "--class", 3, "-o", tmp_path / "drawn.png").exit_code == 0
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert json.loads(drawn.text["fastvar"])["edited"] is False
     assert invoke(*common, "--keep-scales", 2).exit_code == 0
     (tmp_path / "mask.png").write_bytes(png(box[:64, :64]))
     for arguments, code, message in (

@@ -267,7 +267,8 @@ def test_models_are_loaded_when_they_are_asked_for(tiny_bundle: Path) -> None:
     loaded: list[str] = []
     size = needed_bytes(read_manifest(tiny_bundle))
     names = ("a", "b", "c")
-    models = Models({n: loader(tiny_bundle, loaded, n) for n in names}, dict.fromkeys(names, size), 2 * size, 5)
+    read = dict.fromkeys(names, lambda: read_manifest(tiny_bundle))
+    models = Models({n: loader(tiny_bundle, loaded, n) for n in names}, read, 2 * size, 5)
     try:
         for name in ("a", None, "b", "a", "c"):
             with models.using(name) as service:
@@ -292,7 +293,8 @@ def test_a_model_in_use_stays(tiny_bundle: Path) -> None:
     loaded: list[str] = []
     size = needed_bytes(read_manifest(tiny_bundle))
     load = {name: loader(tiny_bundle, loaded, name) for name in ("a", "b")}
-    models = Models(load, dict.fromkeys(load, size), size, wait_s=0.2)
+    read = dict.fromkeys(load, lambda: read_manifest(tiny_bundle))
+    models = Models(load, read, size, wait_s=0.2)
     try:
         service = models.acquire("a")
         with pytest.raises(OverloadedError, match="model b: no memory while others draw; try again later"):
@@ -304,7 +306,7 @@ def test_a_model_in_use_stays(tiny_bundle: Path) -> None:
     finally:
         models.close()
     with pytest.raises(RequestError, match="model a: needs about"):
-        Models(load, dict.fromkeys(load, size), size - 1)
+        Models(load, read, size - 1)
 
 
 def test_a_model_that_cannot_be_loaded_harms_no_other(tiny_bundle: Path, tmp_path: Path) -> None:

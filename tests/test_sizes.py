@@ -160,6 +160,7 @@ def test_other_checkpoints_are_refused(both: Path, tmp_path: Path) -> None:
         export_again(both, tmp_path / "b", checkpoint=tmp_path / "deep.pth")
     for more, message in (
         (("--precision", "w8"), "--checkpoint: not with --precision"),
+        (("--integer-kv",), "--checkpoint: not with --precision or --integer-kv"),
         (("--lora", tmp_path / "none"), f"checkpoint {tmp_path / 'none'}: no such file"),
     ):
         state, _ = random_infinity_checkpoint(
@@ -191,13 +192,17 @@ def test_a_lora_is_merged(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 4}))
     prefix = f"base_model.model.{MATRIX}"
     save_file({f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}, folder / "adapter_model.safetensors")
-    kohya = {f"{MATRIX}.lora_down.weight": down, f"{MATRIX}.lora_up.weight": up, f"{MATRIX}.alpha": torch.tensor(8.0)}
-    save_file(kohya, tmp_path / "kohya.safetensors")
+    plain_keys = {
+        f"{MATRIX}.lora_down.weight": down,
+        f"{MATRIX}.lora_up.weight": up,
+        f"{MATRIX}.alpha": torch.tensor(8.0),
+    }
+    save_file(plain_keys, tmp_path / "plain.safetensors")
     torch.save(states[0], tmp_path / "var.pth")
     torch.save(states[1], tmp_path / "vae.pth")
     plain = VARSource.from_state(changed, states[1])
     export_model(plain, tmp_path / "expected", ExportOptions(compare=False))
-    for lora in (folder, tmp_path / "kohya.safetensors"):
+    for lora in (folder, tmp_path / "plain.safetensors"):
         source = VARSource.from_state(*states).with_lora(lora, 0.5)
         export_model(source, tmp_path / "merged", ExportOptions(compare=False), force=True)
         for name in (WEIGHTS_FILE, "step_03.onnx"):

@@ -14,9 +14,11 @@ from fastvar_trt.runtime.errors import CheckpointError
 
 _FOLDER_FILE = "adapter_model.safetensors"  # of PEFT, beside adapter_config.json
 _PREFIXES = re.compile(r"^(base_model\.model\.|transformer\.|model\.)+")
-# The names of the two factors in PEFT, diffusers and kohya's scripts.
+# The names of the two factors in PEFT's files, and in others that keep the names of modules.
 _FACTOR = re.compile(r"^(?P<matrix>.+?)\.(lora_|lora\.)(?P<factor>A|B|down|up)(\.default)?\.weight$")
 _ALPHA = ".alpha"
+# Of PEFT's configuration: what changes how factors are merged.
+_NOT_PLAIN = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")
 
 
 class MergedState(Mapping[str, Tensor]):
@@ -55,9 +57,12 @@ def merged(state: Mapping[str, Tensor], lora: Path, scale: float = 1.0) -> Merge
     path = lora
     if lora.is_dir():
         config = read_config(lora, "--lora", "adapter_config.json")
-        if config.get("use_dora") or config.get("use_rslora"):
-            raise CheckpointError(f"--lora {lora}: is of DoRA or rsLoRA, expected plain LoRA; merge it yourself")
+        other = [name for name in _NOT_PLAIN if config.get(name)]
+        if other:
+            raise CheckpointError(f"--lora {lora}: has {other[0]}, expected plain LoRA of one rank; merge it yourself")
         alpha, path = config.get("lora_alpha"), lora / _FOLDER_FILE
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+            raise CheckpointError(f"--lora {lora}: lora_alpha: got {alpha!r}, expected a number")
     factors: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     for key, tensor in load_state_dict(path).items():
@@ -65,7 +70,7 @@ def merged(state: Mapping[str, Tensor], lora: Path, scale: float = 1.0) -> Merge
         if found:
             part = "down" if found["factor"] in ("A", "down") else "up"
             factors.setdefault(_key(found["matrix"]), {})[part] = tensor
-        elif key.endswith(_ALPHA):
+        elif key.endswith(_ALPHA) and tensor.numel() == 1:
             alphas[_key(key.removesuffix(_ALPHA))] = float(tensor)
         else:
             raise CheckpointError(f"--lora {lora}: key {key} is no factor of a matrix; expected plain LoRA")
@@ -77,6 +82,8 @@ def merged(state: Mapping[str, Tensor], lora: Path, scale: float = 1.0) -> Merge
             what = "one of its two factors is missing" if key in state else "this checkpoint has no such matrix"
             raise CheckpointError(f"--lora {lora}: {key}: {what}; is it of this model?")
         down, up = own["down"], own["up"]
+        if down.ndim != 2 or up.ndim != 2 or 0 in down.shape:
+            raise CheckpointError(f"--lora {lora}: {key}: got factors {list(up.shape)} and {list(down.shape)}")
         if (up.shape[0], down.shape[-1]) != tuple(state[key].shape) or up.shape[-1] != down.shape[0]:
             raise CheckpointError(
                 f"--lora {lora}: {key}: got factors {list(up.shape)} and {list(down.shape)} of {list(state[key].shape)}"

@@ -248,7 +248,7 @@ class BackendOption:
 
 
 LOW_MEMORY = BackendOption(
-    "low_memory", bool, "Load text encoder and decoder when they are to run, and free them: less memory, more time."
+    "low_memory", bool, "Load encoders and decoder when they are to run, and free them: less memory, more time."
 )
 
 

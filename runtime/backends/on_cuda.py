@@ -62,6 +62,7 @@ class CudaBackend(Backend):
         self._one_stream = one_stream
         self._bundle = Path()
         self._engines = EngineSet(Path())
+        self._staying: list[str] = []  # files of graphs that are not on demand
         self._places: dict[str, TensorPlace] = {}
         self._weights: dict[str, int] = {}  # tensor -> device address
         self._allocations: list[int] = []
@@ -166,6 +167,7 @@ class CudaBackend(Backend):
             check_hashes=check_hashes,
         )
         self._places = read_layout(bundle / WEIGHTS_FILE)
+        self._staying = [graph.file for graph in manifest.graphs if not self.is_on_demand(graph)]
         parts = device_memory(manifest, self._engines, self._places, low_memory=self.low_memory)
         free = self._device.free_bytes()
         if sum(parts.values()) > free:

@@ -76,9 +76,6 @@ class OnnxRuntimeCudaBackend(CudaBackend):
     def open(self, bundle: Path, manifest: Manifest, *, check_hashes: bool) -> None:
         if self._ort is None:
             self._ort = import_onnxruntime()
-            if hasattr(self._ort, "preload_dlls"):
-                with contextlib.redirect_stdout(io.StringIO()):  # what it does not find is named below
-                    self._ort.preload_dlls()
             _check_libraries(self._ort)
         available = self._ort.get_available_providers()
         if _PROVIDER not in available:
@@ -184,6 +181,9 @@ def _check_libraries(onnxruntime: Any) -> None:
     Raises:
         UnavailableError: one is missing; its name.
     """
+    if hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # what it does not find is named below
+            onnxruntime.preload_dlls()
     folder = Path(onnxruntime.__file__).parent / "capi"
     provider = folder / "libonnxruntime_providers_cuda.so"
     if not provider.is_file():  # another system, or a package without the provider, which has its own message

@@ -261,6 +261,8 @@ class TensorRTBackend(CudaBackend):
         size = max(
             int(loaded.engine.device_memory_size_v2) for loaded in self._loaded.values() if not loaded.is_on_demand
         )
+        # Engines that are loaded later, of other sizes, need no more then.
+        size = max(size, max((self._engines.records[file].activation_bytes for file in self._staying), default=0))
         if size > self._activations[1]:  # what captured chains use stays allocated until `close`
             self._activations = (self._allocate(size), size)
             for context in self._contexts:

@@ -17,6 +17,7 @@ import base64
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
 from typing import Any
@@ -129,6 +130,7 @@ class Drawing:
     def __init__(self, models: Models, options: ServerOptions) -> None:
         self.models, self.options = models, options
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="fastvar-load")
 
     async def admit(self, request: Request) -> None:
         """That a client has not asked too often.
@@ -144,21 +146,48 @@ class Drawing:
     @asynccontextmanager
     async def using(self, name: str | None) -> AsyncIterator[Service]:
         """The service of a model, loaded."""
-        service = await asyncio.to_thread(self.models.acquire, name)
+        service = await self.acquire(name)
         try:
             yield service
         finally:
             self.models.release(name)
 
-    async def drawn(self, request: Request, service: Service, wanted: list[ImageRequest]) -> list[ImageResult] | None:
-        """The pictures, in order; where the client goes before, they are given up, and None."""
-        tickets = [await asyncio.to_thread(service.submit, each) for each in wanted]  # prompts take a while to check
-        results = (result_of(ticket, each) for ticket, each in zip(tickets, wanted, strict=True))
-        return await unless_gone(request, _all(*results))
+    async def acquire(self, name: str | None) -> Service:
+        """`Models.acquire`; those that have to be loaded wait in a thread of their own, which holds nothing else up."""
+        service = self.models.acquire_loaded(name)
+        if service is not None:
+            return service
+        return await asyncio.get_running_loop().run_in_executor(self._loader, self.models.acquire, name)
 
-    def bodies(self, service: Service) -> Bodies:
+    async def drawn(self, request: Request, service: Service, wanted: list[ImageRequest]) -> list[ImageResult] | None:
+        """The pictures, in order; where the client goes before, or one fails, all are given up; for the first: None."""
+        tickets: list[Ticket] = []
+        try:
+            for each in wanted:
+                tickets.append(await asyncio.to_thread(service.submit, each))  # prompts take a while to check
+            results = (result_of(ticket, each) for ticket, each in zip(tickets, wanted, strict=True))
+            return await unless_gone(request, _all(*results))
+        finally:
+            for ticket in tickets:
+                ticket.cancel()  # which does nothing to those that are done
+
+    def bodies(self, name: str | None) -> Bodies:
         """Of the bundle that is served now: another one may have taken its place."""
-        return bodies_of(service.pipeline.manifest, self.options.max_deadline_s, self.models.names)
+        return bodies_of(self.models.manifest(name), self.options.max_deadline_s, self.models.names)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; `finish` is called when the answer has ended, be it before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], finish: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._finish = finish
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._finish()
 
 
 async def _all(*results: Awaitable[ImageResult]) -> list[ImageResult]:
@@ -181,7 +210,7 @@ def _add_pictures(app: FastAPI, drawing: Drawing) -> None:
         await drawing.admit(request)
         name, content = await _named(request)
         async with drawing.using(name) as service:
-            bodies = drawing.bodies(service)
+            bodies = drawing.bodies(name)
             body, wanted = await asyncio.to_thread(_parsed, content, bodies.image, bodies.manifest)
             results = await drawing.drawn(request, service, [wanted])
             if results is None:
@@ -212,31 +241,25 @@ def _add_pictures(app: FastAPI, drawing: Drawing) -> None:
         def hand_over(preview: Preview) -> None:  # from the service's thread
             loop.call_soon_threadsafe(items.put_nowait, preview)
 
-        service = await asyncio.to_thread(drawing.models.acquire, name)
+        service = await drawing.acquire(name)
         try:
-            bodies = drawing.bodies(service)
+            bodies = drawing.bodies(name)
             body, wanted = await asyncio.to_thread(_parsed, content, bodies.stream, bodies.manifest)
             ticket = await asyncio.to_thread(service.submit, wanted, hand_over)
-            events = _events(ticket, wanted, body, items, bodies.manifest)
         except BaseException:
             drawing.models.release(name)
             raise
 
-        async def released() -> AsyncIterator[str]:
-            try:
-                async for event in events:
-                    yield event
-            finally:
-                await events.aclose()  # type: ignore[attr-defined]  # it is a generator
-                drawing.models.release(name)
+        def finish() -> None:
+            ticket.cancel()
+            drawing.models.release(name)
 
-        return StreamingResponse(released(), media_type="text/event-stream")
+        return _EventStream(_events(ticket, wanted, body, items, bodies.manifest), finish)
 
     def openapi() -> dict[str, Any]:
         """FastAPI's own schema, with the bodies that the bundle takes."""
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        with drawing.models.using() as service:
-            known = drawing.bodies(service)
+        known = drawing.bodies(None)
         return known.add_to_schema(schema, {"/v1/images": known.image, "/v1/images/stream": known.stream})
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
@@ -249,11 +272,7 @@ def _add_status(app: FastAPI, models: Models, registry: CollectorRegistry) -> No
     async def model(name: str | None = None) -> dict[str, Any]:
         """What a model of the server, by default the first, holds: sizes, plan, defaults, scales that have previews."""
 
-        def describe() -> dict[str, Any]:
-            with models.using(name) as service:
-                return _describe(service.pipeline.manifest, models.names)
-
-        return await asyncio.to_thread(describe)
+        return _describe(await asyncio.to_thread(models.manifest, name), models.names)
 
     @app.get("/healthz", responses={503: {"description": "Draining, or broken."}})
     async def healthz() -> JSONResponse:
@@ -295,7 +314,10 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_content("HTTPError", str(error.detail)), error.status_code, error.headers)
+        status, content = error.status_code, error_content("HTTPError", str(error.detail))
+        if request.url.path in OPENAI_PATHS:
+            content = openai_content(status, str(error.detail))
+        return JSONResponse(content, status, error.headers)
 
 
 async def _named(request: Request) -> tuple[str | None, bytes]:

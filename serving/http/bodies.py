@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import functools
 import secrets
+import threading
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union
 
@@ -27,8 +28,9 @@ from fastvar_trt.runtime.pictures import check_same_size, fitted, fitted_mask, i
 from fastvar_trt.runtime.request import VISIBLE, Parameter, parameters
 from fastvar_trt.runtime.service import ImageRequest
 
-_MAX_PROMPT = 10_000  # characters; a bundle's limit in tokens is lower, and no schema can say it
-_MAX_CFG = 100.0  # far beyond what is of use; logits overflow much later, which would spoil a whole batch
+_DECODING = threading.Semaphore(2)  # pictures that are decoded at once: a small file may become half a gigabyte
+MAX_PROMPT = 10_000  # characters; a bundle's limit in tokens is lower, and no schema can say it
+MAX_CFG = 100.0  # far beyond what is of use; logits overflow much later, which would spoil a whole batch
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _MAX_PREVIEWS = 64
 _MAX_PROBLEMS = 10  # that one answer tells
@@ -127,7 +129,7 @@ def _models(
     fields["deadline_s"] = (float | None, deadline)
     scale: Any = Literal[preview_scales] if preview_scales else int
     previews = Field(
-        list(_default_scales(preview_scales)),
+        None,
         max_length=_MAX_PREVIEWS if preview_scales else 0,
         description="Scales after which a preview is decoded; default: three of them.",
     )
@@ -156,7 +158,8 @@ def bodies_of(manifest: Manifest, max_deadline_s: float, names: tuple[str, ...] 
     """
     sizes = tuple(manifest.sizes)
     known = tuple(parameters(manifest).values())
-    return Bodies(*_models(known, sizes, manifest.preview_scales, names, max_deadline_s), manifest)
+    scales = tuple(sorted(set().union(*(variant.preview_scales for variant in manifest.variants))))
+    return Bodies(*_models(known, sizes, scales, names, max_deadline_s), manifest)
 
 
 def _field(parameter: Parameter, *, required: bool = False) -> tuple[Any, Any]:
@@ -169,7 +172,7 @@ def _field(parameter: Parameter, *, required: bool = False) -> tuple[Any, Any]:
 def _number(parameter: Parameter) -> Any:
     low, high = parameter.minimum, parameter.maximum
     if parameter.name == "cfg":
-        low, high = -_MAX_CFG, _MAX_CFG
+        low, high = -MAX_CFG, MAX_CFG
     high = _MAX_FLOAT32 if high is None else high
     return Annotated[float, Field(ge=low, le=high)]
 
@@ -191,7 +194,7 @@ _File: Any = Annotated[str, Field(min_length=1, description="A picture's file as
 def _text(parameter: Parameter) -> Any:
     # Something that can be seen; of negative prompts, which forms send empty, nothing is one as well.
     pattern = f"^$|{VISIBLE}" if parameter.needs else VISIBLE
-    return Annotated[str, Field(max_length=_MAX_PROMPT, pattern=pattern)]
+    return Annotated[str, Field(max_length=MAX_PROMPT, pattern=pattern)]
 
 
 _KINDS: Mapping[str, Any] = {
@@ -214,11 +217,13 @@ def _decoded(name: str, text: str | None) -> bytes | None:
         raise RequestError(f"body.{name}: is no base64: {error}") from error
 
 
-def pictures_of(variant: Variant, image: bytes | None, mask: bytes | None) -> dict[str, Any]:
+def pictures_of(
+    variant: Variant, image: bytes | None, mask: bytes | None, *, keeps_scales: bool = False
+) -> dict[str, Any]:
     """A picture and its mask, as requests have them, of the content of files.
 
-    A picture that is partly transparent, and comes without a mask, is its own: where it is transparent it is drawn, as
-    OpenAI's API has it.
+    A picture that is partly transparent, and comes with neither a mask nor scales to keep, is its own: where it is
+    transparent it is drawn, as OpenAI's API has it.
 
     Raises:
         RequestError: a file that is no picture, or a mask of another size.
@@ -227,14 +232,15 @@ def pictures_of(variant: Variant, image: bytes | None, mask: bytes | None) -> di
     if image is None:
         return found
     size = variant.image_width, variant.image_height
-    picture = read_picture(image)
-    found["image"] = fitted(picture, *size)
-    if mask is not None:
-        own = read_picture(mask, "mask")
-        check_same_size(picture, own)
-        found["mask"] = fitted_mask(own, *size)
-    elif is_transparent(picture):
-        found["mask"] = fitted_mask(picture, *size)
+    with _DECODING:
+        picture = read_picture(image)
+        found["image"] = fitted(picture, *size)
+        if mask is not None:
+            own = read_picture(mask, "mask")
+            check_same_size(picture, own)
+            found["mask"] = fitted_mask(own, *size)
+        elif not keeps_scales and is_transparent(picture):
+            found["mask"] = fitted_mask(picture, *size)
     return found
 
 
@@ -260,8 +266,9 @@ def to_request(body: ImageBody, manifest: Manifest) -> ImageRequest:
     given["variant"] = variant.name
     if isinstance(given.get("image"), str):
         files = [_decoded(name, given.get(name)) for name in ("image", "mask")]
-        given |= pictures_of(variant, *files)
+        given |= pictures_of(variant, *files, keeps_scales=given.get("keep_scales") is not None)
     given.setdefault("seed", secrets.randbits(32))
-    given["preview_scales"] = tuple(given.get("preview_scales", ()))
+    if "preview_scales" in type(body).model_fields:
+        given["preview_scales"] = tuple(given.get("preview_scales", _default_scales(variant.preview_scales)))
     given["deadline_s"] = min(given["deadline_s"], defaults["deadline_s"])
     return ImageRequest(**given)

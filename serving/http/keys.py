@@ -11,7 +11,7 @@ from typing import Any
 from fastvar_trt.runtime.errors import RequestError
 
 _MIN_LENGTH = 16  # characters: shorter ones can be guessed
-_GUARDED = "/v1/"  # paths; health, metrics and the page are for all
+_OPEN = ("/", "/healthz", "/metrics", "/openapi.json")  # paths that are for all
 
 
 class ApiKeys:
@@ -29,10 +29,10 @@ class ApiKeys:
             RequestError: it cannot be read, has none, or one that is too short.
         """
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"--api-key-file {path}: cannot be read: {error}") from error
-        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise RequestError(f"--api-key-file {path}: has no key; write one a line")
         for number, key in enumerate(keys, 1):
@@ -44,7 +44,8 @@ class ApiKeys:
 
     def admit(self, scope: Any) -> bool:
         """Whether a request of ASGI may go on: it brings a key as `Authorization: Bearer KEY`, or needs none."""
-        if not scope["path"].startswith(_GUARDED):
+        root = scope.get("root_path", "")  # where the application is mounted under a prefix
+        if scope["path"].removeprefix(root) in _OPEN:
             return True
         header = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
         scheme, _, key = header.partition(b" ")

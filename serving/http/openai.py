@@ -12,6 +12,7 @@ import asyncio
 import base64
 import dataclasses
 import json
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Condition, Manifest, Variant
 from fastvar_trt.runtime.request import parameters
 from fastvar_trt.runtime.service import ImageRequest
-from fastvar_trt.serving.http.bodies import pictures_of
+from fastvar_trt.serving.http.bodies import MAX_CFG, MAX_PROMPT, pictures_of
 from fastvar_trt.serving.http.errors import openai_content
 from fastvar_trt.serving.http.images import MEDIA_TYPES, encode_image, picture_text
 
@@ -38,6 +39,7 @@ _CLIENT_CLOSED_REQUEST = 499
 _OWN = ("seed", "cfg", "temperature", "top_k", "top_p", "negative_prompt", "keep_scales")
 _QUALITY = 90  # of JPEG and WebP
 _MAX_FILES = 16  # of a form
+_SHOWN = 100  # characters of a value, in an error
 
 
 class _ModelError(RequestError):
@@ -76,12 +78,10 @@ def add_openai(app: FastAPI, drawing: Drawing) -> None:
     async def generations(request: Request) -> Response:
         """Pictures of a prompt."""
         await drawing.admit(request)
-        try:
-            values = json.loads(await request.body())
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"body: is no JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise RequestError(f"body: got a JSON {type(values).__name__}, expected an object")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # what a page of another site can send unasked is none
+            raise RequestError(f"content-type: got {kind!r}, expected application/json")
+        values = await asyncio.to_thread(_object, await request.body())
         return await _answer(request, drawing, values, {})
 
     @app.post(EDITS, include_in_schema=False)
@@ -89,8 +89,10 @@ def add_openai(app: FastAPI, drawing: Drawing) -> None:
         """Pictures made of one, where its mask is transparent."""
         await drawing.admit(request)
         kind = request.headers.get("content-type", "")
-        if not kind.startswith("multipart/form-data"):
+        if not kind.lower().startswith("multipart/form-data"):
             raise RequestError(f"content-type: got {kind!r}, expected multipart/form-data")
+        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):  # a browser says so
+            raise RequestError("origin: a page of another site cannot edit here")
         values: dict[str, Any] = {}
         files: dict[str, bytes] = {}
         async with request.form(max_files=_MAX_FILES) as form:
@@ -107,11 +109,21 @@ def add_openai(app: FastAPI, drawing: Drawing) -> None:
         return await _answer(request, drawing, values, files)
 
 
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"body: is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise RequestError(f"body: got a JSON {type(values).__name__}, expected an object")
+    return values
+
+
 async def _answer(
     request: Request, drawing: Drawing, values: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> Response:
     name = values.get("model")
-    if name is not None and name not in drawing.models.names:
+    if name is not None and (not isinstance(name, str) or name not in drawing.models.names):
         raise _ModelError(f"the model {name!r} does not exist; this server has {', '.join(drawing.models.names)}")
     async with drawing.using(name) as service:
         manifest = service.pipeline.manifest
@@ -133,9 +145,9 @@ async def _answer(
 
 def _format(values: Mapping[str, Any]) -> str:
     kind = values.get("output_format") or "png"
-    if kind not in MEDIA_TYPES:
+    if not isinstance(kind, str) or kind not in MEDIA_TYPES:
         raise _ParamError("output_format", f"got {kind!r}, expected one of {', '.join(MEDIA_TYPES)}")
-    return str(kind)
+    return kind
 
 
 def _requests(
@@ -144,7 +156,7 @@ def _requests(
     """What is drawn: `n` pictures, seeds counted on."""
     if values.get("response_format") not in (None, "b64_json"):
         raise _ParamError("response_format", f"got {values['response_format']!r}, expected b64_json")
-    if str(values.get("stream", "false")).lower() != "false":
+    if str(values.get("stream") or "false").lower() != "false":
         raise _ParamError("stream", "pictures in the making are at /v1/images/stream")
     _format(values)
     count = _integer("n", values.get("n"), 1)
@@ -162,7 +174,8 @@ def _requests(
     seed = own.pop("seed", secrets.randbits(32))
     own |= _subject(manifest, values.get("prompt"))
     if files:
-        own |= pictures_of(variant, files["image"], files.get("mask"))
+        keeps = own.get("keep_scales") is not None
+        own |= pictures_of(variant, files["image"], files.get("mask"), keeps_scales=keeps)
     deadline = drawing.options.max_deadline_s
     first = ImageRequest(**own, seed=seed, variant=variant.name, deadline_s=deadline)
     return [dataclasses.replace(first, seed=seed + i) for i in range(count)]
@@ -174,24 +187,27 @@ def _value(name: str, kind: str, value: Any) -> Any:
         return _integer(name, value, 0)
     if kind == "number":
         try:
-            return float(value)
-        except (TypeError, ValueError) as error:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError) as error:
             raise _ParamError(name, f"got {value!r}, expected a number") from error
+        if name == "cfg" and not abs(number) <= MAX_CFG:
+            raise _ParamError(name, f"got {number:g}, expected {-MAX_CFG:g} to {MAX_CFG:g}")
+        return number
     return value
 
 
 def _integer(name: str, value: Any, default: int) -> int:
     if value is None or value == "":
         return default
-    if isinstance(value, bool) or not str(value).lstrip("-").isdecimal():
-        raise _ParamError(name, f"got {value!r}, expected a whole number")
+    if isinstance(value, bool) or not re.fullmatch(r"-?[0-9]{1,20}", str(value)):
+        raise _ParamError(name, f"got {str(value)[:_SHOWN]!r}, expected a whole number")
     return int(value)
 
 
 def _size(manifest: Manifest, size: Any) -> Variant:
     if size in (None, "", "auto"):
         return manifest.default
-    if size not in manifest.sizes:
+    if not isinstance(size, str) or size not in manifest.sizes:
         raise _ParamError("size", f"got {size!r}, this model draws {', '.join(manifest.sizes)}")
     return manifest.sizes[size]
 
@@ -200,8 +216,10 @@ def _subject(manifest: Manifest, prompt: Any) -> dict[str, Any]:
     """Of a model of classes the prompt is a class index."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise _ParamError("prompt", f"got {prompt!r}, expected some text")
+    if len(prompt) > MAX_PROMPT:
+        raise _ParamError("prompt", f"got {len(prompt)} characters, expected at most {MAX_PROMPT}")
     if manifest.model.condition is not Condition.CLASS:
         return {"prompt": prompt}
-    if not prompt.strip().isdecimal():
-        raise _ParamError("prompt", f"got {prompt!r}; this model draws classes: give an index")
+    if not re.fullmatch(r"[0-9]{1,9}", prompt.strip()):
+        raise _ParamError("prompt", f"got {prompt[:_SHOWN]!r}; this model draws classes: give an index")
     return {"label": int(prompt)}

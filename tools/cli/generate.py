@@ -169,7 +169,7 @@ def _draw(
     out: Path,
     save_tokens: Path | None,
     runtime: RuntimeOptions,
-    pictures: Callable[[Variant], dict[str, Any]] = lambda variant: {},
+    pictures: Callable[[Variant], dict[str, Any]] | None = None,
     **values: Any,
 ) -> None:
     """Draw, write, and say how long it took."""
@@ -189,20 +189,25 @@ def _draw(
             "negative_prompts": negative_prompts * (len(prompts) if len(negative_prompts) == 1 else 1) or None,
             **({} if text_features is None else _read_features(text_features)),
         }
+        edited = {} if pictures is None else pictures(variant)
         result = pipe.generate(
             **conditions,
             variant=variant.name,
             seeds=seed,
             return_float_images=save_tokens is not None,
-            **pictures(variant),
+            **edited,
             **sampling,
         )
     for i, warnings in enumerate(result.warnings):
         for warning in warnings:
             click.echo(f"warning: image {i}: {warning}", err=True)
-    drawn = {name: value for name, value in {**conditions, **sampling}.items() if isinstance(value, str | int | float)}
+    drawn = {
+        name: value
+        for name, value in {**conditions, **sampling, **edited}.items()
+        if isinstance(value, str | int | float)
+    }
     lists = {name: list(value) for name, value in conditions.items() if isinstance(value, tuple)}
-    save_png(result, out, drawing_text(manifest, variant, {**drawn, **lists, "seed": seed, "edited": bool(pictures)}))
+    save_png(result, out, drawing_text(manifest, variant, {**drawn, **lists, "seed": seed, "edited": bool(edited)}))
     if save_tokens is not None:
         _save_tokens(result, variant, save_tokens)
     click.echo(_timing_table(result, manifest, variant))

@@ -17,7 +17,7 @@ import click
 
 from fastvar_trt.runtime.errors import RequestError, UnavailableError
 from fastvar_trt.runtime.manifest import read_manifest
-from fastvar_trt.runtime.models import Models, needed_bytes
+from fastvar_trt.runtime.models import Models
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.service import Service
 from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, examples, runtime_options
@@ -133,7 +133,7 @@ def serve(
     with _listen(host, port) as listening:  # before the bundle is loaded, which takes a while
         models = Models(
             {name: functools.partial(start, bundle) for name, bundle in named.items()},
-            {name: needed_bytes(read_manifest(bundle)) for name, bundle in named.items()},
+            {name: functools.partial(read_manifest, bundle) for name, bundle in named.items()},
             None if max_memory is None else int(max_memory * 2**30),
             deadline,
         )
@@ -159,7 +159,7 @@ def _named(bundles: tuple[str, ...]) -> dict[str, Path]:
     """`NAME=PATH` or `PATH`, whose name is the folder's."""
     found: dict[str, Path] = {}
     for text in bundles:
-        name, _, path = text.rpartition("=") if "=" in text and not Path(text).exists() else ("", "", text)
+        name, _, path = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
         key = name or Path(os.path.abspath(path)).name  # noqa: PTH100  # resolve() would follow links
         if key in found:
             raise click.UsageError(f"two bundles are called {key}; name them as in NAME=PATH")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastvar_trt.runtime.backends import BoundGraph, View
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.errors import RequestError
-from fastvar_trt.runtime.manifest import GraphSpec
+from fastvar_trt.runtime.manifest import GraphSpec, read_manifest
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.precision import DTYPES
 from fastvar_trt.runtime.request import Request
@@ -39,8 +39,8 @@ class _CapturingBackend(OnnxRuntimeBackend):
         inputs, outputs: by name, of its last run.
     """
 
-    def __init__(self, graph: str) -> None:
-        super().__init__(engines="off")
+    def __init__(self, graph: str, engines: str) -> None:
+        super().__init__(engines=engines)
         self._graph_name = graph
         self.inputs: dict[str, NDArray[Any]] = {}
         self.outputs: dict[str, NDArray[Any]] = {}
@@ -86,7 +86,9 @@ def capture_graph(bundle: Path, graph: str, request: Request, variant: str | Non
     Raises:
         RequestError: the chain has no such graph.
     """
-    backend = _CapturingBackend(graph)
+    # As it was exported; the CPU computes half precision only in what `fastvar build --target cpu` makes of it.
+    is_half = read_manifest(bundle).own_precision.computed != "float32"
+    backend = _CapturingBackend(graph, "require" if is_half else "off")
     with Pipeline.load(bundle, backend=backend) as pipe:
         chain = pipe.variant(variant).chain(min(pipe.manifest.batches))
         known = [own.name for own in chain]
