@@ -22,6 +22,7 @@ from fastvar_trt.export.models.hart.source import HARTSource
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import CheckpointError, Pipeline, PruningPlan, Request, RequestError
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fastvar_trt.runtime.given import given_tensors
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.pictures import check_same_size, fitted, fitted_mask, pasted, read_picture
 from fastvar_trt.runtime.request import example_requests
@@ -206,6 +207,19 @@ def test_what_cannot_be_edited(pipe: Pipeline, image: Any, mask: Any, changes: d
         given["image"] = named[given["image"]]
     with pytest.raises(RequestError, match=message):
         pipe.generate([1], **given)
+
+
+def test_given_tokens_are_checked(pipe: Pipeline, image: Any, mask: Any) -> None:
+    given = given_tensors(pipe.manifest.default, pipe.encode_image(image), mask)
+    expected = pipe.generate([3], seeds=1, image=image, mask=mask, paste=False).images[0]
+    np.testing.assert_array_equal(pipe.draw([Request(label=3, seed=1, given=given)]).images[0], expected)
+    for changed, message in (
+        ({"given_01": given["given_01"].astype(np.int64)}, r"given: given_01: got int64 \[9\], expected int32 \[9\]"),
+        ({"is_given_01": given["is_given_02"]}, r"given: is_given_01: got bool \[25\], expected bool \[9\]"),
+        ({"given_09": given["given_01"]}, "given: got 'given_09', this size takes given_00"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            pipe.draw([Request(label=3, given={**given, **changed})])
 
 
 def test_the_encoder_leaves_no_memory_behind(editing_bundle: Path, image: Any, mask: Any) -> None:

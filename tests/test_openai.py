@@ -138,6 +138,12 @@ def test_pictures_are_edited(client: openai.OpenAI, pipe: Pipeline, image: Any, 
         (openai.BadRequestError, {"prompt": "10"}, "class 10: this model has 10 classes", None, None),
         (openai.BadRequestError, {"extra_body": {"cfg": "much"}}, "cfg: got 'much', expected a number", "cfg", None),
         (openai.BadRequestError, {"output_format": "gif"}, "expected one of png, jpeg, webp", "output_format", None),
+        (openai.BadRequestError, {"extra_body": {"cfg": 1e30}}, "cfg: got 1e+30, expected -100 to 100", "cfg", None),
+        (openai.BadRequestError, {"extra_body": {"n": "--5"}}, "n: got '--5', expected a whole number", "n", None),
+        (openai.BadRequestError, {"extra_body": {"size": ["a"]}}, "size: got ['a']", "size", None),
+        (openai.BadRequestError, {"extra_body": {"output_format": ["png"]}}, "expected one of", "output_format", None),
+        (openai.BadRequestError, {"prompt": "9" * 5000}, "give an index", "prompt", None),
+        (openai.BadRequestError, {"prompt": "x" * 20_000}, "got 20000 characters", "prompt", None),
         (openai.NotFoundError, {"model": "gpt-image-1"}, "this server has edits, plain", None, "model_not_found"),
     ],
 )
@@ -174,6 +180,14 @@ def test_what_cannot_be_edited(client: openai.OpenAI, server: ServerProcess, ima
     for content, files in (({"json": {"prompt": "3"}}, None), ({"data": {"prompt": "3"}}, {"other": png(image)})):
         answer = server.client.post("/v1/images/edits", **content, files=files, headers=headers)
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+    unasked = {**headers, "content-type": "text/plain"}  # what a page of another site may send
+    answer = server.client.post("/v1/images/generations", content=b'{"prompt": "3"}', headers=unasked)
+    assert answer.status_code == 400 and "expected application/json" in answer.json()["error"]["message"]
+    foreign = {**headers, "sec-fetch-site": "cross-site"}
+    answer = server.client.post("/v1/images/edits", **edit_form(image, mask), headers=foreign)
+    assert answer.status_code == 400 and "another site" in answer.json()["error"]["message"]
+    answer = server.client.get("/v1/images/edits", headers=headers)
+    assert answer.status_code == 405 and set(answer.json()["error"]) == {"message", "type", "param", "code"}
     large = server.client.post("/v1/images/edits", content=b"x" * (17 << 20), headers=headers)
     assert large.status_code == 413 and "more than" in large.json()["error"]["message"]
 
@@ -189,7 +203,11 @@ def test_keys(server: ServerProcess, tmp_path: Path, tiny_bundle: Path) -> None:
     assert server.draw(label=1).status_code == 401
     assert server.client.get("/v1/model").headers["www-authenticate"] == "Bearer"
     assert [server.client.get(path).status_code for path in ("/healthz", "/metrics", "/")] == [200] * 3
-    for content, message in ((None, "cannot be read"), ("# none\n", "has no key"), ("short\n", "has 5 characters")):
+    for content, message in (
+        (None, "cannot be read"),
+        ("\ufeff  # none\n", "has no key"),
+        ("short\n", "has 5 characters"),
+    ):
         path = tmp_path / "keys"
         if content is not None:
             path.write_text(content)

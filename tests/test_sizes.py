@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
@@ -237,7 +238,8 @@ def test_files_that_are_no_lora(change: Any, message: str, tmp_path: Path) -> No
 
 def test_sizes_of_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "b"
-    arguments = ("scenes", "--pn", "0.06M,2K", "--aspect", "1:1,16:9", "--prune", "none", "--no-compare", "--out", out)
+    sizes = ("--pn", "0.06M,2K", "--aspect", "1:1,16:9,9:16")
+    arguments = ("scenes", *sizes, "--prune", "none", "--no-compare", "--out", out)
     for wrong, message in (
         (("--pn", "3M"), "expected of 0.06M"),
         (("--aspect", "1:0"), "expected two numbers each as in 4:3"),
@@ -250,8 +252,11 @@ def test_sizes_of_the_command_line(tmp_path: Path) -> None:
     found = run(export_main, *arguments, "--pn", "0.06M", "--with-encoder")
     assert found.exit_code == 0, found.output
     manifest = read_manifest(out)
-    assert list(manifest.sizes) == ["256x256", "336x192"]
+    assert list(manifest.sizes) == ["256x256", "336x192", "192x336"]
     assert manifest.examples
+    with Pipeline.load(out) as pipe:
+        shapes = [pipe.generate(prompts=["a red cube"], size=size).images.shape for size in manifest.sizes]
+    assert shapes == [(1, 256, 256, 3), (1, 192, 336, 3), (1, 336, 192, 3)]
     for size in manifest.sizes:
         width, height = map(int, size.split("x"))
         found = run(main, "generate", out, "--prompt", "a red cube", "--size", size, "-o", tmp_path / f"{size}.png")
@@ -263,4 +268,10 @@ def test_sizes_of_the_command_line(tmp_path: Path) -> None:
             answer = server.draw(prompt="a red cube", seed=0, size=size)
             assert answer.status_code == 200
             assert Image.open(io.BytesIO(answer.content)).size == tuple(map(int, size.split("x")))
+            body = {"prompt": "a red cube", "seed": 0, "size": size}
+            streamed = server.client.post("/v1/images/stream", json=body).text  # previews of scales that it has
+            assert streamed.count("event: preview") == 3 and "event: image" in streamed
+            body["n"] = 2
+            pictures = server.client.post("/v1/images/generations", json=body).json()["data"]
+            assert base64.b64decode(pictures[0]["b64_json"]) == answer.content
         assert server.draw(prompt="a red cube", size="1x1").status_code == 422
