@@ -30,6 +30,7 @@ from fastvar_trt.export.folders import replace_folder, temporary_folder
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import ImageRequest, Pipeline, RequestError, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileSpec
+from fastvar_trt.runtime.models import Models
 from fastvar_trt.serving.http.app import create_app
 from fastvar_trt.serving.http.server import DrainingServer, parse_rate
 from faulty_backend import FaultyBackend, Gate
@@ -139,7 +140,9 @@ def test_a_server_that_is_killed_under_load_serves_again(tiny_bundle: Path, tmp_
 def test_a_server_that_is_told_to_stop_ends_its_requests(tiny_bundle: Path, tmp_path: Path) -> None:
     with serving(tiny_bundle, tmp_path / "log") as server, ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(server.draw, label=1, seed=i) for i in range(8)]
-        server.wait_until(lambda: "fastvar_accepted_requests_total 8.0" in server.client.get("/metrics").text)
+        server.wait_until(
+            lambda: 'fastvar_accepted_requests_total{model="tiny"} 8.0' in server.client.get("/metrics").text
+        )
         assert server.stop() == -signal.SIGTERM  # uvicorn ends as the signal asks, after everything else
         assert "Application shutdown complete" in server.log
         assert [answer.result(60).status_code for answer in answers] == [200] * 8
@@ -167,7 +170,8 @@ def test_a_server_that_cannot_start_says_why(tiny_bundle: Path, tmp_path: Path) 
 @contextmanager
 def local_server(service: Service, drain_s: float = 30.0) -> Iterator[int]:
     """The application on a real socket, in a thread of this process; gives the port."""
-    server = DrainingServer(uvicorn.Config(create_app(service), port=0, log_level="warning"), service, drain_s)
+    models = Models.of(service)
+    server = DrainingServer(uvicorn.Config(create_app(models), port=0, log_level="warning"), models, drain_s)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -220,7 +224,7 @@ def test_a_client_that_disconnects(tiny_bundle: Path, path: str, monkeypatch: py
                 while (found := other.get("/healthz").json())["running"] or found["queued"]:
                     time.sleep(0.01)
                 assert not ran_on.is_set()
-                assert 'fastvar_requests_total{outcome="cancelled"} 1.0' in other.get("/metrics").text
+                assert 'fastvar_requests_total{model="default",outcome="cancelled"} 1.0' in other.get("/metrics").text
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as other:
             answer = other.post("/v1/images", json={"label": 1, "seed": 3})
             np.testing.assert_array_equal(decoded(answer), expected)
