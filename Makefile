@@ -10,7 +10,7 @@ GPU := $(VENV)/.gpu
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 PACKAGES := export runtime plugins serving tools
 
-.PHONY: demo test check docs links format clean
+.PHONY: demo test test-all check docs links format clean
 
 demo: $(DEMO)
 	$(BIN)/fastvar-export scenes --prune none --target cpu --out out/demo_dense --force
@@ -23,6 +23,9 @@ demo: $(DEMO)
 
 test: $(INSTALLED) $(OLDEST) $(GPU)
 	$(BIN)/pytest
+
+test-all: $(INSTALLED) $(OLDEST) $(GPU)
+	$(BIN)/pytest -m ''
 
 check: $(INSTALLED) links
 	$(BIN)/ruff check .

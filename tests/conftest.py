@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as DriverService
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+import onnx_programs
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model, tool_versions
 from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.export.models.source import Source
@@ -38,6 +40,9 @@ from fastvar_trt.tools.random_checkpoints import random_checkpoint, random_infin
 
 # Every export asks for torch's table of ONNX functions, and it takes half a second to make; it never changes.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+# A sixth of the time of an export goes into looking for garbage among what torch has imported.
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_FOLDER = ROOT.parent / "shared" / "golden"
@@ -48,6 +53,11 @@ DRIVER = shutil.which("chromedriver")
 # Four scales to 8x8, two layers: seconds to export, and everything that a large model has.
 TINY_PATCH_NUMS = (1, 3, 5, 8)
 TINY_PLAN = PruningPlan("tiny", fractions=((-1, 0.5),), cache_scale=-2, first_layer=1)
+
+
+def thorough(*values: Any) -> Any:
+    """A case that `make test` leaves to `make test-all`: it takes long, and one much like it is in both."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -148,6 +158,7 @@ def _update(digest: Any, value: Any) -> None:
 
 
 _CACHE = ROOT / "build" / "test_bundles" / _code_hash()
+onnx_programs.keep_in(ROOT / "build" / "onnx_programs")
 _KEPT_S = 24 * 3600.0  # bundles of other states of the code
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from conftest import TINY_PLAN
+from conftest import TINY_PLAN, thorough
 from fastvar_trt.export.build import cpu as module
 from fastvar_trt.export.build.base import BuildReport, build_bundle
 from fastvar_trt.export.build.cpu import PACKED_FILE, CpuBuilder
@@ -206,7 +206,7 @@ def test_a_bundle_that_lost_graphs_keeps_engines_for_the_others(built: Path, tmp
         assert not verify_bundle(pipe).failures
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", thorough("bf16")])
 def test_half_precision_needs_engines_on_the_cpu(
     precision: str,
     tiny_source: VARSource,

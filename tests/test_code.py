@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from conftest import Golden, tiny_states
+from conftest import Golden, thorough, tiny_states
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_again
 from fastvar_trt.export.models.var.code import CoDeSource
 from fastvar_trt.export.models.var.source import VARSource
@@ -67,7 +67,7 @@ def test_it_draws_what_the_public_code_draws(export_once: Export) -> None:
     np.testing.assert_allclose(result.float_images, expected["image"], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("switch", [1, 3])
+@pytest.mark.parametrize("switch", [1, thorough(3)])
 def test_one_model_as_both_is_that_model(switch: int, export_once: Export) -> None:
     state, vae = tiny_states()
     alone, report = export_once("code_alone", VARSource.from_state(state, vae), ExportOptions(batches=(2,)))
@@ -87,7 +87,7 @@ def test_one_model_as_both_is_that_model(switch: int, export_once: Export) -> No
     [
         PruningPlan("pair"),
         PruningPlan("pair_pruned", ((-1, 0.5),), cache_scale=-2, first_layer=1),
-        PruningPlan("pair_unguided", ((-1, 0.5),), cache_scale=-2, unguided_from=-1),
+        thorough(PruningPlan("pair_unguided", ((-1, 0.5),), cache_scale=-2, unguided_from=-1)),
     ],
     ids=lambda plan: plan.name,
 )

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from conftest import TINY_PATCH_NUMS, Golden, tiny_infinity, tiny_states
+from conftest import TINY_PATCH_NUMS, Golden, thorough, tiny_infinity, tiny_states
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_again, export_model, load_bundle_model
 from fastvar_trt.export.models.hart.source import HARTSource
 from fastvar_trt.export.models.var.source import VARSource
@@ -233,7 +233,7 @@ def test_the_encoder_leaves_no_memory_behind(editing_bundle: Path, image: Any, m
         np.testing.assert_array_equal(last.images, expected.images)
 
 
-@pytest.mark.parametrize("patchify", [False, True])
+@pytest.mark.parametrize("patchify", [thorough(False), True])
 def test_infinity_encodes_as_pytorch(patchify: bool, export_once: Export, tmp_path: Path) -> None:
     """The comparison at export says so; here, that another plan has its own detail."""
     source = tiny_infinity(with_encoder=True, patchify=patchify).with_encoder()
@@ -257,6 +257,7 @@ def test_infinity_encodes_as_pytorch(patchify: bool, export_once: Export, tmp_pa
             np.testing.assert_allclose(total, encoded.f_hat, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_pair_and_a_hart_encode_pictures(tmp_path: Path) -> None:
     pair = tiny_pair(with_encoder=True).with_encoder()
     llm = random_hart_folders(

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from conftest import ROOT, TINY_PLAN, tiny_infinity
+from conftest import ROOT, TINY_PLAN, thorough, tiny_infinity
 from fastvar_trt.export.build.base import build_bundle
 from fastvar_trt.export.build.cpu import CpuBuilder
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
@@ -37,7 +37,7 @@ def test_scores_are_not_held(release: str) -> None:
     assert found["with"] < 16 < 60 < found["without"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", thorough("bf16")])
 def test_a_rewritten_bundle_draws_the_same(
     precision: str,
     export_once: Callable[..., tuple[Path, ExportReport]],

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import gpu_sections
-from conftest import INFINITY_PLAN, TINY_PLAN, tiny_infinity, tiny_states
+from conftest import INFINITY_PLAN, TINY_PLAN, thorough, tiny_infinity, tiny_states
 from fake_gpu import VERSION, FakeCuda, FakeOnnxRuntime, FakeTensorRT, fake_build_engine
 from fastvar_trt.export.build.tensorrt import builder
 from fastvar_trt.export.build.tensorrt.flavour import Flavour
@@ -235,7 +235,7 @@ def test_it_runs_through_on_stand_ins(gpu: FakeCuda, tmp_path: Path, monkeypatch
     assert gpu.num_launches > 0
 
 
-@pytest.mark.parametrize("spoilt", ["pivotal_tokens", "gather_tokens", "restore_tokens"])
+@pytest.mark.parametrize("spoilt", ["pivotal_tokens", thorough("gather_tokens"), thorough("restore_tokens")])
 def test_a_wrong_kernel_is_found(gpu: FakeCuda, spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(FakeKernels, spoilt)
 

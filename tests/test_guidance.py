@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import INFINITY_PLAN, TINY_PLAN, Golden, tiny_infinity, tiny_states
+from conftest import INFINITY_PLAN, TINY_PLAN, Golden, thorough, tiny_infinity, tiny_states
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_again
 from fastvar_trt.export.models.hart.source import HARTSource
 from fastvar_trt.export.models.source import Source
@@ -32,7 +32,10 @@ SOURCES: dict[str, tuple[Callable[[], Source], PruningPlan]] = {
 }
 
 
-@pytest.mark.parametrize(("family", "first"), [("var", -2), ("infinity", -1), ("infinity", -2), ("hart", -2)])
+@pytest.mark.parametrize(
+    ("family", "first"),
+    [("var", -2), ("infinity", -2), thorough("infinity", -1), thorough("hart", -2)],
+)
 def test_it_draws_what_neutral_guidance_draws(family: str, first: int, export_once: Export, tmp_path: Path) -> None:
     make, plan = SOURCES[family]
     guided, _ = export_once(f"guided_{family}", make(), ExportOptions(plan=plan, batches=(2,)))

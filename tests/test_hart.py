@@ -107,12 +107,14 @@ def smooth_bundle(export_once: Export) -> Path:
     return export_once("hart_smooth", source, ExportOptions(batches=(1, 4), max_top_k=600))[0]
 
 
+@pytest.mark.thorough
 def test_a_bundle_verifies(smooth_bundle: Path) -> None:
     with Pipeline.load(smooth_bundle) as pipe:
         found = verify_bundle(pipe)
     assert not found.failures and found.num_images_equal == found.num_images == 5
 
 
+@pytest.mark.thorough
 def test_a_batch_of_four_is_four_single_runs(smooth_bundle: Path) -> None:
     """A picture is that of its seed, whatever its neighbours; another seed gives another."""
     features = Golden("hart_d4_dense").expected["text_features"].astype(np.float32)

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from conftest import INFINITY_PLAN, TINY_PLAN, Golden, tiny_infinity, tiny_states
+from conftest import INFINITY_PLAN, TINY_PLAN, Golden, thorough, tiny_infinity, tiny_states
 from fastvar_trt.export.build.registry import build_targets
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_again, export_model, load_bundle_model
 from fastvar_trt.export.models.base import Request
@@ -101,7 +101,7 @@ def test_graphs_compute_what_pytorch_computes(precision: str, quantised: Callabl
 GOLDENS = {"var_d4_256": "w8", "infinity_d4_006M": "w4", "infinity_d4_006M again": "w8", "var_d4_256 again": "w4"}
 
 
-@pytest.mark.parametrize("case", GOLDENS)
+@pytest.mark.parametrize("case", [thorough(case) if "again" in case else case for case in GOLDENS])
 def test_tokens_are_those_of_a_model_of_the_same_weights(case: str, export_once: Export) -> None:
     """An fp32 model over matrices that numpy dequantised draws what the bundle draws, token for token."""
     golden, precision = Golden(case.removesuffix(" again")), GOLDENS[case]
@@ -307,7 +307,7 @@ def _pair() -> CoDeSource:
     return CoDeSource.from_states({"drafter": drafter, "refiner": refiner}, vae, 2)
 
 
-@pytest.mark.parametrize("name", KV_CASES)
+@pytest.mark.parametrize("name", [name if name == "infinity" else thorough(name) for name in KV_CASES])
 def test_keys_and_values_in_8_bits(name: str, export_once: Export, tmp_path: Path) -> None:
     """A quarter of the memory, whatever the plan; close to what is drawn without, and not the same."""
     source, plan, precision = KV_CASES[name]()
@@ -441,7 +441,8 @@ def test_bundles_that_cannot_be_rounded(quantised: Callable[[str], Path], tiny_b
 
 
 @pytest.mark.parametrize(
-    ("precision", "kind"), [("w8-fp16", "gemm_dequantising"), ("w8a8-bf16", "gemm_8_bit"), ("fp8-fp16", "gemm_8_bit")]
+    ("precision", "kind"),
+    [thorough("w8-fp16", "gemm_dequantising"), ("w8a8-bf16", "gemm_8_bit"), thorough("fp8-fp16", "gemm_8_bit")],
 )
 def test_engines_multiply_in_few_bits(precision: str, kind: str, tmp_path: Path) -> None:
     """With the matrices as inputs, shared by all engines: they hold none of them."""

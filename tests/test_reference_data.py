@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conftest import thorough
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.runtime import Pipeline, PruningPlan
@@ -39,7 +40,7 @@ def load_case(name: str) -> tuple[VARSource, dict[str, Tensor]]:
 
 @pytest.mark.parametrize(
     ("name", "plan"),
-    [("var_fastvar", FASTVAR_PLAN), ("var_no_l2_norm", PruningPlan())],
+    [("var_fastvar", FASTVAR_PLAN), thorough("var_no_l2_norm", PruningPlan())],
 )
 def test_the_public_code_is_reproduced(
     name: str, plan: PruningPlan, export_once: Callable[..., tuple[Path, ExportReport]]

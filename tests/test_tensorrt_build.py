@@ -372,6 +372,7 @@ def test_infinity_builds(export_once: Callable[..., tuple[Path, ExportReport]], 
         assert kernels["gemm_bias_gelu"] == 2, "one per layer"
 
 
+@pytest.mark.thorough
 def test_a_pair_of_models_builds(export_once: Callable[..., tuple[Path, ExportReport]], tmp_path: Path) -> None:
     """The refiner's first step has an attention per scale; after it a step restores from it, without guidance."""
     (drafter, vae), (refiner, _) = tiny_states(depth=3, width=192, num_heads=3), tiny_states()

@@ -15,7 +15,7 @@ from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, counting
 from fastvar_trt.tools.cli.pictures import check_takes_prompts, judge_of, judge_options, vif_option
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure.compare import check_comparable, shared_sampling
-from fastvar_trt.tools.measure.evaluate import ALL, Evaluation, Share
+from fastvar_trt.tools.measure.evaluate import ALL, Evaluation
 from fastvar_trt.tools.measure.evaluate import evaluate as measure
 from fastvar_trt.tools.measure.quality import mean_metrics, require_libraries
 from fastvar_trt.tools.sheets import contact_sheet, save_image
@@ -97,15 +97,8 @@ def _compliance_table(result: Evaluation, names: list[str]) -> str:
             shares = [result.share(i, category, tag) for i in range(len(names))]
             count = max((share.count for share in shares if share is not None), default=0)
             if count:
-                rows.append([tag, category, count, *map(_share_text, shares)])
+                rows.append([tag, category, count, *(share or "-" for share in shares)])
     return format_table(["prompts", "category", "count", *names], rows)
-
-
-def _share_text(share: Share | None) -> str:
-    if share is None:
-        return "-"
-    low, high = share.interval
-    return f"{share.value:.3f} ({low:.3f}-{high:.3f})"
 
 
 def _likeness_table(result: Evaluation, names: list[str]) -> str:

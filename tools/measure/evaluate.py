@@ -169,6 +169,10 @@ class Share:
         half = _Z95 / (1 + z2 / n) * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5
         return max(middle - half, 0.0), min(middle + half, 1.0)
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} ({low:.3f}-{high:.3f})"
+
     def to_json(self) -> dict[str, float]:
         """A JSON object."""
         low, high = self.interval

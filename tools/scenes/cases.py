@@ -41,6 +41,10 @@ def check(picture: NDArray[np.uint8], expected: Mapping[str, Any]) -> Mapping[st
         picture: uint8 [H, W, 3].
         expected: of a case: the `scene` as a mapping, and whether the caption tells sides.
     """
+    return compliance(scene_of(expected), read_picture(picture), sides_are_told=expected["sides_are_told"])
+
+
+def scene_of(expected: Mapping[str, Any]) -> Scene:
+    """The scene that a case expects."""
     solids = tuple(Solid(**solid) for solid in expected["scene"]["solids"])
-    scene = Scene(**{**expected["scene"], "solids": solids})
-    return compliance(scene, read_picture(picture), sides_are_told=expected["sides_are_told"])
+    return Scene(**{**expected["scene"], "solids": solids})

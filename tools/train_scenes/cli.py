@@ -18,7 +18,7 @@ from fastvar_trt.tools.cli.command import ErrorCommand, examples, progress_bars
 from fastvar_trt.tools.train_scenes.autoencoder import BitAutoEncoder
 from fastvar_trt.tools.train_scenes.config import ROPE_SPAN, SCHEDULE, SIZES, SceneTraining
 from fastvar_trt.tools.train_scenes.text import write_text_encoder
-from fastvar_trt.tools.train_scenes.text_stage import TextReader, captions_tokenizer, train_text
+from fastvar_trt.tools.train_scenes.text_stage import QUESTIONS, TextReader, captions_tokenizer, train_text
 from fastvar_trt.tools.train_scenes.transformer import Transformer
 from fastvar_trt.tools.train_scenes.transformer_stage import train_transformer
 from fastvar_trt.tools.train_scenes.vae_stages import train_bits, train_decoder
@@ -140,7 +140,8 @@ def card_text(card: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
             for stage, steps in card["steps"].items()
         ),
         "",
-        "Seconds include whatever else the machine did meanwhile. Losses of the transformer are nats per bit. "
+        "Seconds include whatever else the machine did meanwhile. Losses of the transformer are nats per bit, those of "
+        f"the text encoder nats over {len(QUESTIONS)} questions about the scene. "
         + ", ".join(f"`{name}` {size / 1e6:.1f} MB" for name, size in sizes.items())
         + ". `card.json` has every setting.",
         "",
