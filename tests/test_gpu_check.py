@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from fastvar_trt.export.build.tensorrt import builder
 from fastvar_trt.export.build.tensorrt.flavour import Flavour
 from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.plugins import oracle
+from fastvar_trt.runtime.auxiliary import AuxiliaryGraph
 from fastvar_trt.runtime.backends import cuda, on_cuda, onnxruntime_cuda, tensorrt
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.tools.gpu_check import checks, cli, speed
 from fastvar_trt.tools.gpu_check.models import MODELS, CheckedModel
+from fastvar_trt.tools.gpu_check.outputs import check_outputs
 from fastvar_trt.tools.gpu_check.sections import run_section
 from fastvar_trt.tools.gpu_check.speed import summary
 
@@ -210,6 +212,15 @@ def test_it_runs_through_on_stand_ins(gpu: FakeCuda, tmp_path: Path, monkeypatch
             for row in rows:
                 assert row["ok"] and row["verify"] == "holds" and row["tokens, second run"] == "the same"
                 assert row["logits off, of the largest"] < 1e-4 and row["device MiB"] > 0
+            rows = sections[f"{backend}, scenes_80_{label}, outputs of single graphs, by Polygraphy"]["results"]
+            assert all(row["ok"] and row["max error, of the largest"] < 1e-4 for row in rows)
+            compared = {(row["graph"], row["output"]) for row in rows}
+            assert compared >= {
+                ("step_00", "logits"),
+                ("step_00", "new_k_0"),
+                ("step_02", "logits"),
+                ("decoder", "image"),
+            }
     assert sections["tensorrt, current, scenes_80_dense, built"]["skipped"] == "tensorrt is not installed"
     for backend in ("onnxruntime", "tensorrt_rtx"):
         rows = sections[f"{backend}, big_s_pruned, against PyTorch"]["results"]
@@ -233,6 +244,16 @@ def test_it_runs_through_on_stand_ins(gpu: FakeCuda, tmp_path: Path, monkeypatch
     report = (out / "gpu_check.md").read_text()
     assert "## Speed of big s" in report and "of PyTorch eager" in report
     assert gpu.num_launches > 0
+
+    right = AuxiliaryGraph.run
+
+    def wrong(graph: AuxiliaryGraph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        spoilt = right(graph, inputs)
+        return {name: array * 1.1 if name == "new_k_1" else array for name, array in spoilt.items()}
+
+    monkeypatch.setattr(AuxiliaryGraph, "run", wrong)
+    rows = check_outputs(out / "bundles" / "scenes_80_dense", "tensorrt_rtx")
+    assert [(row["graph"], row["output"]) for row in rows if not row["ok"]] == [("step_00", "new_k_1")]
 
 
 @pytest.mark.parametrize("spoilt", ["pivotal_tokens", thorough("gather_tokens"), thorough("restore_tokens")])

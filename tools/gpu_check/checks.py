@@ -148,7 +148,7 @@ def _check_kernels_once(
         device.free(pointer)
     # Scores within rounding of each other may change places at the cut.
     same = float((results[0] == indices).mean())
-    got = [_from_device(values, dtype) for values in results[1:3]]
+    got = [from_device(values, dtype) for values in results[1:3]]
     error = float(np.abs(got[1] - restored.astype(np.float32)).max())
     error = max(error, float(np.abs(results[3] - (residual + restored.astype(np.float32))).max()))
     gathered = np.array_equal(got[0], computed.astype(np.float32))
@@ -167,7 +167,7 @@ def _rounded(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Values that the dtype can hold; of bfloat16, which numpy does not know, as float32."""
     if dtype != "bfloat16":
         return values.astype(dtype)
-    return _from_device(_to_device(values.astype(np.float32), dtype), dtype)
+    return from_device(_to_device(values.astype(np.float32), dtype), dtype)
 
 
 def _to_device(values: NDArray[Any], dtype: str) -> NDArray[Any]:
@@ -175,7 +175,7 @@ def _to_device(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     return (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else values
 
 
-def _from_device(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+def from_device(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)

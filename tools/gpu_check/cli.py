@@ -25,6 +25,7 @@ from fastvar_trt.tools.gpu_check.checks import (
     draw_known_answers,
 )
 from fastvar_trt.tools.gpu_check.models import MODELS
+from fastvar_trt.tools.gpu_check.outputs import check_outputs
 from fastvar_trt.tools.gpu_check.report import FILES, plot, write_report
 from fastvar_trt.tools.gpu_check.sections import Results, Section, run_section
 from fastvar_trt.tools.gpu_check.speed import summary, time_variant, variants_of
@@ -127,6 +128,8 @@ def _check_models(check: _Check, wanted: dict[str, list[str]], runs: int) -> Non
                 if _build(check, bundle, backend, target):
                     name = f"{_named(backend, target)}, {bundle.name}, against PyTorch and the CPU"
                     check.section(name, functools.partial(check_backend, bundle, backend), _LONG_S)
+                    name = f"{_named(backend, target)}, {bundle.name}, outputs of single graphs, by Polygraphy"
+                    check.section(name, functools.partial(check_outputs, bundle, backend), _LONG_S)
     for name, sizes in wanted.items():
         for size in sizes:
             if name != _TRAINED:
