@@ -31,6 +31,7 @@ check: $(INSTALLED) links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastvar_trt
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml ../../benchmarks ../../examples
 	cd build/types && PYTHONPATH=. ../../$(BIN)/lint-imports --no-cache ../../.importlinter
 
 # Into build/site; a warning is an error.

@@ -32,7 +32,7 @@ from fastvar_trt.export.models.var.source import VARSource
 from fastvar_trt.export.tracing import chain_functions
 from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.backends.onnxruntime import cpu_fields
-from fastvar_trt.runtime.chain import kv_bytes
+from fastvar_trt.runtime.layout import kv_bytes
 from fastvar_trt.runtime.plan import DENSE, PruningPlan
 from fastvar_trt.runtime.precision import DTYPES, PRECISIONS
 from fastvar_trt.tools.measure.compare import Pictures, take_turns
@@ -40,7 +40,7 @@ from fastvar_trt.tools.measure.work import chain_multiply_adds
 from fastvar_trt.tools.random_checkpoints import PATCH_NUMS_256, random_checkpoint
 from fastvar_trt.tools.tables import format_table
 
-_OFFICIAL = {"num_classes": 1000, "vocab_size": 4096, "vae_channels": 160}
+_OFFICIAL: dict[str, Any] = {"num_classes": 1000, "vocab_size": 4096, "vae_channels": 160}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastvar_trt.export.models.infinity.family import PLAN_OF_SIZE, load_scenes
 from fastvar_trt.runtime import Pipeline
-from fastvar_trt.runtime.chain import kv_bytes
+from fastvar_trt.runtime.layout import kv_bytes
 from fastvar_trt.runtime.manifest import Manifest
 from fastvar_trt.runtime.plan import DENSE
 from fastvar_trt.tools.measure.work import chain_multiply_adds

@@ -89,6 +89,24 @@ def test_models_and_sizes_are_checked(tmp_path: Path) -> None:
     assert next(iter(MODELS)) == "scenes" and {"infinity-2b", "var-d36"} < set(MODELS)
 
 
+def test_every_size_has_bundles_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: list[tuple[str, str]] = []
+    timed: list[tuple[str, str]] = []
+    monkeypatch.setattr(cli, "BACKENDS", {})
+    monkeypatch.setattr(cli, "_compare", lambda check, bundles: None)
+
+    def export(check: Any, name: str, size: str, folder: Path) -> dict[str, Path]:
+        exported.append((name, size))
+        return {"dense": folder / f"{name}_{size}"}
+
+    monkeypatch.setattr(cli, "_export", export)
+    monkeypatch.setattr(cli, "_time", lambda check, title, bundles, runs: timed.append((title, bundles["dense"].name)))
+    wanted = {"scenes": ["1M", "2K"], "var-d16": ["256"]}
+    cli._check_models(cli._Check(tmp_path, float("inf"), isolate=False), wanted, 1)
+    assert exported == [("scenes", "1M"), ("scenes", "2K"), ("var-d16", "256")]
+    assert timed == [("scenes 1M", "scenes_1M"), ("scenes 2K", "scenes_2K"), ("var-d16 256", "var-d16_256")]
+
+
 class FakeKernels:
     """`CacheKernels` by the oracle, on the memory of a GPU that is not there."""
 
