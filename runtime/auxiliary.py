@@ -7,8 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime.backends import Backend, BoundGraph
-from fastvar_trt.runtime.manifest import GraphSpec, TensorSpec
+from fastvar_trt.runtime.backends import Backend, BoundGraph, Buffer
+from fastvar_trt.runtime.manifest import GraphSpec
 
 
 class AuxiliaryGraph:
@@ -16,15 +16,20 @@ class AuxiliaryGraph:
 
     def __init__(self, backend: Backend, graph: GraphSpec) -> None:
         self._backend, self._graph = backend, graph
-        self._buffers = {
-            spec.name: backend.allocate(spec.shape, spec.dtype) for spec in (*graph.inputs, *graph.outputs)
-        }
+        self._buffers: dict[str, Buffer] = {}
+        try:
+            for spec in (*graph.inputs, *graph.outputs):
+                self._buffers[spec.name] = backend.allocate(spec.shape, spec.dtype)
+        except BaseException:  # the next request may have more room
+            for buffer in self._buffers.values():
+                backend.free(buffer)
+            raise
         self._bound: BoundGraph | None = None
 
     @property
     def num_buffer_bytes(self) -> int:
         """Memory of inputs and outputs."""
-        return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in self._buffers.values())
+        return sum(buffer.num_bytes for buffer in self._buffers.values())
 
     def _load(self) -> BoundGraph:
         graph = self._graph

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,12 +74,10 @@ class Chain:
         backend: an open one.
         graphs: in that order.
         tolerance: of a captured run against one that is not.
-        memory: that `memory_of` gave for this chain, and maybe others; default: of its own.
+        memory: that `memory_of` gave for this chain, and maybe others.
     """
 
-    def __init__(
-        self, backend: Backend, graphs: Sequence[GraphSpec], tolerance: Tolerance, memory: Buffer | None = None
-    ) -> None:
+    def __init__(self, backend: Backend, graphs: Sequence[GraphSpec], tolerance: Tolerance, memory: Buffer) -> None:
         self._backend = backend
         self._tolerance = tolerance
         self._graphs = tuple(graphs)
@@ -87,13 +85,18 @@ class Chain:
         for graph in graphs:
             if not backend.is_on_demand(graph):
                 backend.load(graph)
-        self._memory = memory_of(backend, [graphs]) if memory is None else memory
+        self._memory = memory
         self._buffers: dict[str, Buffer] = {}
         self._bound: dict[frozenset[Role], list[BoundGraph]] = {}
         self._captured: dict[frozenset[Role], CapturedChain] = {}
         self._uncaptured: dict[frozenset[Role], str] = {}  # why a chain is not captured
         self._decoders: dict[str, BoundGraph] = {}  # of previews, by the buffer that they read
-        self._bind(frozenset())
+        try:
+            self._bind(frozenset())
+        except BaseException:  # the next request may have more room
+            for buffer in self._own_buffers():
+                backend.free(buffer)
+            raise
 
     @property
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -108,8 +111,10 @@ class Chain:
     @property
     def num_buffer_bytes(self) -> int:
         """Memory of all buffers but that which chains share."""
-        own = (b for key, b in self._buffers.items() if key not in self._layout.offsets)
-        return sum(TensorSpec("", b.shape, b.dtype).num_bytes for b in own)
+        return sum(buffer.num_bytes for buffer in self._own_buffers())
+
+    def _own_buffers(self) -> Iterator[Buffer]:
+        return (buffer for key, buffer in self._buffers.items() if key not in self._layout.offsets)
 
     def close(self) -> None:
         """Drop what was captured; before the backend is closed."""

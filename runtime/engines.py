@@ -241,9 +241,11 @@ def device_memory(
     weights = {name for record in staying for name in record.weights}
     # Weights, engine and activations of one at a time; the decoder's activations are in memory of the chain.
     own = [
-        (size_of(set(record.weights) - weights), record.content.num_bytes, record.activation_bytes)
-        if graph.kind != DECODER
-        else (size_of(set(record.weights) - weights), record.content.num_bytes, 0)
+        (
+            size_of(set(record.weights) - weights),
+            record.content.num_bytes,
+            0 if graph.kind == DECODER else record.activation_bytes,
+        )
         for graph, record in passing.items()
     ]
     brought, engine, activations = max(own, key=sum, default=(0, 0, 0))

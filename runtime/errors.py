@@ -37,6 +37,10 @@ class UnavailableError(BackendError):
     """What was asked for is not on this machine: a package that is not installed, a GPU, its driver."""
 
 
+class OutOfMemoryError(BackendError):
+    """A device that has not so much memory free."""
+
+
 class CheckpointError(FastVARError):
     """A checkpoint that cannot be read, or that is not of the model that was asked for."""
 

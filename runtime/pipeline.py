@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,8 @@ class Preview:
 
 
 _SAME_RATIO = 0.02  # of height over width
+_TEXTS = "", "negative_"  # of a request: prefixes of its features
+_Encoder = TypeVar("_Encoder", bound=AuxiliaryGraph)
 
 
 class Pipeline:
@@ -90,8 +93,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._chains: dict[tuple[str, int], Chain] = {}  # by variant and batch size
         self._memory: Buffer | None = None  # that the chains share
-        self._text_encoder: TextEncoder | None = None
-        self._image_encoders: dict[str, ImageEncoder] = {}  # by variant
+        self._encoders: dict[str | None, Any] = {}  # of pictures by variant; None: of texts
         self._tokenizer = PromptTokenizer(bundle, manifest)
         self._closed = False
 
@@ -124,6 +126,7 @@ class Pipeline:
         Raises:
             BundleError: a bundle that is incomplete, damaged or of another format version.
             BackendError: a backend that is not installed, or that cannot run this bundle.
+            RequestError: another `check`, or options beside a backend that is an object.
         """
         if check not in ("full", "size"):
             raise RequestError(f"check: got {check!r}, expected 'full' or 'size'")
@@ -161,20 +164,19 @@ class Pipeline:
     @property
     def buffer_shapes(self) -> dict[tuple[str, int], dict[str, tuple[int, ...]]]:
         """(Variant, batch size) -> shape of every buffer, of every chain that is loaded."""
-        return {key: chain.buffer_shapes for key, chain in self._chains.items()}
+        return {key: chain.buffer_shapes for key, chain in list(self._chains.items())}
 
     @property
     def num_buffer_bytes(self) -> int:
         """Memory of requests, modulations, keys and values, caches and results, of all batch sizes."""
-        text = 0 if self._text_encoder is None else self._text_encoder.num_buffer_bytes
-        pictures = sum(encoder.num_buffer_bytes for encoder in self._image_encoders.values())
         shared = 0 if self._memory is None else self._memory.shape[0]
-        return text + pictures + shared + sum(chain.num_buffer_bytes for chain in self._chains.values())
+        return shared + sum(own.num_buffer_bytes for own in [*self._encoders.values(), *self._chains.values()])
 
     @property
     def capture_problems(self) -> tuple[str, ...]:
         """Why chains that the backend was asked to capture as CUDA graphs are run without; empty where none is."""
-        return tuple(dict.fromkeys(problem for chain in self._chains.values() for problem in chain.capture_problems))
+        chains = list(self._chains.values())  # others may be loaded meanwhile
+        return tuple(dict.fromkeys(problem for chain in chains for problem in chain.capture_problems))
 
     def close(self) -> None:
         """Release the graphs; may be called twice. ONNX Runtime keeps the memory of activations for the next load."""
@@ -186,8 +188,7 @@ class Pipeline:
                 chain.close()
             self._chains.clear()
             self._memory = None
-            self._text_encoder = None
-            self._image_encoders.clear()
+            self._encoders.clear()
             self.backend.close()
 
     def generate(
@@ -317,22 +318,7 @@ class Pipeline:
         prompts = self._checked(requests, chosen, preview_scales)
         encoded = self._with_pictures(self._all_encoded(requests, prompts), chosen)
         wanted = [role for role, asked in ((Role.LOGITS, return_logits), (Role.IMAGE, return_float_images)) if asked]
-        outputs: list[ChainOutputs] = []
-        start = 0
-        for batch in plan_batches(len(encoded), self.manifest.batches):
-            part = encoded[start : start + batch]
-            kept = len(part)
-
-            def preview(scale: int, pixels: NDArray[Any], start: int = start, kept: int = kept) -> None:
-                on_preview(Preview(scale, start, pixels[:kept]))
-
-            inputs = batch_inputs(self.manifest, chosen, [*part, *[part[-1]] * (batch - kept)])
-            with self._lock:
-                self._check_open()
-                chain = self._chain(chosen, batch)
-                outputs.append(chain.run(inputs, wanted, should_stop, preview_scales, preview))
-            start += batch
-        merged = _merge(outputs, len(encoded))
+        outputs = self._run(chosen, encoded, wanted, should_stop, preview_scales, on_preview)
         for i, finite in enumerate(np.concatenate([o.finite for o in outputs])[: len(encoded)]):
             if not finite:
                 cfg = np.max(self.manifest.sampling.cfg if requests[i].cfg is None else requests[i].cfg)
@@ -340,6 +326,7 @@ class Pipeline:
                     f"image {i}: the model's logits are not finite: cfg {cfg:g} is too large, or its activations "
                     f"exceed {self.manifest.precision}"
                 )
+        merged = _merge(outputs, len(encoded))
         for image, request in zip(merged.images, requests, strict=True):
             if request.image is not None and request.mask is not None and request.paste:
                 from fastvar_trt.runtime.pictures import pasted  # needs Pillow, without which all else draws
@@ -347,6 +334,33 @@ class Pipeline:
                 image[...] = pasted(image, request.image, request.mask.astype(bool))
         warnings = [[tokens.warning for tokens in pair if tokens and tokens.warning] for pair in prompts]
         return dataclasses.replace(merged, warnings=warnings)
+
+    def _run(
+        self,
+        variant: Variant,
+        requests: Sequence[Request],
+        wanted: Collection[Role],
+        should_stop: Callable[[], bool],
+        preview_scales: Collection[int],
+        on_preview: Callable[[Preview], None],
+    ) -> list[ChainOutputs]:
+        """Encoded requests, batch by batch; the last one's rows are repeated where a batch is larger than they are."""
+        outputs = []
+        start = 0
+        for batch in plan_batches(len(requests), self.manifest.batches):
+            part = requests[start : start + batch]
+            kept = len(part)
+
+            def preview(scale: int, pixels: NDArray[Any], start: int = start, kept: int = kept) -> None:
+                on_preview(Preview(scale, start, pixels[:kept]))
+
+            inputs = batch_inputs(self.manifest, variant, [*part, *[part[-1]] * (batch - kept)])
+            with self._lock:
+                self._check_open()
+                chain = self._chain(variant, batch)
+                outputs.append(chain.run(inputs, wanted, should_stop, preview_scales, preview))
+            start += batch
+        return outputs
 
     def stream(self, *arguments: Any, preview_scales: Collection[int], **options: Any) -> Iterator[Preview]:
         """Draw as `generate` does, and hand out the images in the making.
@@ -430,7 +444,8 @@ class Pipeline:
         """A chain, loaded at its first use; with the lock held."""
         key = variant.name, batch
         if key not in self._chains:
-            if self._chains and variant is not self.manifest.default:  # what is loaded now is read from the folder
+            assert self._memory is not None
+            if variant is not self.manifest.default:  # what is loaded now is read from the folder
                 check_unreplaced(self.bundle, self.manifest)
             self.backend.activate()
             tolerance = self.manifest.own_precision.tolerance
@@ -502,64 +517,41 @@ class Pipeline:
         """
         chosen = self.variant(variant)
         check_picture(chosen, Request(image=image, keep_scales=1))
-        try:
-            return self._encode_image(image, chosen)
-        finally:
-            self._release(self._image_encoders.get(chosen.name))
+        return self._encode_images([image], chosen)[0]
 
-    def _encode_image(self, image: NDArray[Any], variant: Variant) -> EncodedPicture:
-        with self._lock:
-            self._check_open()
-            if variant.name not in self._image_encoders or self.backend.low_memory:
-                check_unreplaced(self.bundle, self.manifest)  # what is loaded now is read from it
-            if variant.name not in self._image_encoders:
-                self.backend.activate()
-                self._image_encoders[variant.name] = ImageEncoder(self.backend, variant)
-            encoded = self._image_encoders[variant.name].encode(image)
-        if not np.isfinite(encoded.f_hat).all():
-            raise BackendError(f"the image encoder's features are not finite: they exceed {self.manifest.precision}")
-        return encoded
+    def _encode_images(self, images: Collection[NDArray[Any]], variant: Variant) -> list[EncodedPicture]:
+        if not images:
+            return []
+        with self._encoder(variant.name, lambda: ImageEncoder(self.backend, variant)) as encoder:
+            found = [encoder.encode(image) for image in images]
+        self._check_features("image", [picture.f_hat for picture in found])
+        return found
 
     def _with_pictures(self, requests: Sequence[Request], variant: Variant) -> list[Request]:
         """The requests with given tokens in place of pictures, each of which is encoded once."""
-        pictures: dict[int, EncodedPicture] = {}
+        images = {id(request.image): request.image for request in requests if request.image is not None}
+        pictures = dict(zip(images, self._encode_images(images.values(), variant), strict=True))
         found = []
-        try:
-            for request in requests:
-                if request.image is not None:
-                    if id(request.image) not in pictures:
-                        pictures[id(request.image)] = self._encode_image(request.image, variant)
-                    picture = pictures[id(request.image)]
-                    given = given_tensors(variant, picture, request.mask, request.keep_scales)
-                    request = dataclasses.replace(request, image=None, mask=None, keep_scales=None, given=given)
-                found.append(request)
-        finally:
-            if pictures:
-                self._release(self._image_encoders.get(variant.name))
+        for request in requests:
+            if request.image is not None:
+                given = given_tensors(variant, pictures[id(request.image)], request.mask, request.keep_scales)
+                request = dataclasses.replace(request, image=None, mask=None, keep_scales=None, given=given)
+            found.append(request)
         return found
 
     def _all_encoded(
         self, requests: Sequence[Request], prompts: Sequence[tuple[PromptTokens | None, PromptTokens | None]]
     ) -> list[Request]:
-        """The requests with features in place of prompts; a text encoder that is on demand is unloaded after."""
-        if self.backend.low_memory:
-            check_unreplaced(self.bundle, self.manifest)  # what is loaded now is read from it
-        try:
-            return [self._encoded(request, tokens) for request, tokens in zip(requests, prompts, strict=True)]
-        finally:
-            self._release(self._text_encoder)
-
-    def _encoded(self, request: Request, prompts: tuple[PromptTokens | None, PromptTokens | None]) -> Request:
-        """The request with the text encoder's features in place of its prompts."""
-        if prompts[0] is None:
-            return request
-        encoded: dict[str, Any] = {"prompt": None, "negative_prompt": None}
-        for prefix, tokens in zip(("", "negative_"), prompts, strict=True):
-            if tokens is not None:
-                encoded[f"{prefix}text_features"] = self._encode_tokens(tokens.ids)
-                if self.manifest.model.context_tokens:
-                    encoded[f"{prefix}text_tokens"] = len(tokens.ids)
-        return dataclasses.replace(request, **encoded)
+        """The requests with the text encoder's features in place of prompts."""
+        named = [(i, name, own) for i, pair in enumerate(prompts) for name, own in zip(_TEXTS, pair, strict=True)]
+        texts = [(i, name, own) for i, name, own in named if own is not None]
+        features = self._encode_texts([tokens.ids for _, _, tokens in texts])
+        found: list[dict[str, Any]] = [{} for _ in requests]
+        for (i, name, tokens), own in zip(texts, features, strict=True):
+            found[i] |= {"prompt": None, "negative_prompt": None, f"{name}text_features": own}
+            if self.manifest.model.context_tokens:
+                found[i][f"{name}text_tokens"] = len(tokens.ids)
+        return [dataclasses.replace(request, **own) for request, own in zip(requests, found, strict=True)]
 
     def encode(
         self, prompts: Sequence[str], negative_prompts: Sequence[str | None] | None = None
@@ -586,28 +578,38 @@ class Pipeline:
         Raises:
             BackendError: they are not finite.
         """
-        try:
-            return self._encode_tokens(ids)
-        finally:
-            self._release(self._text_encoder)
+        return self._encode_texts([ids])[0]
 
-    def _release(self, graph: AuxiliaryGraph | None) -> None:
-        """Unload a graph, where it is on demand."""
-        if self.backend.low_memory and graph is not None:
-            with self._lock:
-                if not self._closed:
-                    graph.release()
+    def _encode_texts(self, texts: Collection[Sequence[int]]) -> list[NDArray[Any]]:
+        if not texts:
+            return []
+        with self._encoder(None, lambda: TextEncoder(self.backend, self.manifest)) as encoder:
+            features = [encoder.encode(ids) for ids in texts]
+        self._check_features("text", features)
+        return features
 
-    def _encode_tokens(self, ids: Sequence[int]) -> NDArray[Any]:
+    @contextlib.contextmanager
+    def _encoder(self, name: str | None, make: Callable[[], _Encoder]) -> Iterator[_Encoder]:
+        """A text or image encoder, loaded at its first use; unloaded after, where it is on demand.
+
+        The lock is held until then: graphs that are on demand share weights while several of them are loaded.
+        """
         with self._lock:
             self._check_open()
-            if self._text_encoder is None:
-                self.backend.activate()
-                self._text_encoder = TextEncoder(self.backend, self.bundle, self.manifest)
-            features = self._text_encoder.encode(ids)
-        if not np.isfinite(features).all():
-            raise BackendError(f"the text encoder's features are not finite: they exceed {self.manifest.precision}")
-        return features
+            if name not in self._encoders or self.backend.low_memory:
+                check_unreplaced(self.bundle, self.manifest)  # what is loaded now is read from it
+            self.backend.activate()
+            if name not in self._encoders:
+                self._encoders[name] = make()
+            encoder: _Encoder = self._encoders[name]
+            try:
+                yield encoder
+            finally:
+                encoder.release()
+
+    def _check_features(self, of: str, features: Sequence[NDArray[Any]]) -> None:
+        if not all(np.isfinite(own).all() for own in features):
+            raise BackendError(f"the {of} encoder's features are not finite: they exceed {self.manifest.precision}")
 
     def _check_open(self) -> None:
         if self._closed:

@@ -11,36 +11,13 @@ schedule and gives the `ResolvedPlan` that the exporter and the runtime work wit
 from __future__ import annotations
 
 import dataclasses
-import enum
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastvar_trt.runtime.errors import PlanError
 
 _SCORE = "mse_to_mean"  # FastVAR's; plan files may name it, and none other exists
-
-
-class Work(enum.Enum):
-    """What one layer does with the tokens of one scale."""
-
-    FULL = "full"
-    PRUNED = "pruned"
-    SKIPPED = "skipped"
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerWork:
-    """What one layer does at one scale.
-
-    Attributes:
-        kind: whether it computes all tokens, the pivotal ones, or none.
-        num_computed: K, the tokens that it computes, and so the keys that it adds; L where it computes all.
-    """
-
-    kind: Work
-    num_computed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +79,6 @@ class ResolvedPlan:
         first = 0 if scale == self.switch else scale
         return tuple(self.num_tokens(k) for k in range(first, scale + 1))
 
-    def work(self, scale: int, layer: int) -> LayerWork:
-        """What a layer does at a scale. Decided here and nowhere else."""
-        length, kept = self.num_tokens(scale), self.num_kept[scale]
-        if kept == 0 or layer not in self.layers(scale):
-            return LayerWork(Work.SKIPPED, 0)
-        if scale == self.switch:
-            return LayerWork(Work.FULL, sum(self.scale_tokens(scale)))
-        if kept < length and self._in_pruned_layers(layer):
-            return LayerWork(Work.PRUNED, kept)
-        return LayerWork(Work.FULL, self.context_tokens or length if scale == 0 else length)
-
     def _in_pruned_layers(self, layer: int) -> bool:
         return self.first_layer <= layer <= self.last_layer
 
@@ -127,11 +93,16 @@ class ResolvedPlan:
 
     def prunes(self, scale: int, layer: int) -> bool:
         """True where this layer of this step computes a part of the tokens only."""
-        return self.work(scale, layer).kind is Work.PRUNED
+        is_part = 0 < self.num_kept[scale] < self.num_tokens(scale)
+        return is_part and layer in self.layers(scale) and self._in_pruned_layers(layer)
 
     def kept(self, scale: int, layer: int) -> int:
-        """K, the tokens that `layer` computes at `scale`, and so the keys that it adds."""
-        return self.work(scale, layer).num_computed
+        """K, the tokens that `layer` computes at `scale`, and so the keys that it adds; 0 where it does not run."""
+        if not self.num_kept[scale] or layer not in self.layers(scale):
+            return 0
+        if self.prunes(scale, layer):
+            return self.num_kept[scale]
+        return self.context_tokens if scale == 0 and self.context_tokens else sum(self.scale_tokens(scale))
 
     def num_pairs(self, scale: int, layer: int) -> int:
         """Pairs of a query and a key that it sees, of one row of a layer at a scale."""
@@ -200,109 +171,116 @@ class PruningPlan:
 
         Raises:
             PlanError: a scale or layer that the model has not, a fraction outside [0, 1], a cache scale
-                that is itself pruned or does not come first, a skipped scale before one that runs, a scale of the
-                drafter or the switch.
+                that is itself pruned or does not come first, a first scale that is skipped, a scale of the drafter
+                or the switch.
         """
-        num_scales = len(schedule)
         lengths = [height * width for height, width in schedule]
-        num_kept = list(lengths)
-        seen: set[int] = set()
-        for place, fraction in self.fractions:
-            scale = self._place("scale", place, num_scales)
-            if scale in seen:
-                raise PlanError(f"plan {self.name!r}: scale {scale} is named twice; name each scale once")
-            seen.add(scale)
-            if not 0.0 <= fraction <= 1.0:  # also False for NaN
-                raise PlanError(
-                    f"plan {self.name!r}: scale {place}: got the pruned fraction {fraction}, expected 0 to 1"
-                )
-            num_kept[scale] -= int(lengths[scale] * fraction)
-
-        first_layer = self._place("first_layer", self.first_layer, depth)
-        last_layer = self._place("last_layer", min(self.last_layer, depth - 1), depth)
-        if first_layer > last_layer:
-            raise PlanError(
-                f"plan {self.name!r}: first_layer {self.first_layer} comes after last_layer {self.last_layer} "
-                f"in a model of {depth} layers"
-            )
-
+        num_kept = self._num_kept(lengths)
+        first_layer, last_layer = self._pruned_layers(depth)
         if drafted is not None:
             self._check_drafted(drafted, lengths, num_kept)
-        running = [k for k in range(num_scales) if num_kept[k] > 0]
-        if not running:
-            raise PlanError(f"plan {self.name!r}: every scale is skipped; keep at least the first")
-        if running[0] != 0:
-            raise PlanError(f"plan {self.name!r}: scale 0 is skipped; it is what the condition enters by")
+        if num_kept[0] == 0:
+            raise self._error("scale 0 is skipped; it is what the condition enters by")
         if context_tokens and num_kept[0] < lengths[0]:
-            raise PlanError(f"plan {self.name!r}: scale 0 is pruned; it is the text, all of which is computed")
-        pruned = [k for k in running if num_kept[k] < lengths[k]]
-        cache_scale = None
-        if pruned:
-            if self.cache_scale is None:
-                raise PlanError(f"plan {self.name!r}: cache_scale is missing, but scale {pruned[0]} is pruned")
-            cache_scale = self._place("cache_scale", self.cache_scale, num_scales)
-            if cache_scale in pruned or num_kept[cache_scale] == 0:
-                raise PlanError(
-                    f"plan {self.name!r}: cache_scale {self.cache_scale} is itself pruned; name an unpruned scale "
-                    f"before scale {pruned[0]}"
-                )
-            if cache_scale > pruned[0]:
-                raise PlanError(
-                    f"plan {self.name!r}: cache_scale {self.cache_scale} comes after the pruned scale {pruned[0]}; "
-                    "the cache must be written before it is read"
-                )
-            if drafted is not None and cache_scale < drafted.num_scales:
-                raise PlanError(
-                    f"plan {self.name!r}: cache_scale {self.cache_scale} is drawn by the drafter; name one of the "
-                    f"refiner's, {drafted.num_scales} or later"
-                )
-        unguided_from = None
-        if self.unguided_from is not None:
-            unguided_from = self._place("unguided_from", self.unguided_from, num_scales)
-            if unguided_from == 0:
-                raise PlanError(
-                    f"plan {self.name!r}: unguided_from {self.unguided_from} is scale 0, by which the condition enters "
-                    "for both halves; name a later one, and draw with a cfg that does not guide for none at all"
-                )
-            if drafted is not None and unguided_from <= drafted.num_scales:
-                raise PlanError(
-                    f"plan {self.name!r}: unguided_from {self.unguided_from}: got scale {unguided_from}, expected one "
-                    f"after scale {drafted.num_scales}, at which the refiner takes over"
-                )
+            raise self._error("scale 0 is pruned; it is the text, all of which is computed")
         before = 0 if drafted is None else drafted.depth
         return ResolvedPlan(
             schedule=tuple((int(h), int(w)) for h, w in schedule),
             depth=before + depth,
             num_kept=tuple(num_kept),
-            cache_scale=cache_scale,
+            cache_scale=self._cache_scale(lengths, num_kept, drafted),
             first_layer=before + first_layer,
             last_layer=before + last_layer,
             context_tokens=context_tokens,
-            unguided_from=unguided_from,
+            unguided_from=self._unguided_from(len(lengths), drafted),
             drafted=drafted,
         )
+
+    def _num_kept(self, lengths: Sequence[int]) -> list[int]:
+        num_kept = list(lengths)
+        seen: set[int] = set()
+        for place, fraction in self.fractions:
+            scale = self._place("scale", place, len(lengths))
+            if scale in seen:
+                raise self._error(f"scale {scale} is named twice; name each scale once")
+            seen.add(scale)
+            if not 0.0 <= fraction <= 1.0:  # also False for NaN
+                raise self._error(f"scale {place}: got the pruned fraction {fraction}, expected 0 to 1")
+            num_kept[scale] -= int(lengths[scale] * fraction)
+        return num_kept
+
+    def _pruned_layers(self, depth: int) -> tuple[int, int]:
+        first = self._place("first_layer", self.first_layer, depth)
+        last = self._place("last_layer", min(self.last_layer, depth - 1), depth)
+        if first > last:
+            raise self._error(
+                f"first_layer {self.first_layer} comes after last_layer {self.last_layer} in a model of {depth} layers"
+            )
+        return first, last
+
+    def _cache_scale(self, lengths: Sequence[int], num_kept: Sequence[int], drafted: Drafted | None) -> int | None:
+        """The scale that is cached; None where nothing is pruned."""
+        pruned = [k for k, (kept, length) in enumerate(zip(num_kept, lengths, strict=True)) if 0 < kept < length]
+        if not pruned:
+            return None
+        if self.cache_scale is None:
+            raise self._error(f"cache_scale is missing, but scale {pruned[0]} is pruned")
+        cache_scale = self._place("cache_scale", self.cache_scale, len(lengths))
+        if num_kept[cache_scale] < lengths[cache_scale]:
+            raise self._error(
+                f"cache_scale {self.cache_scale} is itself pruned; name an unpruned scale before scale {pruned[0]}"
+            )
+        if cache_scale > pruned[0]:
+            raise self._error(
+                f"cache_scale {self.cache_scale} comes after the pruned scale {pruned[0]}; the cache must be written "
+                "before it is read"
+            )
+        if drafted is not None and cache_scale < drafted.num_scales:
+            raise self._error(
+                f"cache_scale {self.cache_scale} is drawn by the drafter; name one of the refiner's, "
+                f"{drafted.num_scales} or later"
+            )
+        return cache_scale
+
+    def _unguided_from(self, num_scales: int, drafted: Drafted | None) -> int | None:
+        if self.unguided_from is None:
+            return None
+        scale = self._place("unguided_from", self.unguided_from, num_scales)
+        if scale == 0:
+            raise self._error(
+                f"unguided_from {self.unguided_from} is scale 0, by which the condition enters for both halves; name a "
+                "later one, and draw with a cfg that does not guide for none at all"
+            )
+        if drafted is not None and scale <= drafted.num_scales:
+            raise self._error(
+                f"unguided_from {self.unguided_from}: got scale {scale}, expected one after scale "
+                f"{drafted.num_scales}, at which the refiner takes over"
+            )
+        return scale
 
     def _check_drafted(self, drafted: Drafted, lengths: Sequence[int], num_kept: Sequence[int]) -> None:
         """That either model draws some scales, and nothing is pruned before the refiner's first step is over."""
         if not 0 < drafted.num_scales < len(lengths):
-            raise PlanError(
-                f"plan {self.name!r}: the drafter draws {drafted.num_scales} of {len(lengths)} scales, expected 1 to "
-                f"{len(lengths) - 1}"
+            raise self._error(
+                f"the drafter draws {drafted.num_scales} of {len(lengths)} scales, expected 1 to {len(lengths) - 1}"
             )
         for scale in range(drafted.num_scales + 1):
             if num_kept[scale] < lengths[scale]:
-                raise PlanError(
-                    f"plan {self.name!r}: scale {scale} is pruned, which the drafter draws or the refiner's first step "
-                    f"computes; prune scales after {drafted.num_scales}"
+                raise self._error(
+                    f"scale {scale} is pruned, which the drafter draws or the refiner's first step computes; prune "
+                    f"scales after {drafted.num_scales}"
                 )
 
     def _place(self, what: str, place: int, count: int) -> int:
         if not -count <= place < count:
-            raise PlanError(
-                f"plan {self.name!r}: {what} {place} does not exist: the model has {count}, numbered 0 to "
-                f"{count - 1}, or -{count} to -1 from the end"
+            raise self._error(
+                f"{what} {place} does not exist: the model has {count}, numbered 0 to {count - 1}, or -{count} to -1 "
+                "from the end"
             )
         return place % count
+
+    def _error(self, problem: str) -> PlanError:
+        return PlanError(f"plan {self.name!r}: {problem}")
 
     def to_json(self) -> dict[str, Any]:
         """The plan as the JSON object that `from_json` reads."""
@@ -346,7 +324,8 @@ class PruningPlan:
             if not isinstance(entry, Mapping) or set(entry) != {"scale", "fraction"}:
                 raise PlanError(f'plan {name!r}: pruned: got {entry!r}, expected {{"scale": ..., "fraction": ...}}')
             fraction = entry["fraction"]
-            if not isinstance(fraction, int | float) or isinstance(fraction, bool) or math.isnan(fraction):
+            is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+            if not is_number or not 0 <= fraction <= 1:  # also False for NaN
                 raise PlanError(f"plan {name!r}: fraction: got {fraction!r}, expected a number from 0 to 1")
             fractions.append((integer(entry["scale"], "scale"), float(fraction)))
         if data.get("score", _SCORE) != _SCORE:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime.errors import CancelledError, FastVARError, OverloadedError, RequestError
+from fastvar_trt.runtime.errors import CancelledError, OverloadedError, RequestError
 from fastvar_trt.runtime.pipeline import Pipeline, Preview
 from fastvar_trt.runtime.request import Request
 
@@ -52,7 +53,6 @@ class ImageResult:
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
-        tokens: per step, as in `GenerationResult`, of this image.
         queued_ms: from submission to the start of its batch.
         total_ms: from submission to the picture.
         batch: how many requests travelled together.
@@ -60,7 +60,6 @@ class ImageResult:
     """
 
     image: NDArray[Any]
-    tokens: list[NDArray[Any]]
     queued_ms: float
     total_ms: float
     batch: int
@@ -133,14 +132,8 @@ class Ticket:
         """
         try:
             return self._entry.future.result(timeout_s)
-        except TimeoutError:
-            raise
-        except FastVARError:
-            raise
-        except BaseException as error:
-            if self._entry.future.cancelled():
-                raise CancelledError("the request was cancelled") from error
-            raise
+        except futures.CancelledError as error:
+            raise CancelledError("the request was cancelled") from error
 
     def __await__(self) -> Generator[Any, None, ImageResult]:
         return asyncio.wrap_future(self._entry.future).__await__()
@@ -390,7 +383,6 @@ class Service:
         found = [
             ImageResult(
                 result.images[i].copy(),
-                [step[i].copy() for step in result.tokens],
                 queued_ms=(begin - entry.submitted) * 1e3,
                 total_ms=(end - entry.submitted) * 1e3,
                 batch=len(batch),

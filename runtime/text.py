@@ -72,10 +72,9 @@ class PromptTokenizer:
 class TextEncoder(AuxiliaryGraph):
     """The text encoder of a bundle on an open backend, one prompt at a time."""
 
-    def __init__(self, backend: Backend, bundle: Path, manifest: Manifest) -> None:
+    def __init__(self, backend: Backend, manifest: Manifest) -> None:
         graph = manifest.text_encoder
         assert graph is not None
-        check_unreplaced(bundle, manifest)
         super().__init__(backend, graph)
         self._text_length = manifest.model.text_length
         self._gives_padding = manifest.model.context_tokens > 0

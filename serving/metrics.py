@@ -59,6 +59,6 @@ def _bundle(service: Service) -> dict[str, str]:
         "family": manifest.model.family,
         "plan": manifest.default.plan.name,
         "precision": manifest.precision,
-        "size": manifest.default.name,
+        "size": manifest.default.size,
         "backend": service.pipeline.backend.name,
     }

@@ -19,7 +19,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from fastvar_trt.export.build.tensorrt.engine import BuiltEngine, EngineTensor
-from fastvar_trt.runtime.backends.cuda import CudaOutOfMemoryError
+from fastvar_trt.runtime.errors import OutOfMemoryError
 
 VERSION = "0.fake"
 _NUMPY = {1: "float32", 2: "uint8", 6: "int32", 7: "int64", 9: "bool", 10: "float16"}
@@ -55,7 +55,7 @@ class FakeCuda:
     def allocate(self, num_bytes: int) -> int:
         assert self.captured is None, "allocation inside a capture"
         if num_bytes > self.free_bytes():
-            raise CudaOutOfMemoryError(f"{self.name}: out of memory")
+            raise OutOfMemoryError(f"{self.name}: out of memory")
         array = np.zeros(max(num_bytes, 1), dtype=np.uint8)
         self.memory[array.ctypes.data] = array
         self.num_allocations += 1

@@ -20,7 +20,7 @@ import onnxruntime  # noqa: E402
 
 from fake_gpu import FakeCuda  # noqa: E402
 from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend  # noqa: E402
-from fastvar_trt.runtime.chain import Chain  # noqa: E402
+from fastvar_trt.runtime.chain import Chain, memory_of  # noqa: E402
 from fastvar_trt.runtime.errors import BackendError  # noqa: E402
 from fastvar_trt.runtime.manifest import read_manifest  # noqa: E402
 from fastvar_trt.runtime.precision import PRECISIONS  # noqa: E402
@@ -39,7 +39,8 @@ def counts(bundle: Path, *, capture: bool) -> dict[str, object]:
             graphs[graph.file] = " ".join(str(error).split())
     if graphs:
         return {"graphs": graphs}
-    chain = Chain(backend, manifest.default.chain(manifest.batches[0]), PRECISIONS[manifest.precision].tolerance)
+    own = manifest.default.chain(manifest.batches[0])
+    chain = Chain(backend, own, PRECISIONS[manifest.precision].tolerance, memory_of(backend, [own]))
     bound = list(zip(chain._graphs, chain._bound[frozenset()], strict=True))
     stubs.start()
     bound[-1][1].enqueue()  # the decoder

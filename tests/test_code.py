@@ -22,7 +22,7 @@ from fastvar_trt.runtime import Pipeline
 from fastvar_trt.runtime.errors import BundleError, CheckpointError, PlanError
 from fastvar_trt.runtime.layout import _placed, kv_bytes, passed_bytes
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, Manifest
-from fastvar_trt.runtime.plan import Drafted, PruningPlan, Work
+from fastvar_trt.runtime.plan import Drafted, PruningPlan
 from fastvar_trt.runtime.precision import DTYPES
 from fastvar_trt.runtime.request import example_requests
 from fastvar_trt.runtime.verify import verify_bundle
@@ -157,7 +157,7 @@ def test_who_runs_where() -> None:
     plan = PruningPlan("late", ((-1, 0.5),), cache_scale=-2, first_layer=1, unguided_from=-1)
     resolved = plan.resolve(MAPS, 4, drafted=DRAFTED)
     assert [list(resolved.layers(k)) for k in range(5)] == [[0, 1, 2]] * 2 + [[3, 4, 5, 6]] * 3
-    assert resolved.kept(1, 2) == 4 and resolved.work(1, 3).kind is Work.SKIPPED
+    assert resolved.kept(1, 2) == 4 and resolved.kept(1, 3) == 0
     assert resolved.kept(2, 3) == 1 + 4 + 9 and resolved.num_past(2, 3) == 0
     assert resolved.num_past(3, 3) == 14 and resolved.kept(4, 3) == 25 and resolved.kept(4, 4) == 13
     assert [resolved.emits_keys(k) for k in range(5)] == [True, False, True, True, False]

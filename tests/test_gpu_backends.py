@@ -21,12 +21,12 @@ from fastvar_trt.export.build.tensorrt import builder
 from fastvar_trt.export.build.tensorrt.builder import EnterpriseBuilder, RtxBuilder, tensorrt_graph
 from fastvar_trt.export.build.tensorrt.flavour import Flavour
 from fastvar_trt.runtime import Pipeline, chain
-from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError
+from fastvar_trt.runtime.backends.cuda import CudaDevice
 from fastvar_trt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fastvar_trt.runtime.backends.tensorrt import TensorRTBackend
 from fastvar_trt.runtime.chain import ChainOutputs
 from fastvar_trt.runtime.engines import device_memory, read_engines
-from fastvar_trt.runtime.errors import BackendError, BundleError, ExportError
+from fastvar_trt.runtime.errors import BackendError, BundleError, ExportError, OutOfMemoryError
 from fastvar_trt.runtime.layout import passed_bytes
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, read_manifest
 from fastvar_trt.runtime.precision import PRECISIONS
@@ -180,6 +180,22 @@ def test_the_decoder_has_the_memory_of_keys_and_values(bundle: Path) -> None:
         of_decoder = cuda.num_allocations - held  # what of its weights is an input
         list(pipe.stream([1], preview_scales=[1]))
         assert cuda.num_allocations - held == 3 * of_decoder + 1
+
+
+@pytest.mark.parametrize("load", [load_tensorrt, load_onnxruntime])
+def test_a_chain_that_finds_no_memory_leaves_none(built: Path, load: Callable[..., tuple[Pipeline, FakeCuda]]) -> None:
+    pipe, cuda = load(built)
+    with pipe:
+        expected = pipe.generate([1], seeds=3).images
+        pipe._chains.clear()  # as of a variant that was not drawn yet
+        before, total_bytes = set(cuda.memory), cuda.total_bytes
+        cuda.total_bytes -= cuda.free_bytes() - 300  # enough for some of its buffers
+        allocated = cuda.num_allocations
+        with pytest.raises(OutOfMemoryError):
+            pipe.generate([1], seeds=3)
+        assert cuda.num_allocations > allocated and set(cuda.memory) == before
+        cuda.total_bytes = total_bytes
+        np.testing.assert_array_equal(pipe.generate([1], seeds=3).images, expected)
 
 
 def test_nothing_is_allocated_after_the_first_image(built: Path) -> None:
@@ -413,9 +429,7 @@ def test_an_engine_that_cannot_be_loaded_is_named(bundle: Path, monkeypatch: pyt
 
 def test_too_little_memory_is_told_before_anything_is_loaded(built: Path) -> None:
     cuda = FakeCuda(total_bytes=100_000)
-    with pytest.raises(
-        CudaOutOfMemoryError, match=r"needs \d+ MiB on the GPU \(\d+ of weights, .* \d+ of activations\)"
-    ):
+    with pytest.raises(OutOfMemoryError, match=r"needs \d+ MiB on the GPU \(\d+ of weights, .* \d+ of activations\)"):
         load(built, cuda)
     assert cuda.num_allocations == 0
 

@@ -27,6 +27,7 @@ from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.models import Models, needed_bytes
 from fastvar_trt.runtime.pictures import fitted, fitted_mask
 from fastvar_trt.serving.http.app import ServerOptions, create_app
+from fastvar_trt.serving.http.openai import GENERATIONS, _value
 from fastvar_trt.tools.cli import main
 from faulty_backend import FaultyBackend, Gate
 from server_process import ServerProcess, serving
@@ -325,6 +326,40 @@ def test_a_model_in_use_stays(tiny_bundle: Path) -> None:
         models.close()
     with pytest.raises(RequestError, match="model a: needs about"):
         Models(load, read, size - 1)
+
+
+def test_what_is_refused_loads_no_model(tiny_bundle: Path) -> None:
+    loaded: list[str] = []
+    models = Models(
+        {name: loader(tiny_bundle, loaded, name) for name in ("a", "b")},
+        dict.fromkeys(("a", "b"), lambda: read_manifest(tiny_bundle)),
+        needed_bytes(read_manifest(tiny_bundle)),
+        wait_s=5,
+    )
+    with TestClient(create_app(models)) as client:
+        for path, values in {
+            "/v1/images": {"label": 1000},
+            "/v1/images/stream": {"label": 1000},
+            GENERATIONS: {"prompt": "a fox"},
+        }.items():
+            answer = client.post(path, json={**values, "model": "b"})
+            assert answer.status_code in (400, 422), answer.text
+        assert client.post("/v1/images", content=b"{", headers={"content-type": "application/json"}).is_client_error
+        assert loaded == []
+        assert client.post("/v1/images", json={"label": 1, "model": "b"}).status_code == 200
+    assert loaded == ["b"]
+
+
+def test_under_a_prefix_errors_are_openais_too(tiny_bundle: Path) -> None:
+    app = create_app(Service(Pipeline.load(tiny_bundle), max_wait_s=0))
+    with TestClient(app, root_path="/pre") as client:
+        answer = client.post(f"/pre{GENERATIONS}", json={"prompt": "1", "n": 99})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+
+
+def test_texts_are_limited() -> None:
+    with pytest.raises(RequestError, match="negative_prompt: got 1000000 characters, expected at most"):
+        _value("negative_prompt", "text", "x" * 10**6)
 
 
 def test_a_model_that_cannot_be_loaded_harms_no_other(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fastvar_trt.export.models.registry import load_plan, presets
 from fastvar_trt.runtime.errors import PlanError
-from fastvar_trt.runtime.plan import DENSE, PruningPlan, Work
+from fastvar_trt.runtime.plan import DENSE, PruningPlan
 
 PRESETS = presets()
 SCHEDULE = ((1, 1), (2, 2), (4, 4), (4, 6), (8, 8))
@@ -44,14 +44,11 @@ def test_skipped_scales_do_not_run() -> None:
     assert not plan.is_pruned(4)
 
 
-def test_what_a_layer_does_is_decided_in_one_place() -> None:
+def test_what_a_layer_computes() -> None:
     plan = PruningPlan(fractions=((-1, 1.0), (3, 0.5)), cache_scale=2, first_layer=1).resolve(SCHEDULE, 2)
-    works = {(k, i): (work.kind, work.num_computed) for k in range(5) for i in range(2) for work in [plan.work(k, i)]}
-    assert works[2, 1] == works[2, 0] == (Work.FULL, 16)
-    assert works[3, 0] == (Work.FULL, 24)
-    assert works[3, 1] == (Work.PRUNED, 12)
-    assert works[4, 0] == works[4, 1] == (Work.SKIPPED, 0)
+    assert [plan.kept(k, 0) for k in range(5)] == [1, 4, 16, 24, 0]
     assert [plan.kept(k, 1) for k in range(5)] == [1, 4, 16, 12, 0]
+    assert [(k, i) for k in range(5) for i in range(2) if plan.prunes(k, i)] == [(3, 1)]
 
 
 def test_the_one_score_may_be_named() -> None:
@@ -85,7 +82,7 @@ def test_presets_fit_vars_schedules(name: str, sides: tuple[int, ...]) -> None:
         (PruningPlan(fractions=((4, 0.5),)), "cache_scale is missing"),
         (PruningPlan(fractions=((4, 0.5),), cache_scale=9), "cache_scale 9 does not exist"),
         (PruningPlan(fractions=((0, 1.0),)), "scale 0 is skipped"),
-        (PruningPlan(fractions=tuple((k, 1.0) for k in range(5))), "every scale is skipped"),
+        (PruningPlan(fractions=tuple((k, 1.0) for k in range(5))), "scale 0 is skipped"),
         (PruningPlan(fractions=((4, 0.5),), cache_scale=2, first_layer=3), "first_layer 3 does not exist"),
         (PruningPlan(fractions=((4, 0.5),), cache_scale=2, first_layer=2, last_layer=1), "comes after last_layer"),
     ],
@@ -105,6 +102,7 @@ def test_plans_that_do_not_fit(plan: PruningPlan, message: str) -> None:
         ({"pruned": [{"scale": "last", "fraction": 0.5}]}, "scale: got 'last', expected a whole number"),
         ({"pruned": [{"scale": 1, "fraction": "half"}]}, "fraction: got 'half'"),
         ({"pruned": [{"scale": 1, "fraction": True}]}, "fraction: got True"),
+        ({"pruned": [{"scale": 1, "fraction": 10**400}]}, "expected a number from 0 to 1"),
         ({"cache_scale": 1.5}, "cache_scale: got 1.5"),
         ({"name": 3}, "name: got 3"),
         ({"score": "attention"}, "score: got 'attention', expected 'mse_to_mean', or leave it out"),

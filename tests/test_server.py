@@ -18,7 +18,7 @@ from limits import parse
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastvar_trt.runtime import BackendError, Pipeline, RequestError, Service
+from fastvar_trt.runtime import BackendError, OutOfMemoryError, Pipeline, RequestError, Service
 from fastvar_trt.serving.http.app import ServerOptions, create_app
 from faulty_backend import FaultyBackend, Gate
 
@@ -228,6 +228,7 @@ def test_a_full_queue_and_deadlines(serve: Serve, backend: FaultyBackend, monkey
     [
         (BackendError("the GPU is lost"), 500, "BackendError", "the GPU is lost"),
         (MemoryError(), 503, "MemoryError", "out of memory"),
+        (OutOfMemoryError("a GPU: out of memory"), 503, "OutOfMemoryError", "a GPU: out of memory"),
         (ValueError("an internal detail"), 500, "InternalError", "the server failed; see its log"),
     ],
 )

@@ -30,6 +30,7 @@ from fastvar_trt.export.weights_file import map_weights, write_weights
 from fastvar_trt.runtime import BundleError, CheckpointError, ImageRequest, Pipeline, RequestError, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE
 from fastvar_trt.runtime.precision import PRECISIONS
+from fastvar_trt.runtime.text import TextEncoder
 from fastvar_trt.runtime.verify import verify_bundle
 from fastvar_trt.serving.http.app import create_app
 from fastvar_trt.tools.random_checkpoints import random_infinity_checkpoint
@@ -90,9 +91,17 @@ def bundle(folder: Path, export_once: Export) -> Path:
     return export_once("infinity_text", _source(folder), ExportOptions(batches=(1, 2)))[0]
 
 
-def test_the_encoder_may_be_there_only_while_it_runs(bundle: Path) -> None:
+def test_the_encoder_may_be_there_only_while_it_runs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded once for all prompts of a call, and dropped; the pictures are the same."""
     arguments: dict[str, Any] = {"prompts": ["a fox", "a dog"], "negative_prompts": ["blurry", None], "seeds": 3}
+    release = TextEncoder.release
+    held_locks: list[bool] = []
+
+    def noted(encoder: TextEncoder) -> None:
+        held_locks.append((low if encoder._backend is low.backend else usual)._lock.locked())
+        release(encoder)
+
+    monkeypatch.setattr(TextEncoder, "release", noted)
     with Pipeline.load(bundle, low_memory=True) as low, Pipeline.load(bundle) as usual:
         loads: list[str] = []
         load = low.backend.load
@@ -103,6 +112,8 @@ def test_the_encoder_may_be_there_only_while_it_runs(bundle: Path) -> None:
         held = low.backend._sessions  # type: ignore[attr-defined]
         assert held and not {file for file in held if file.startswith(("text_encoder", "decoder"))}
         assert low.encode(["a fox"])[0][0].shape == usual.encode(["a fox"])[0][0].shape
+        # Weights are shared with whatever else is loaded on demand: nobody may load anything until it is gone.
+        assert len(held_locks) == 6 and all(held_locks)
 
 
 def test_features_are_those_of_transformers(bundle: Path, reference: Callable[[str], Any]) -> None:

@@ -31,6 +31,11 @@ class Buffer:
     pointer: int
     owner: Any
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].num_bytes
+
     def part(self, offset: int, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A tensor in this memory, `offset` bytes from its start; to be bound, not to be uploaded or downloaded."""
         return Buffer(shape, dtype, self.pointer + offset, self.owner)
@@ -174,6 +179,9 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A zeroed buffer on the device."""
+
+    def free(self, buffer: Buffer) -> None:  # noqa: B027  # where the owner's end is the memory's
+        """Give back what `allocate` gave; no graph that is bound to it will run again. `close` frees what is left."""
 
     @abc.abstractmethod
     def bind(self, graph: GraphSpec, inputs: Mapping[str, View], outputs: Mapping[str, View]) -> BoundGraph:

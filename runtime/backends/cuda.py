@@ -7,15 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar_trt.runtime.errors import BackendError, UnavailableError
+from fastvar_trt.runtime.errors import BackendError, OutOfMemoryError, UnavailableError
 from fastvar_trt.runtime.precision import DTYPES
 
 _streams: dict[int, int] = {}  # of the process, by GPU
 _INSTALL = "pip install cuda-bindings (the extras gpu, rtx and tensorrt bring it)"
-
-
-class CudaOutOfMemoryError(BackendError):
-    """The device has not enough free memory."""
 
 
 def gpu_name() -> str:
@@ -103,11 +99,11 @@ class CudaDevice:
         """Zeroed memory; its address.
 
         Raises:
-            CudaOutOfMemoryError: there is not so much.
+            OutOfMemoryError: there is not so much.
         """
         error, pointer = self._cuda.cudaMalloc(max(num_bytes, 1))
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            raise CudaOutOfMemoryError(
+            raise OutOfMemoryError(
                 f"{self.name}: out of memory: {num_bytes / 2**20:.0f} MiB asked for, "
                 f"{self.free_bytes() / 2**20:.0f} MiB free; use smaller batch sizes, or free the GPU"
             )

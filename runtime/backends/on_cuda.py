@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvar_trt.runtime.backends.base import Backend, BoundGraph, Buffer, CapturedChain
-from fastvar_trt.runtime.backends.cuda import CudaDevice, CudaOutOfMemoryError, host_array
+from fastvar_trt.runtime.backends.cuda import CudaDevice, host_array
 from fastvar_trt.runtime.engines import EngineRecord, EngineSet, device_memory, usable_engines
-from fastvar_trt.runtime.errors import BackendError, BundleError
+from fastvar_trt.runtime.errors import BackendError, BundleError, OutOfMemoryError
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, GraphSpec, Manifest, TensorSpec, check_same_tensors
 from fastvar_trt.runtime.weights import TensorPlace, read_layout
 
@@ -92,6 +92,9 @@ class CudaBackend(Backend):
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         return Buffer(shape, dtype, self._allocate(TensorSpec("", shape, dtype).num_bytes), None)
+
+    def free(self, buffer: Buffer) -> None:
+        self._free(buffer.pointer)
 
     def upload(self, buffer: Buffer, array: NDArray[Any]) -> None:
         assert array.shape == buffer.shape, (array.shape, buffer.shape)
@@ -174,7 +177,7 @@ class CudaBackend(Backend):
             of = ", ".join(f"{num_bytes / 2**20:.0f} of {name}" for name, num_bytes in parts.items())
             of += "" if parts["activations"] else ", which the builder could not know"
             less = "" if self.low_memory else "load with low_memory=True (--low-memory), "
-            raise CudaOutOfMemoryError(
+            raise OutOfMemoryError(
                 f"bundle {bundle}: needs {sum(parts.values()) / 2**20:.0f} MiB on the GPU ({of}), {free / 2**20:.0f} "
                 f"MiB are free on {self._device.name}; {less}export with smaller --batch or a smaller "
                 "--precision, or free the GPU"
@@ -195,6 +198,10 @@ class CudaBackend(Backend):
         self._allocations.append(pointer)
         return pointer
 
+    def _free(self, pointer: int) -> None:
+        self._allocations.remove(pointer)
+        self._device.free(pointer)
+
     def _hold(self, graph: GraphSpec, num_bytes: int) -> int:
         """Memory that goes when the graph is unloaded."""
         pointer = self._allocate(num_bytes)
@@ -206,8 +213,7 @@ class CudaBackend(Backend):
 
     def unload(self, graph: GraphSpec) -> None:
         for pointer in self._held.pop(graph.file, ()):
-            self._allocations.remove(pointer)
-            self._device.free(pointer)
+            self._free(pointer)
         for name in self._brought.pop(graph.file, ()):
             del self._weights[name]
 
@@ -231,6 +237,6 @@ class CudaBackend(Backend):
     def _scratch_for(self, spec: TensorSpec) -> int:
         """Memory for an output that nobody reads; one for all graphs, as they run one after another."""
         buffer = self._scratch.get(spec.name)
-        if buffer is None or TensorSpec("", buffer.shape, buffer.dtype).num_bytes < spec.num_bytes:
+        if buffer is None or buffer.num_bytes < spec.num_bytes:
             buffer = self._scratch[spec.name] = self.allocate(spec.shape, spec.dtype)
         return buffer.pointer

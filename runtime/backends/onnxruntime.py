@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +98,16 @@ def cpu_built_with(onnxruntime: Any) -> dict[str, str]:
     return {"onnxruntime": str(onnxruntime.__version__), "processor": model, "fastvar graphs": _CPU_GRAPHS}
 
 
-class _BoundSession(BoundGraph):
-    def __init__(self, session: Any, binding: Any, name: str, run_options: Any, keep: Any) -> None:
-        self._session, self._binding, self._name = session, binding, name
-        self._run_options = run_options
-        self._keep = keep  # the buffers, which the binding knows by pointer only
+class BoundSession(BoundGraph):
+    """A session with all its buffers bound; `keep` are these, which the binding knows by pointer only."""
+
+    def __init__(self, name: str, session: Any, binding: Any, options: Any, keep: Sequence[Buffer]) -> None:
+        self._name, self._session, self._binding, self._options = name, session, binding, options
+        self._keep = keep
 
     def enqueue(self) -> None:
         try:
-            self._session.run_with_iobinding(self._binding, self._run_options)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # onnxruntime raises its own types, derived from Exception or RuntimeError
             raise BackendError(f"{self._name}: ONNX Runtime failed: {error}") from error
 
@@ -258,7 +259,7 @@ class OnnxRuntimeBackend(Backend):
         options = self._ort.RunOptions()
         if self.is_on_demand(graph):
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return _BoundSession(session, binding, graph.file, options, keep)
+        return BoundSession(graph.file, session, binding, options, keep)
 
     def upload(self, buffer: Buffer, array: NDArray[Any]) -> None:
         assert array.shape == buffer.shape and array.dtype == buffer.owner.dtype, (array.shape, buffer.shape)

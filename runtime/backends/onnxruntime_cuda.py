@@ -9,14 +9,14 @@ import contextlib
 import ctypes
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvar_trt.runtime.backends.base import BoundGraph, Buffer, View
+from fastvar_trt.runtime.backends.base import BoundGraph, View
 from fastvar_trt.runtime.backends.cuda import gpu_name
 from fastvar_trt.runtime.backends.on_cuda import CudaBackend
-from fastvar_trt.runtime.backends.onnxruntime import import_onnxruntime, share_arena
+from fastvar_trt.runtime.backends.onnxruntime import BoundSession, import_onnxruntime, share_arena
 from fastvar_trt.runtime.errors import BackendError, UnavailableError
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec
 from fastvar_trt.runtime.precision import DTYPES
@@ -25,18 +25,6 @@ FLAVOUR = "onnxruntime_cuda"
 CUDA_TARGET = "cuda"
 BUILT_WITH = {"fastvar graphs": "2"}  # those that `fastvar build --target cuda` writes
 _PROVIDER = "CUDAExecutionProvider"
-
-
-class _BoundSession(BoundGraph):
-    def __init__(self, name: str, session: Any, binding: Any, options: Any, keep: Sequence[Buffer]) -> None:
-        self._name, self._session, self._binding, self._options = name, session, binding, options
-        self._keep = keep
-
-    def enqueue(self) -> None:
-        try:
-            self._session.run_with_iobinding(self._binding, self._options)
-        except Exception as error:  # onnxruntime raises its own types
-            raise BackendError(f"{self._name}: ONNX Runtime failed: {error}") from error
 
 
 class OnnxRuntimeCudaBackend(CudaBackend):
@@ -77,12 +65,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
         if self._ort is None:
             self._ort = import_onnxruntime()
             _check_libraries(self._ort)
-        available = self._ort.get_available_providers()
-        if _PROVIDER not in available:
-            raise UnavailableError(
-                f"onnxruntime {self._ort.__version__} has no {_PROVIDER} (it has {', '.join(available)}); uninstall "
-                "onnxruntime, then pip install 'fastvar-trt[gpu]'"
-            )
+        _check_provider(self._ort)
         self._open(bundle, manifest, BUILT_WITH, check_hashes=check_hashes, target=CUDA_TARGET)
         provider_options = {"device_id": str(self._ordinal)}
         share_arena(
@@ -157,7 +140,7 @@ class OnnxRuntimeCudaBackend(CudaBackend):
             self._num_bound[graph.file] += 1
             options.add_run_config_entry("gpu_graph_id", str(self._num_bound[graph.file]))
         keep = [view.buffer for view in (*inputs.values(), *outputs.values())]
-        return _BoundSession(graph.file, session, binding, options, keep)
+        return BoundSession(graph.file, session, binding, options, keep)
 
 
 def check_cuda(onnxruntime: Any) -> str:
@@ -166,13 +149,18 @@ def check_cuda(onnxruntime: Any) -> str:
     Raises:
         UnavailableError: there is none, or no provider for it.
     """
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise UnavailableError(
-            f"onnxruntime {onnxruntime.__version__} has no CUDA provider; pip uninstall onnxruntime, then pip install "
-            "'fastvar-trt[gpu]'"
-        )
+    _check_provider(onnxruntime)
     _check_libraries(onnxruntime)
     return f"{gpu_name()}, onnxruntime {onnxruntime.__version__}"
+
+
+def _check_provider(onnxruntime: Any) -> None:
+    available = onnxruntime.get_available_providers()
+    if _PROVIDER not in available:
+        raise UnavailableError(
+            f"onnxruntime {onnxruntime.__version__} has no {_PROVIDER} (it has {', '.join(available)}); pip uninstall "
+            "onnxruntime, then pip install 'fastvar-trt[gpu]'"
+        )
 
 
 def _check_libraries(onnxruntime: Any) -> None:

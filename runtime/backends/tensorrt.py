@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,13 @@ class _BoundEngine(BoundGraph):
     """An execution context with all addresses set."""
 
     def __init__(self, name: str, context: Any, stream: int, keep: Sequence[Buffer]) -> None:
-        self._name, self._context, self._stream = name, context, stream
+        self.context = context
+        self._name, self._stream = name, stream
         self._keep = keep
 
     def enqueue(self) -> None:
         with nvtx_range(self._name):
-            if not self._context.execute_async_v3(self._stream):
+            if not self.context.execute_async_v3(self._stream):
                 raise BackendError(f"{self._name}: TensorRT could not run the engine; see its messages above")
 
     def check_capturable(self) -> None:
@@ -64,7 +66,7 @@ class _BoundEngine(BoundGraph):
             BackendError: it does.
         """
         # Enterprise TensorRT has no such question, and captures what it runs.
-        if hasattr(self._context, "is_stream_capturable") and not self._context.is_stream_capturable(self._stream):
+        if hasattr(self.context, "is_stream_capturable") and not self.context.is_stream_capturable(self._stream):
             raise BackendError(f"{self._name}: TensorRT says that the engine cannot be captured; build it again")
 
 
@@ -122,7 +124,7 @@ class TensorRTBackend(CudaBackend):
         self._runtime: Any = None
         self._loaded: dict[str, _Engine] = {}
         self._activations = (0, 0)  # address and size of the memory that all contexts share
-        self._contexts: list[Any] = []  # on the memory that they share
+        self._sharing: weakref.WeakSet[_BoundEngine] = weakref.WeakSet()  # the memory of activations
         self._lent: dict[str, Buffer] = {}  # by graph on demand
         self._cache_folder = _cache_folder(kernel_cache)
         self._kernels: Any = None  # IRuntimeCache, of all engines
@@ -143,7 +145,6 @@ class TensorRTBackend(CudaBackend):
         self._runtime = self._trt.Runtime(self._logger)
 
     def close(self) -> None:
-        self._contexts.clear()  # before the memory that they use
         self._kernels, self._kernels_on_disk, self._num_bound, self._num_kept = None, b"", 0, 0
         self._loaded.clear()
         self._runtime = None
@@ -204,9 +205,10 @@ class TensorRTBackend(CudaBackend):
         if self._layer_times is not None:
             self._profilers.append(_layer_profiler(self._trt, self._layer_times.setdefault(graph.file, {})))
             context.profiler = self._profilers[-1]
+        bound = _BoundEngine(graph.name, context, self._device.stream, [view.buffer for view in views.values()])
         if not self.is_on_demand(graph):
-            self._contexts.append(context)
-        return _BoundEngine(graph.name, context, self._device.stream, [view.buffer for view in views.values()])
+            self._sharing.add(bound)
+        return bound
 
     def capture(self, bound: Sequence[BoundGraph]) -> CapturedChain:
         for graph in bound:
@@ -265,8 +267,8 @@ class TensorRTBackend(CudaBackend):
         size = max(size, max((self._engines.records[file].activation_bytes for file in self._staying), default=0))
         if size > self._activations[1]:  # what captured chains use stays allocated until `close`
             self._activations = (self._allocate(size), size)
-            for context in self._contexts:
-                context.set_device_memory(*self._activations)
+            for bound in self._sharing:
+                bound.context.set_device_memory(*self._activations)
         return self._activations
 
 

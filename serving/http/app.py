@@ -33,7 +33,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastvar_trt.runtime.errors import CancelledError, FastVARError, RequestError
+from fastvar_trt.runtime.errors import CancelledError, FastVARError
 from fastvar_trt.runtime.manifest import Manifest
 from fastvar_trt.runtime.models import Models
 from fastvar_trt.runtime.pipeline import Preview
@@ -51,9 +51,9 @@ from fastvar_trt.serving.http.errors import (
 from fastvar_trt.serving.http.images import MEDIA_TYPES, encode_image, picture_text
 from fastvar_trt.serving.http.keys import ApiKeys
 from fastvar_trt.serving.http.openai import OPENAI_PATHS, add_openai, openai_error
+from fastvar_trt.serving.http.requests import CLIENT_CLOSED_REQUEST, json_body, path_of
 from fastvar_trt.serving.metrics import ServiceCollector
 
-_CLIENT_CLOSED_REQUEST = 499  # as nginx calls it; nobody reads it but the metrics
 _NO_KEY = "no valid API key; send one as `Authorization: Bearer KEY`"
 _PREVIEW_QUALITY = 80  # of JPEG: previews are looked at for a moment
 _CONTENT_SECURITY_POLICY = (
@@ -209,12 +209,12 @@ def _add_pictures(app: FastAPI, drawing: Drawing) -> None:
         """Draw one picture. Requests that arrive together share a batch, which does not change their pictures."""
         await drawing.admit(request)
         name, content = await _named(request)
+        bodies = await asyncio.to_thread(drawing.bodies, name)  # what is refused makes no model load
+        body, wanted = await asyncio.to_thread(_parsed, content, bodies.image, bodies.manifest)
         async with drawing.using(name) as service:
-            bodies = drawing.bodies(name)
-            body, wanted = await asyncio.to_thread(_parsed, content, bodies.image, bodies.manifest)
             results = await drawing.drawn(request, service, [wanted])
             if results is None:
-                return Response(status_code=_CLIENT_CLOSED_REQUEST)
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
             text = picture_text(bodies.manifest, wanted)
             data = await asyncio.to_thread(encode_image, results[0].image, body.format, body.quality, text)
             return Response(data, media_type=MEDIA_TYPES[body.format], headers=_headers(results[0], wanted))
@@ -241,10 +241,10 @@ def _add_pictures(app: FastAPI, drawing: Drawing) -> None:
         def hand_over(preview: Preview) -> None:  # from the service's thread
             loop.call_soon_threadsafe(items.put_nowait, preview)
 
+        bodies = await asyncio.to_thread(drawing.bodies, name)
+        body, wanted = await asyncio.to_thread(_parsed, content, bodies.stream, bodies.manifest)
         service = await drawing.acquire(name)
         try:
-            bodies = drawing.bodies(name)
-            body, wanted = await asyncio.to_thread(_parsed, content, bodies.stream, bodies.manifest)
             ticket = await asyncio.to_thread(service.submit, wanted, hand_over)
         except BaseException:
             drawing.models.release(name)
@@ -308,14 +308,14 @@ def _add_errors(app: FastAPI) -> None:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         status, content = error_answer(error)
         headers = retry_after(error, status)
-        if request.url.path in OPENAI_PATHS:
+        if path_of(request.scope) in OPENAI_PATHS:
             status, content = openai_error(error, status, content)
         return JSONResponse(content, status, headers)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         status, content = error.status_code, error_content("HTTPError", str(error.detail))
-        if request.url.path in OPENAI_PATHS:
+        if path_of(request.scope) in OPENAI_PATHS:
             content = openai_content(status, str(error.detail))
         return JSONResponse(content, status, error.headers)
 
@@ -326,10 +326,7 @@ async def _named(request: Request) -> tuple[str | None, bytes]:
     Raises:
         RequestError: it is of another type.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # what a page of another site can send unasked is none
-        raise RequestError(f"content-type: got {kind!r}, expected application/json")
-    content = await request.body()
+    content = await json_body(request)
     return await asyncio.to_thread(_model_of, content), content  # a large one takes a while
 
 
@@ -409,7 +406,7 @@ class _Gatekeeper:
 def _refusal(scope: Scope, status: int, message: str) -> dict[str, Any]:
     """An error that no path of ours has raised."""
     kind = "AuthenticationError" if status == 401 else "RequestError"
-    return openai_content(status, message) if scope["path"] in OPENAI_PATHS else error_content(kind, message)
+    return openai_content(status, message) if path_of(scope) in OPENAI_PATHS else error_content(kind, message)
 
 
 def _path(scope: Scope) -> str:

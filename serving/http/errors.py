@@ -8,13 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fastvar_trt.runtime.errors import CancelledError, FastVARError, OverloadedError, RequestError
+from fastvar_trt.runtime.errors import CancelledError, FastVARError, OutOfMemoryError, OverloadedError, RequestError
 
 _LOG = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (RequestError, 422),
     (OverloadedError, 503),
     (MemoryError, 503),
+    (OutOfMemoryError, 503),
     (CancelledError, 504),
 )
 
@@ -28,7 +29,7 @@ class RateError(OverloadedError):
 
 
 class _ErrorBody(BaseModel):
-    """`type` is the name of the error's class in `fastvar_trt.runtime`."""
+    """`type` is the name of the error's class: of `fastvar_trt.runtime`, or one of the server's own."""
 
     type: str
     message: str

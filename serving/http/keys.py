@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvar_trt.runtime.errors import RequestError
+from fastvar_trt.serving.http.requests import path_of
 
 _MIN_LENGTH = 16  # characters: shorter ones can be guessed
 _OPEN = ("/", "/healthz", "/metrics", "/openapi.json")  # paths that are for all
@@ -44,8 +45,7 @@ class ApiKeys:
 
     def admit(self, scope: Any) -> bool:
         """Whether a request of ASGI may go on: it brings a key as `Authorization: Bearer KEY`, or needs none."""
-        root = scope.get("root_path", "")  # where the application is mounted under a prefix
-        if scope["path"].removeprefix(root) in _OPEN:
+        if path_of(scope) in _OPEN:
             return True
         header = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
         scheme, _, key = header.partition(b" ")

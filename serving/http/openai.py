@@ -29,13 +29,13 @@ from fastvar_trt.runtime.service import ImageRequest
 from fastvar_trt.serving.http.bodies import MAX_CFG, MAX_PROMPT, pictures_of
 from fastvar_trt.serving.http.errors import openai_content
 from fastvar_trt.serving.http.images import MEDIA_TYPES, encode_image, picture_text
+from fastvar_trt.serving.http.requests import CLIENT_CLOSED_REQUEST, json_body
 
 if TYPE_CHECKING:
     from fastvar_trt.serving.http.app import Drawing
 
 GENERATIONS, EDITS, MODELS = "/v1/images/generations", "/v1/images/edits", "/v1/models"
 OPENAI_PATHS = frozenset({GENERATIONS, EDITS, MODELS})
-_CLIENT_CLOSED_REQUEST = 499
 _OWN = ("seed", "cfg", "temperature", "top_k", "top_p", "negative_prompt", "keep_scales")
 _QUALITY = 90  # of JPEG and WebP
 _MAX_FILES = 16  # of a form
@@ -78,10 +78,7 @@ def add_openai(app: FastAPI, drawing: Drawing) -> None:
     async def generations(request: Request) -> Response:
         """Pictures of a prompt."""
         await drawing.admit(request)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # what a page of another site can send unasked is none
-            raise RequestError(f"content-type: got {kind!r}, expected application/json")
-        values = await asyncio.to_thread(_object, await request.body())
+        values = await asyncio.to_thread(_object, await json_body(request))
         return await _answer(request, drawing, values, {})
 
     @app.post(EDITS, include_in_schema=False)
@@ -125,13 +122,13 @@ async def _answer(
     name = values.get("model")
     if name is not None and (not isinstance(name, str) or name not in drawing.models.names):
         raise _ModelError(f"the model {name!r} does not exist; this server has {', '.join(drawing.models.names)}")
+    kind = _format(values)
+    manifest = await asyncio.to_thread(drawing.models.manifest, name)  # what is refused makes no model load
+    wanted = await asyncio.to_thread(_requests, drawing, manifest, values, files)
     async with drawing.using(name) as service:
-        manifest = service.pipeline.manifest
-        wanted = await asyncio.to_thread(_requests, drawing, manifest, values, files)
         results = await drawing.drawn(request, service, wanted)
         if results is None:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        kind = _format(values)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
 
         def encoded(image: Any, own: ImageRequest) -> str:
             return base64.b64encode(encode_image(image, kind, _QUALITY, picture_text(manifest, own))).decode()
@@ -158,7 +155,6 @@ def _requests(
         raise _ParamError("response_format", f"got {values['response_format']!r}, expected b64_json")
     if str(values.get("stream") or "false").lower() != "false":
         raise _ParamError("stream", "pictures in the making are at /v1/images/stream")
-    _format(values)
     count = _integer("n", values.get("n"), 1)
     if not 1 <= count <= drawing.options.max_images:
         raise _ParamError("n", f"got {count}, expected 1 to {drawing.options.max_images}")
@@ -193,7 +189,13 @@ def _value(name: str, kind: str, value: Any) -> Any:
         if name == "cfg" and not abs(number) <= MAX_CFG:
             raise _ParamError(name, f"got {number:g}, expected {-MAX_CFG:g} to {MAX_CFG:g}")
         return number
-    return value
+    return _text(name, value) if isinstance(value, str) else value
+
+
+def _text(name: str, text: str) -> str:
+    if len(text) > MAX_PROMPT:
+        raise _ParamError(name, f"got {len(text)} characters, expected at most {MAX_PROMPT}")
+    return text
 
 
 def _integer(name: str, value: Any, default: int) -> int:
@@ -216,8 +218,7 @@ def _subject(manifest: Manifest, prompt: Any) -> dict[str, Any]:
     """Of a model of classes the prompt is a class index."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise _ParamError("prompt", f"got {prompt!r}, expected some text")
-    if len(prompt) > MAX_PROMPT:
-        raise _ParamError("prompt", f"got {len(prompt)} characters, expected at most {MAX_PROMPT}")
+    _text("prompt", prompt)
     if manifest.model.condition is not Condition.CLASS:
         return {"prompt": prompt}
     if not re.fullmatch(r"[0-9]{1,9}", prompt.strip()):
