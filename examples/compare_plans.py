@@ -1,4 +1,4 @@
-"""Two bundles of one model, in turns: python compare_plans.py DENSE PRUNED "a red sphere on sand"."""
+"""Two bundles of one model, in turns: python compare_plans.py DENSE PRUNED "two blue cubes on snow"."""
 
 import statistics
 import sys

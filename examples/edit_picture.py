@@ -1,4 +1,4 @@
-"""In-painting and variations: python edit_picture.py BUNDLE IN.png "a red sphere on sand" FOLDER.
+"""In-painting and variations: python edit_picture.py BUNDLE IN.png "a red sphere in the middle on sand" FOLDER.
 
 The bundle needs an image encoder: fastvar-export scenes --with-encoder --target cpu --out out/scenes
 """

@@ -1,4 +1,4 @@
-"""A backend that can be asked for by name: python own_backend.py BUNDLE "a red sphere on sand".
+"""A backend that can be asked for by name: python own_backend.py BUNDLE "two blue cubes on snow".
 
 It runs graphs by ONNX Runtime, and counts them; one of your own overrides `load` and `bind` of `Backend` altogether.
 Once it is registered, `Pipeline.load(..., backend="counting")` and every `--backend` know it.

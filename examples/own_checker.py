@@ -1,7 +1,7 @@
 """A checker of your own: whether a picture has the mean colour that its line of the prompts' file asks for.
 
     echo '{"prompt": "snow by day", "tag": "light", "brighter_than": 120}' > prompts.jsonl
-    fastvar evaluate out/demo_dense out/demo_pruned --prompts prompts.jsonl --checker own_checker:check
+    fastvar evaluate out/demo_dense out/demo_pruned --prompts prompts.jsonl --checker examples.own_checker:check
 
 `fastvar` looks for the module in the folder that it is started in, too.
 """

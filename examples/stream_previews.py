@@ -1,4 +1,4 @@
-"""Pictures in the making: python stream_previews.py BUNDLE "a red sphere on sand" FOLDER."""
+"""Pictures in the making: python stream_previews.py BUNDLE "two blue cubes on snow" FOLDER."""
 
 import sys
 from pathlib import Path

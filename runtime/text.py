@@ -17,13 +17,17 @@ from fastvar_trt.runtime.errors import BundleError, RequestError, UnavailableErr
 from fastvar_trt.runtime.manifest import Manifest, read_manifest
 
 
+_UNKNOWN = "<unk>", "[UNK]"  # as tokenizers of words and of pieces call what they do not know
+_SHOWN, _SHOWN_WORDS = 30, 8  # characters of a word that is not known, and how many of these
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptTokens:
     """A prompt for the text encoder.
 
     Attributes:
         ids: the end mark included, where the model has one.
-        warning: what of the prompt was left out; empty where nothing was.
+        warning: what of the prompt was left out or is not known; empty where nothing is.
     """
 
     ids: list[int]
@@ -51,22 +55,30 @@ class PromptTokenizer:
     def tokens(self, prompt: str, name: str = "prompt") -> PromptTokens:
         """The tokens of a prompt that is some text.
 
-        Models that read padding were trained on prompts that were cut off, so theirs are, too, with a warning.
+        Models that read padding were trained on prompts that were cut off, so theirs are, too, with a warning; another
+        warning names what the tokenizer does not know.
 
         Raises:
             RequestError: it is too long.
         """
         self.load()
-        ids = list(self._tokenizer.encode(prompt).ids)
+        encoding = self._tokenizer.encode(prompt)
+        ids = list(encoding.ids)
         longest = self._manifest.model.text_length
-        if len(ids) > longest and self._manifest.model.context_tokens:
-            return PromptTokens(ids[:longest], f"{name}: has {len(ids)} tokens; the model reads the first {longest}")
-        if len(ids) > longest:
+        cut_off = len(ids) > longest
+        if cut_off and not self._manifest.model.context_tokens:
             raise RequestError(
                 f"{name}: got {len(ids)} tokens, this bundle takes up to {longest}; shorten it, or export "
-                "with a larger --text-length"
+                "with a larger --text-length, where the model has one"
             )
-        return PromptTokens(ids)
+        warnings = [f"{name}: has {len(ids)} tokens; the model reads the first {longest}"] if cut_off else []
+        unknown = {self._tokenizer.token_to_id(token) for token in _UNKNOWN}
+        spans = [span for own, span in zip(ids, encoding.offsets, strict=True) if own in unknown]
+        if spans:
+            words = dict.fromkeys(ascii(prompt[start:end][:_SHOWN]) for start, end in spans)
+            told = ", ".join(list(words)[:_SHOWN_WORDS])
+            warnings.append(f"{name}: the text encoder of this bundle does not know {told}")
+        return PromptTokens(ids[:longest], "; ".join(warnings))
 
 
 class TextEncoder(AuxiliaryGraph):

@@ -143,6 +143,13 @@ def test_prompts_draw_what_their_features_draw(bundle: Path, reference: Callable
     assert (other.images[0] != of_text.images[0]).any()
 
 
+def test_words_that_the_encoder_does_not_know_are_told(bundle: Path) -> None:
+    with Pipeline.load(bundle) as pipe:
+        found = pipe.generate(prompts=["a fox", "an unheard\nof fox"], negative_prompts=[None, "caf\u00e9"]).warnings
+    told = "prompt: the text encoder of this bundle does not know"
+    assert found == [[], [f"{told} 'an', 'unheard', 'of'", f"negative_{told} 'caf\\xe9'"]]
+
+
 def test_a_service_takes_prompts_and_features_in_one_batch(bundle: Path) -> None:
     with Pipeline.load(bundle) as pipe:
         expected = pipe.generate(prompts=["a fox", "the snow"], negative_prompts=["blurry", None], seeds=[1, 2])

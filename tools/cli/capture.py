@@ -18,7 +18,7 @@ from fastvar_trt.tools.tables import format_table
 @click.command(
     cls=ErrorCommand,
     short_help="Save what one graph takes and gives.",
-    epilog=examples('fastvar capture out/scenes --graph step_03 --prompt "a red cube" -o out/step_03'),
+    epilog=examples('fastvar capture out/scenes --graph step_03 --prompt "two blue cubes on snow" -o out/step_03'),
 )
 @BUNDLE
 @click.option("--graph", required=True, help="Its name in timings: condition, step_03, decoder, ...")

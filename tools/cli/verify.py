@@ -25,7 +25,7 @@ def verify(bundle: Path, runtime: RuntimeOptions) -> None:
     """Check every file's hash, then draw the images that PyTorch drew at export and compare."""
     with runtime.load(bundle) as pipe:
         outcome = verify_bundle(pipe)
-        num_files = len(pipe.manifest.files)
+        num_files, precision = len(pipe.manifest.files), pipe.manifest.own_precision
 
     def show(value: float | None, spec: str) -> str:
         return "-" if value is None else format(value, spec)
@@ -48,9 +48,11 @@ def verify(bundle: Path, runtime: RuntimeOptions) -> None:
         )
     )
     click.echo(
-        f"{num_files} files match the manifest; {outcome.num_images_equal} of {outcome.num_images} images have "
-        f"PyTorch's tokens, max image error {show(outcome.image_error, '.2g')}"
+        f"{num_files} files match the manifest; {outcome.num_images_equal} of {outcome.num_images} images compared to "
+        f"their end, on PyTorch's tokens, max image error {show(outcome.image_error, '.2g')}"
     )
+    if not outcome.failures:
+        click.echo(f"all within the tolerance of {precision.name}, {precision.tolerance.error:g} of the largest logit")
     click.echo(json.dumps(dataclasses.asdict(outcome)))
     if outcome.failures:
         raise BundleError(f"bundle {bundle} does not compute what PyTorch computed: {'; '.join(outcome.failures)}")
