@@ -1,4 +1,4 @@
-"""A service of your own: BUNDLE=out/demo_pruned uvicorn fastapi_service:app, then GET /picture?prompt=two+blue+cubes+on+snow.
+"""A service of your own: BUNDLE=out/demo_pruned uvicorn fastapi_service:app, then GET /picture?prompt=two+red+cones.
 
 (`fastvar serve` is one that is complete; this shows how little is needed.)
 """

@@ -1,4 +1,4 @@
-"""A bundle's graphs without this package: python onnxruntime_alone.py BUNDLE "a red sphere in the middle on sand" OUT.png.
+"""A bundle's graphs without this package: python onnxruntime_alone.py BUNDLE "two blue cubes on snow" OUT.png.
 
 What the runtime does, as plainly as it can be said: run the graphs in the manifest's order, hand on what they write,
 and find every input by its role. (Nothing is shared, so keys and values are copied at every step.) Needs numpy, Pillow,

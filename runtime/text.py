@@ -16,7 +16,6 @@ from fastvar_trt.runtime.backends import Backend
 from fastvar_trt.runtime.errors import BundleError, RequestError, UnavailableError
 from fastvar_trt.runtime.manifest import Manifest, read_manifest
 
-
 _UNKNOWN = "<unk>", "[UNK]"  # as tokenizers of words and of pieces call what they do not know
 _SHOWN, _SHOWN_WORDS = 30, 8  # characters of a word that is not known, and how many of these
 
