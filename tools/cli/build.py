@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from fastvar_trt.runtime.errors import BackendError
-from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, examples, progress_bars
+from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, examples, extras, progress_bars
 
 
 @click.command(
@@ -34,10 +33,8 @@ def build(bundle: Path, targets: str) -> None:
     TensorRT for this machine's GPU (extra `tensorrt`); current+plugins: the same with our CUDA kernels for the cache
     operator, which have not been run yet. All need the extra `export`. Only what is missing or stale is built.
     """
-    try:
+    with extras("export,cpu"):
         from fastvar_trt.export.build.registry import build_targets
-    except ImportError as error:
-        raise BackendError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
     with progress_bars() as progress:
         reports = build_targets(bundle, targets, progress)
     for report in reports:

@@ -14,7 +14,7 @@ import click
 
 from fastvar_trt.export.models.family import ListParam
 from fastvar_trt.runtime.backends import BACKENDS, DEFAULT_BACKEND, Backend, BackendOption, create_backend
-from fastvar_trt.runtime.errors import FastVARError
+from fastvar_trt.runtime.errors import FastVARError, UnavailableError
 from fastvar_trt.runtime.pipeline import Pipeline
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -57,6 +57,19 @@ def _broken(line: str) -> list[str]:
         else:
             rows[-1] += f" {word}"
     return rows
+
+
+@contextmanager
+def extras(names: str) -> Iterator[None]:
+    """Around imports of what these extras bring, `export,cpu`.
+
+    Raises:
+        UnavailableError: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"{error.name} is not installed; pip install 'fastvar-trt[{names}]'") from error
 
 
 def integers() -> click.ParamType:

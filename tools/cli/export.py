@@ -16,7 +16,15 @@ from fastvar_trt.export.models.registry import FAMILIES, load_plan, presets
 from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.precision import PRECISIONS, Precision
-from fastvar_trt.tools.cli.command import ErrorCommand, ErrorGroup, ProgressBar, examples, integers, progress_bars
+from fastvar_trt.tools.cli.command import (
+    ErrorCommand,
+    ErrorGroup,
+    ProgressBar,
+    examples,
+    extras,
+    integers,
+    progress_bars,
+)
 
 _BUNDLE_EXAMPLES = (
     "fastvar-export bundle --from out/demo --prune none --out out/demo_dense",
@@ -296,12 +304,10 @@ def _run(
     export: Export, out: Path, precision: Precision, targets: str | None, triton: Path | None, *, force: bool
 ) -> None:
     """Write a bundle and what was asked for beyond it, and say what came out."""
-    try:
+    with extras("export,cpu"):
         import fastvar_trt.export.exporter  # noqa: F401  # with all that it needs, before minutes of work
         from fastvar_trt.export.build.registry import build_targets, parse_targets
         from fastvar_trt.serving.triton.repository import check_free, model_folder
-    except ModuleNotFoundError as error:
-        raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
     builders = parse_targets(targets) if targets is not None else []  # an error before minutes of work
     for builder in builders:
         builder.check_precision(precision)
@@ -328,10 +334,8 @@ def _run(
 
 
 def _write_triton(bundle: Path, repository: Path, *, force: bool) -> None:
-    try:
+    with extras("export,cpu"):
         from fastvar_trt.serving.triton.repository import write_triton_model
-    except ImportError as error:
-        raise ExportError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu]'") from error
     target = write_triton_model(bundle, repository, force=force)
     click.echo(f"{target}: a model for tritonserver --model-repository {repository}")
 

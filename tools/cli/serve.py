@@ -15,12 +15,12 @@ from pathlib import Path
 
 import click
 
-from fastvar_trt.runtime.errors import RequestError, UnavailableError
+from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.models import Models
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.runtime.service import Service
-from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, examples, runtime_options
+from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, examples, extras, runtime_options
 
 _ANSWER_S = 5  # to send the last answers, after the requests have been drained
 _BACKLOG = 2048  # connections that wait to be accepted
@@ -103,14 +103,12 @@ def serve(
     requests end. SIGHUP loads the bundles again, and serves the new ones from the next batch on; where one cannot be
     loaded, the old one stays.
     """
-    try:
+    with extras("serve"):
         import uvicorn
 
         from fastvar_trt.serving.http.app import ServerOptions, create_app
         from fastvar_trt.serving.http.keys import ApiKeys
         from fastvar_trt.serving.http.server import DrainingServer, parse_rate
-    except ImportError as error:
-        raise UnavailableError(f"{error.name} is not installed; pip install 'fastvar-trt[serve]'") from error
     named = _named(bundles)
     limit = None if rate is None else parse_rate(rate)
     keys = None if api_key_file is None else ApiKeys.from_file(api_key_file)

@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from fastvar_trt.export.models.registry import load_plan
-from fastvar_trt.runtime.errors import BackendError, BundleError, PlanError
+from fastvar_trt.runtime.errors import BundleError, PlanError
 from fastvar_trt.runtime.manifest import read_manifest
-from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples, integers, numbers
+from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples, extras, integers, numbers
 from fastvar_trt.tools.cli.pictures import (
     check_takes_prompts,
     judge_of,
@@ -108,11 +108,11 @@ def tune(
     what they are to show. Those that nothing beats in both work and quality are exported and timed beside the dense
     chain. Needs the extras `export` and `quality`, and `text` for prompts.
     """
-    require_libraries()
-    try:
+    with extras("export,cpu,quality"):
+        import matplotlib  # noqa: F401  # an error before the sweep
+
         from fastvar_trt.tools.measure import tune as tuning
-    except ImportError as error:
-        raise BackendError(f"{error.name} is not installed; pip install 'fastvar-trt[export,cpu,quality]'") from error
+    require_libraries()
     manifest = read_manifest(bundle)
     if manifest.precision != "fp32":
         raise BundleError(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastvar_trt.runtime.errors import BackendError, RequestError
+from fastvar_trt.runtime.errors import RequestError, UnavailableError
 
 _THUMBNAIL = 64  # pixels a side, for comparing pictures that are not aligned
 
@@ -45,13 +45,13 @@ def require_libraries() -> tuple[Any, Any]:
     """The metric libraries, `skimage.metrics` and `sewar`.
 
     Raises:
-        BackendError: the extra `quality` is not installed.
+        UnavailableError: the extra `quality` is not installed.
     """
     try:
         import sewar
         import skimage.metrics
     except ImportError as error:
-        raise BackendError(f"{error.name} is not installed; pip install 'fastvar-trt[quality]'") from error
+        raise UnavailableError(f"{error.name} is not installed; pip install 'fastvar-trt[quality]'") from error
     return skimage.metrics, sewar
 
 
@@ -65,7 +65,7 @@ def image_metrics(reference: NDArray[Any], image: NDArray[Any], *, vif: bool = T
 
     Raises:
         RequestError: the sizes differ.
-        BackendError: the extra `quality` is not installed.
+        UnavailableError: the extra `quality` is not installed.
     """
     if reference.shape != image.shape:
         raise RequestError(f"images: got {image.shape}, expected {reference.shape}: bundles of one image size")
