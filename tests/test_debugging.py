@@ -29,9 +29,9 @@ def invoke(*arguments: object) -> str:
 
 def test_a_captured_graph_runs_without_us(tiny_bundle: Path, tmp_path: Path) -> None:
     """By ONNX Runtime through Polygraphy, in its default way: the same outputs."""
-    out = tmp_path / "step_03"
+    out = tmp_path / "step 3"
     told = invoke("capture", tiny_bundle, "--graph", "step_03", "--class", 4, "--seed", 2, "-o", out)
-    assert f"polygraphy run {tiny_bundle / 'step_03.onnx'} --onnxrt" in told
+    assert f"polygraphy run {tiny_bundle / 'step_03.onnx'} --onnxrt --data-loader-script '{out}/load_data.py'\n" in told
     namespace: dict[str, object] = {"__file__": str(out / "load_data.py")}
     exec((out / "load_data.py").read_text(), namespace)
     with np.load(out / "outputs.npz") as arrays:
@@ -62,6 +62,10 @@ def test_what_cannot_be_captured(tiny_bundle: Path, tmp_path: Path) -> None:
         capture_graph(tiny_bundle, "step_09", Request(label=1))
     found = CliRunner().invoke(main, ["capture", str(tiny_bundle), "--graph", "decoder", "-o", str(tmp_path)])
     assert found.exit_code == 1 and "exists already" in found.output
+    (tmp_path / "file").touch()
+    arguments = ["capture", str(tiny_bundle), "--graph", "decoder", "-o", str(tmp_path / "file" / "out")]
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 1 and "file: cannot be made" in found.output
 
 
 def test_the_doctor_says_what_runs_here(tiny_bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import read_manifest
 from fastvar_trt.runtime.request import Request, example_requests
 from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, examples
+from fastvar_trt.tools.files import check_writable
 from fastvar_trt.tools.measure.capture import capture_graph, write_capture
 from fastvar_trt.tools.tables import format_table
 
@@ -29,12 +31,14 @@ from fastvar_trt.tools.tables import format_table
 def capture(bundle: Path, graph: str, label: int | None, prompt: str | None, seed: int, out: Path) -> None:
     """Save what one graph takes and gives, to debug it alone: by ONNX Runtime, or by Polygraphy against TensorRT.
 
-    The chain runs on the CPU, as the exporter wrote it.
+    The chain of the smallest batch size runs on the CPU: as the exporter wrote it, or, in half precision, as `fastvar
+    build --target cpu` made it.
     """
     if label is not None and prompt is not None:
         raise click.UsageError("give one of --class and --prompt")
     if out.exists():
         raise RequestError(f"--out {out}: exists already; give another folder")
+    check_writable(out)
     manifest = read_manifest(bundle)
     if label is None and prompt is None:
         (request,) = example_requests(manifest, 1)
@@ -47,6 +51,7 @@ def capture(bundle: Path, graph: str, label: int | None, prompt: str | None, see
     ]
     click.echo(format_table(["", "tensor", "dtype", "shape"], rows))
     file = next(own.file for own in manifest.default.chain(min(manifest.batches)) if own.name == graph)
-    common = f"polygraphy run {bundle / file} --onnxrt --data-loader-script {out / 'load_data.py'}"
+    arguments = ("run", bundle / file, "--onnxrt", "--data-loader-script", out / "load_data.py")
+    common = shlex.join(["polygraphy", *map(str, arguments)])
     click.echo(f"\n{common}\n{common} --trt --onnx-outputs mark all --trt-outputs mark all --fail-fast")
     click.echo(json.dumps({"graph": graph, "out": str(out), "tensors": len(rows)}))

@@ -71,14 +71,13 @@ def _copied(view: View) -> NDArray[Any]:
     return np.frombuffer(memory, dtype=dtype).reshape(view.shape).copy()
 
 
-def capture_graph(bundle: Path, graph: str, request: Request, variant: str | None = None) -> dict[str, dict[str, Any]]:
+def capture_graph(bundle: Path, graph: str, request: Request) -> dict[str, dict[str, Any]]:
     """Draw one picture on the CPU, and keep what one of its graphs takes and gives.
 
     Args:
-        bundle: its folder; of batch size 1.
+        bundle: its folder; its smallest batch size is run.
         graph: its name in timings: `condition`, `step_03`, `decoder`.
         request: the picture.
-        variant: of the bundle, by name; default: its first.
 
     Returns:
         `inputs` and `outputs`, arrays by name.
@@ -90,11 +89,11 @@ def capture_graph(bundle: Path, graph: str, request: Request, variant: str | Non
     is_half = read_manifest(bundle).own_precision.computed != "float32"
     backend = _CapturingBackend(graph, "require" if is_half else "off")
     with Pipeline.load(bundle, backend=backend) as pipe:
-        chain = pipe.variant(variant).chain(min(pipe.manifest.batches))
+        chain = pipe.manifest.default.chain(min(pipe.manifest.batches))
         known = [own.name for own in chain]
         if graph not in known:
             raise RequestError(f"graph: got {graph!r}, expected one of {', '.join(known)}")
-        pipe.draw([request], variant=variant, return_logits=True, return_float_images=True)
+        pipe.draw([request], return_logits=True, return_float_images=True)
     return {"inputs": backend.inputs, "outputs": backend.outputs}
 
 
