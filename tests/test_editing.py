@@ -384,9 +384,11 @@ def test_the_command_edits_and_says_how(editing_bundle: Path, tmp_path: Path, pi
         text = json.loads(drawn.text["fastvar"])
     assert (text["labels"], text["seed"], text["edited"], text["plan"]) == ([3], 7, True, "skipping")
     assert text["bundle_sha256"] == pipe.manifest.identity and text["paste"] is True
-    assert invoke("generate", editing_bundle, "--class", 3, "-o", tmp_path / "drawn.png").exit_code == 0
+    values = ("--class", 3, "--cfg", "3,3,2,1", "--top-p", 0.9)
+    assert invoke("generate", editing_bundle, *values, "-o", tmp_path / "drawn.png").exit_code == 0
     with Image.open(tmp_path / "drawn.png") as drawn:
-        assert json.loads(drawn.text["fastvar"])["edited"] is False
+        told = json.loads(drawn.text["fastvar"])
+    assert (told["labels"], told["cfg"], told["top_p"], told["edited"]) == ([3], [3, 3, 2, 1], 0.9, False)
     assert invoke(*common, "--keep-scales", 2).exit_code == 0
     (tmp_path / "mask.png").write_bytes(png(box[:64, :64]))
     for arguments, code, message in (

@@ -180,7 +180,10 @@ def _draw(
     for path in (out, save_tokens):
         if path is not None:
             check_writable(path)
-    sampling: dict[str, Any] = {k: _per_scale(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    values = {k: v[0] if isinstance(v, tuple) and len(v) == 1 else v for k, v in values.items()}
+    sampling: dict[str, Any] = {  # what is given per scale: an array [1, scales]
+        k: np.array([v], dtype=np.float32) if isinstance(v, tuple) else v for k, v in values.items()
+    }
     with runtime.load(bundle) as pipe:
         manifest, variant = pipe.manifest, pipe.variant(h_div_w=h_div_w, size=size)
         conditions = {
@@ -203,11 +206,10 @@ def _draw(
             click.echo(f"warning: image {i}: {warning}", err=True)
     drawn = {
         name: value
-        for name, value in {**conditions, **sampling, **edited}.items()
-        if isinstance(value, str | int | float)
+        for name, value in {**conditions, **values, **edited}.items()
+        if isinstance(value, str | int | float | tuple)  # pictures and features are too much for a text
     }
-    lists = {name: list(value) for name, value in conditions.items() if isinstance(value, tuple)}
-    save_png(result, out, drawing_text(manifest, variant, {**drawn, **lists, "seed": seed, "edited": bool(edited)}))
+    save_png(result, out, drawing_text(manifest, variant, {**drawn, "seed": seed, "edited": bool(edited)}))
     if save_tokens is not None:
         _save_tokens(result, variant, save_tokens)
     click.echo(_timing_table(result, manifest, variant))
@@ -222,11 +224,6 @@ def _draw(
             }
         )
     )
-
-
-def _per_scale(values: tuple[float, ...]) -> float | Any:
-    """One value, or an array [1, scales]."""
-    return values[0] if len(values) == 1 else np.array([values], dtype=np.float32)
 
 
 def _read_features(path: Path) -> dict[str, Any]:
