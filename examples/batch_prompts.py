@@ -9,18 +9,20 @@ from fastvar_trt.runtime import Pipeline, Request, RequestError
 
 
 def main(bundle: str, prompts: str, folder: str) -> None:
-    """Draw all prompts, batch by batch; those that the bundle refuses are named and left out."""
+    """Draw all prompts, batch by batch, each to a file named by its line; those that the bundle refuses are told."""
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = Path(prompts).read_text(encoding="utf-8").splitlines()
     with Pipeline.load(bundle) as pipe:
         requests = {}
-        for i, line in enumerate(lines):
-            request = Request(prompt=line, seed=i)
+        for i, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            request = Request(prompt=line.strip(), seed=i)
             try:
                 pipe.check([request])
             except RequestError as error:
-                print(f"line {i + 1} is left out: {error}")
+                print(f"line {i} is left out: {error}")
                 continue
             requests[i] = request
         size = max(pipe.manifest.batches)

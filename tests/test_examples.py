@@ -50,9 +50,9 @@ def run(name: str, *arguments: object) -> Any:
 def test_batches_and_previews(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n{'very ' * 60}blue cube\ntwo cubes on snow\n")
     run("batch_prompts", bundle, tmp_path / "prompts.txt", tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000.png", "0002.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0001.png", "0004.png"]
     told = capsys.readouterr().out
-    assert "line 2 is left out: prompt: got" in told and "2 pictures in" in told
+    assert "line 3 is left out: prompt: got" in told and "2 pictures in" in told
     run("stream_previews", bundle, PROMPT, tmp_path / "previews")
     names = sorted(p.name for p in (tmp_path / "previews").iterdir())
     assert names == ["picture.png", "scale_01.png", "scale_03.png", "scale_05.png"]
