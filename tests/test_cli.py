@@ -261,6 +261,9 @@ def test_export_refuses_what_it_cannot_export(bundle: Path, tmp_path: Path) -> N
     refused(run(fastvar_export, "bundle", "--out", out), "Missing option '--from'", exit_code=2)
     refused(run(fastvar_export, "scenes", "--from", out, "--out", out), "No such option '--from'", exit_code=2)
     refused(run(fastvar_export, "bundle", "--from", out, "--out", out), "--out needs --prune", exit_code=2)
+    unused = ("--out", out, "--lora-scale", 2)
+    for source in (("bundle", "--from", bundle), ("var", "--checkpoint", var, "--vae", vae)):
+        refused(run(fastvar_export, *source, *unused), "--lora-scale needs --lora", exit_code=2)
     refused(run(fastvar_export, "bundle", "--from", out), "give --out", exit_code=2)
     refused(run(fastvar_export, "stable-diffusion", "--out", out), "No such command 'stable-diffusion'", exit_code=2)
     refused(run(fastvar_export, *base, out, "--batch", "1,x"), "whole numbers separated by commas", exit_code=2)
@@ -290,6 +293,10 @@ def test_help(command: list[str]) -> None:
 
 
 def test_a_bundle_gets_another_plan(tiny_bundle: Path, tmp_path: Path) -> None:
+    done = run(fastvar_export, "bundle", "--from", tiny_bundle, "--batch", "1", "--out", tmp_path / "one")
+    assert done.exit_code == 0, done.output
+    assert "6 graphs (0 traced)" in done.output
+    assert read_manifest(tmp_path / "one").batches == (1,)
     arguments = ("bundle", "--from", tiny_bundle, "--prune", "none", "--batch", "1")
     done = run(fastvar_export, *arguments, "--out", tmp_path / "dense")
     assert done.exit_code == 0, done.output

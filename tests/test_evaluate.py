@@ -189,7 +189,7 @@ def test_plans_are_chosen_by_what_pictures_show(bundles: tuple[Path, Path], tmp_
     (front,) = (c for c in record["candidates"] if c["on_front"])
     assert chosen["measured"]["compliance"] == front["compliance"]
 
-    for more in (("--prompt", "a fox"), ("--class", 1), ("--scenes", 1)):
+    for more in (("--prompt", "a fox"), ("--class", 1), ("--scenes", 1), ("--seeds", 2)):
         assert CliRunner().invoke(main, [str(a) for a in (*arguments, *more)]).exit_code == 2
     less = [str(argument) if argument != 9 else "3" for argument in arguments]
     with pytest.MonkeyPatch.context() as patch:

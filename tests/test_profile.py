@@ -143,6 +143,8 @@ def test_pipelines_run_in_turns() -> None:
         (["B", "--operators", "--device", "cuda"], 2, "ONNX Runtime's profiler is read on the CPU only"),
         (["B", "--beside", "B", "--out", "unused"], 1, "has the name and the plan of"),
         (["--compare", "M", "M"], 1, "not a profile of `fastvar profile`"),
+        (["--compare", "M", "M", "--out", "unused"], 2, "--compare runs and writes nothing"),
+        (["--compare", "M", "M", "--estimate", "rtx3090"], 2, "--compare runs and writes nothing"),
         (["--compare", "none.json", "M"], 1, "cannot be read as JSON"),
     ],
 )

@@ -175,6 +175,9 @@ def test_candidates_need_a_cache_before_the_pruned_scales() -> None:
         ("0.5-cache2-layer0-unguided3", -3),
         ("0.5-cache2-layer0-unguided1", -1),
     ]
+    for arguments, option in ((([2], [0]), "--cache-scales"), (([-2], [0], [-1, 2]), "--unguided-from")):
+        with pytest.raises(PlanError, match=f"{option}: got 2, expected -1 or less"):
+            tune.candidate_plans([(0.5,)], *arguments)
 
 
 def candidate(work: float, ssim: float, held: int | None = None) -> tune.Candidate:

@@ -57,7 +57,7 @@ def compare(
     bundle_b: Path,
     labels: tuple[int, ...],
     prompts: tuple[str, ...],
-    seeds: int,
+    seeds: int | None,
     cfg: float | None,
     references: Path | None,
     greedy: bool,

@@ -106,8 +106,16 @@ def _lora() -> list[click.Option]:
             type=click.Path(path_type=Path),
             help="LoRA of the checkpoint to merge: a file, or PEFT's folder.",
         ),
-        click.Option(["--lora-scale"], type=float, default=1.0, show_default=True, help="A factor on it."),
+        click.Option(["--lora-scale"], type=float, help="A factor on it. Default: 1."),
     ]
+
+
+def _lora_with_scale(lora: Path | None, scale: float | None) -> tuple[Path, float] | None:
+    if lora is None:
+        if scale is not None:
+            raise click.UsageError("--lora-scale needs --lora, which it is a factor on")
+        return None
+    return lora, 1.0 if scale is None else scale
 
 
 def _destinations(*, out_required: bool = True) -> list[click.Option]:
@@ -143,18 +151,18 @@ def _source_command(command: SourceCommand) -> click.Command:
         calibration: tuple[Any, ...],
         with_encoder: bool,
         lora: Path | None,
-        lora_scale: float,
+        lora_scale: float | None,
         examples_file: Path | None,
         max_top_k: int = 0,
         **own: Any,
     ) -> None:
+        merged = _lora_with_scale(lora, lora_scale)
         sizes = [(size, load_plan(prune or command.default_plan(**size))) for size in command.sizes(**own)]
-
         offered = () if examples_file is None else _lines(examples_file)
 
         def load(size: Mapping[str, Any]) -> Any:
             source = command.load(**size)
-            source = source if lora is None else source.with_lora(lora, lora_scale)
+            source = source if merged is None else source.with_lora(*merged)
             return source.with_encoder() if with_encoder else source
 
         def export(out: Path, progress: ProgressBar) -> Any:
@@ -232,12 +240,13 @@ def _bundle_command() -> click.Command:
         batches: tuple[int, ...] | None,
         checkpoint: Path | None,
         lora: Path | None,
-        lora_scale: float,
+        lora_scale: float | None,
         out: Path | None,
         targets: str | None,
         triton: Path | None,
         force: bool,
     ) -> None:
+        merged = _lora_with_scale(lora, lora_scale)
         changes = (prune, precision, batches, targets, checkpoint, lora)
         if out is None:
             more = integer_kv or matrices or calibration
@@ -247,9 +256,10 @@ def _bundle_command() -> click.Command:
             return
         if lora is not None and checkpoint is None:
             raise click.UsageError("--lora needs --checkpoint, which it is of")
-        if prune is None and precision is None and not integer_kv and checkpoint is None:
+        if not integer_kv and all(change is None for change in (prune, precision, batches, checkpoint)):
             raise click.UsageError(
-                "--out needs --prune, --precision, --integer-kv or --checkpoint: what the new bundle has of its own"
+                "--out needs --prune, --precision, --integer-kv, --batch or --checkpoint: what the new bundle has of "
+                "its own"
             )
         if precision is None and matrices:
             raise click.UsageError("--matrix needs --precision")
@@ -268,7 +278,7 @@ def _bundle_command() -> click.Command:
                 calibration=calibration,
                 batches=batches,
                 checkpoint=checkpoint,
-                lora=None if lora is None else (lora, lora_scale),
+                lora=merged,
                 force=force,
                 progress=progress,
             )
@@ -293,9 +303,9 @@ def _bundle_command() -> click.Command:
         "bundle",
         params=params,
         callback=run,
-        help="The model of a bundle with another pruning plan or precision, without the checkpoint, or with another "
-        "one: only the graphs that a plan changes are traced. With --triton and no --out, the bundle goes into a model "
-        "repository as it is.",
+        help="The model of a bundle with another plan, precision or batch sizes, without its checkpoint, or with "
+        "another one: only the graphs that a plan changes are traced. With --triton and no --out, the bundle goes "
+        "into a model repository as it is.",
         epilog=examples(*_BUNDLE_EXAMPLES),
     )
 

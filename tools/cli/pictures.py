@@ -16,6 +16,7 @@ from fastvar_trt.runtime.manifest import Condition, Manifest
 from fastvar_trt.tools.measure.compare import Pictures
 from fastvar_trt.tools.measure.evaluate import Judge, load_checker, read_cases
 
+_SEEDS = 8
 _FEW_CLASSES = 16  # all of them are drawn where nothing else is asked for
 _SCENES = "fastvar_trt.tools.scenes.cases:check"
 _IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -33,9 +34,7 @@ def request_options(command: Any) -> Any:
             help="Photographs of the classes: a folder with one sub-folder per class index.",
         ),
         click.option("--cfg", type=float, help="Guidance scale; default: the bundle's."),
-        click.option(
-            "--seeds", type=click.IntRange(1), default=8, show_default=True, help="Images per class or prompt."
-        ),
+        click.option("--seeds", type=click.IntRange(1), help=f"Images per class or prompt. Default: {_SEEDS}."),
         click.option("--prompt", "prompts", multiple=True, help="Text, for a model of text; repeat for more."),
         click.option("--class", "labels", type=int, multiple=True, help="Class index; default: all, if they are few."),
     ):
@@ -92,9 +91,9 @@ def judge_of(
 
 
 def picture_requests(
-    bundle: Path, labels: tuple[int, ...], prompts: tuple[str, ...], num_seeds: int, manifest: Manifest
+    bundle: Path, labels: tuple[int, ...], prompts: tuple[str, ...], num_seeds: int | None, manifest: Manifest
 ) -> Pictures:
-    """Every class or prompt with every seed.
+    """Every class or prompt with so many seeds; None: the default.
 
     Raises:
         RequestError: classes for a model of text, or the other way round; a class that the model has not; a bundle
@@ -134,7 +133,8 @@ def subject_name(subject: int | str) -> str:
     return subject if isinstance(subject, str) else f"class {subject}"
 
 
-def _with_seeds(subjects: tuple[Any, ...], num_seeds: int) -> Pictures:
+def _with_seeds(subjects: tuple[Any, ...], num_seeds: int | None) -> Pictures:
+    num_seeds = num_seeds or _SEEDS
     repeated = tuple(subject for subject in subjects for _ in range(num_seeds))
     return Pictures(repeated, tuple(range(num_seeds)) * len(subjects))
 

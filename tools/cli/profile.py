@@ -77,6 +77,10 @@ def profile(
     if (bundle is None) == (compare is None):
         raise click.UsageError("give a BUNDLE, or --compare with two profiles")
     if compare is not None:
+        if operators or any(option is not None for option in (beside, gpu, batch, out)):
+            raise click.UsageError(
+                "--compare runs and writes nothing: leave out --operators, --beside, --estimate, --batch and --out"
+            )
         a, b = (_read(path) for path in compare)
         click.echo(profiling.comparison_table(a, b))
         click.echo(json.dumps({"a_ms": round(a.total_ms, 3), "b_ms": round(b.total_ms, 3)}))

@@ -84,7 +84,7 @@ def tune(
     bundle: Path,
     labels: tuple[int, ...],
     prompts: tuple[str, ...],
-    seeds: int,
+    seeds: int | None,
     cfg: float | None,
     references: Path | None,
     num_scenes: int | None,
@@ -125,8 +125,10 @@ def tune(
     if judge is None:
         pictures = picture_requests(bundle, labels, prompts, seeds, manifest)
     else:
-        if labels or prompts:
-            raise click.UsageError("--class and --prompt go without --scenes and --prompts, which have their own")
+        if labels or prompts or seeds is not None:
+            raise click.UsageError(
+                "--class, --prompt and --seeds go without --scenes and --prompts, which have their own"
+            )
         check_takes_prompts(manifest, bundle)
         pictures = judge.pictures
     least_ssim = (0.9 if judge is None else 0.0) if min_ssim is None else min_ssim

@@ -118,7 +118,13 @@ def candidate_plans(
         cache_scales: counted from the end, so negative.
         first_layers: first pruned layer.
         unguided_from: where guidance ends, counted from the end; besides guidance at all scales.
+
+    Raises:
+        PlanError: a scale that is not counted from the end.
     """
+    for option, scales in (("--cache-scales", cache_scales), ("--unguided-from", unguided_from)):
+        if (highest := max(scales, default=-1)) >= 0:
+            raise PlanError(f"{option}: got {highest}, expected -1 or less: scales are counted from the end")
     plans = []
     for values, cache_scale, first_layer, end in itertools.product(
         fractions, cache_scales, first_layers, (None, *unguided_from)
