@@ -93,14 +93,6 @@ def test_a_missing_onnxruntime_is_named(tiny_bundle: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_no_package_imports_the_tests() -> None:
-    for top in ("export", "runtime", "plugins", "serving", "tools"):
-        for path in (ROOT / top).rglob("*.py"):
-            text = path.read_text()
-            assert "import tests" not in text, path
-            assert "from tests" not in text, path
-
-
 def test_what_is_installed_needs_no_clone(tmp_path: Path) -> None:
     """The source distribution, a wheel made of it, and that in a fresh environment: the demo's model draws."""
     source, home = tmp_path / "source", tmp_path / "home"

@@ -27,6 +27,7 @@ from fastvar_trt.tools.measure.compare import Comparison, Pictures, compare, dra
 from fastvar_trt.tools.measure.evaluate import Share
 from fastvar_trt.tools.measure.quality import (
     ImageMetrics,
+    ReferenceMetrics,
     image_metrics,
     mean_metrics,
     nearest_distances,
@@ -153,15 +154,6 @@ def test_the_sweep_agrees_with_the_runtime(tiny_bundle: Path, tmp_path: Path) ->
     assert result.candidates[0].on_front
 
 
-def test_choose_takes_the_fastest_that_holds(tiny_bundle: Path, tmp_path: Path) -> None:
-    result = tune.sweep(tiny_bundle, [TINY_PLAN], PICTURES, cfg=1.5)
-    assert tune.choose(result, min_ssim=0.0, max_drop=1.0) is None  # nothing was measured
-    result = tune.measure_front(tiny_bundle, result, tmp_path, PICTURES, cfg=1.5)
-    chosen = tune.choose(result, min_ssim=0.0, max_drop=0.0)
-    assert chosen is not None and chosen.plan == TINY_PLAN
-    assert tune.choose(result, min_ssim=1.0, max_drop=0.0) is None
-
-
 def test_candidates_need_a_cache_before_the_pruned_scales() -> None:
     plans = tune.candidate_plans([(0.5,), (0.4, 0.5)], [-2, -3], [0, 1])
     assert {(p.fractions, p.cache_scale) for p in plans} == {
@@ -196,12 +188,36 @@ def test_the_best_are_the_front_and_some_all_along_it() -> None:
     assert tune.best(shown, 2) == shown[:2], "compliance comes first"
 
 
+def measured(
+    one: tune.Candidate,
+    ssim: float,
+    speedup: float,
+    references: tuple[ReferenceMetrics, ReferenceMetrics] | None = None,
+) -> tune.Candidate:
+    """That candidate on the front."""
+    comparison = Comparison(PICTURES, (), ImageMetrics(30.0, ssim, 1.0), {}, speedup, (1.0, 0.5), references)
+    return dataclasses.replace(one, on_front=True, measured=comparison)
+
+
+def test_choose_takes_the_fastest_that_holds() -> None:
+    dense, near, far = (ReferenceMetrics(distance, 0.5) for distance in (0.1, 0.108, 0.125))
+    fast = measured(candidate(0.1, 0.9), 0.91, 3.0, (dense, far))
+    slow = measured(candidate(0.2, 0.92), 0.93, 2.0, (dense, near))
+    unmeasured = dataclasses.replace(candidate(0.3, 0.99), on_front=True)
+    result = tune.Sweep((fast, slow, unmeasured), None)
+    for min_ssim, max_drop, expected in (
+        (0.0, 0.3, fast),
+        (0.0, 0.1, slow),
+        (0.92, 0.3, slow),
+        (0.0, 0.05, None),
+        (0.94, 0.3, None),
+    ):
+        assert tune.choose(result, min_ssim=min_ssim, max_drop=max_drop) == expected
+
+
 def test_a_plan_may_lose_so_many_prompts() -> None:
-    found = []
-    for i in range(3):  # the less work, the faster, and the fewer prompts hold
-        measured = Comparison(PICTURES, (), ImageMetrics(30.0, 0.95, 1.0), {}, 9.0 - i, (1.0, 0.5), None)
-        one = candidate(0.1 * (i + 1), 0.9, held=8 + i)
-        found.append(dataclasses.replace(one, on_front=True, measured=measured))
+    # The less work, the faster, and the fewer prompts hold.
+    found = [measured(candidate(0.1 * (i + 1), 0.9, held=8 + i), 0.95, 9.0 - i) for i in range(3)]
     result = tune.Sweep(tuple(found), None, Share(10, 10))
     for max_loss, expected in ((0.0, 2), (0.11, 1), (0.21, 0)):
         assert tune.choose(result, min_ssim=0.9, max_drop=0, max_loss=max_loss) == found[expected]
