@@ -1,1 +1,1 @@
-"""Commands around a bundle: generate, inspect, verify, build."""
+"""Around bundles: the commands, measurements, the world of scenes and the training of its model, the check of a GPU."""

@@ -1,4 +1,4 @@
-"""What `fastvar compare` and `fastvar tune` share: which pictures are drawn, and photographs to judge them by."""
+"""What `fastvar compare`, `tune` and `evaluate` share: which pictures are drawn, and what they are judged by."""
 
 from __future__ import annotations
 
