@@ -177,7 +177,7 @@ def test_a_truncated_checkpoint(tmp_path: Path, states: Any) -> None:
         load_state_dict(tmp_path / "var.pth", ("trainer", "var_wo_ddp"))
 
 
-def test_a_pickle_with_flipped_bits(tmp_path: Path, states: Any, rng: Any) -> None:
+def test_a_pickle_with_flipped_bits(tmp_path: Path, rng: Any) -> None:
     torch.save({"weight": torch.zeros(300)}, tmp_path / "good.pth")
     content = (tmp_path / "good.pth").read_bytes()
     for place in rng.integers(len(content), size=300):

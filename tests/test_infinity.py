@@ -112,7 +112,6 @@ def test_padding_is_not_read(bundle: Path) -> None:
     with Pipeline.load(bundle) as pipe:
         expected = pipe.generate(text_features=features(4), greedy=True, return_logits=True)
     source = tiny_infinity()
-    model = source.new_model(FP32)
     short = dataclasses.replace(source.config, text_length=4)
     source = dataclasses.replace(source, config=short)
     model = source.new_model(FP32)

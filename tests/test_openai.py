@@ -84,7 +84,7 @@ def pipe(editing_bundle: Path) -> Iterator[Pipeline]:
         yield pipeline
 
 
-def test_pictures_are_generated(client: openai.OpenAI, pipe: Pipeline, tiny_bundle: Path) -> None:
+def test_pictures_are_generated(client: openai.OpenAI, pipe: Pipeline) -> None:
     # A model of classes takes an index as its prompt.
     answer = client.images.generate(
         model="edits", prompt="4", n=3, size="128x128", response_format="b64_json", user="somebody",

@@ -204,7 +204,7 @@ def test_choose_takes_the_fastest_that_holds() -> None:
     fast = measured(candidate(0.1, 0.9), 0.91, 3.0, (dense, far))
     slow = measured(candidate(0.2, 0.92), 0.93, 2.0, (dense, near))
     unmeasured = dataclasses.replace(candidate(0.3, 0.99), on_front=True)
-    result = tune.Sweep((fast, slow, unmeasured), None)
+    result = tune.Sweep((fast, slow, unmeasured))
     for min_ssim, max_drop, expected in (
         (0.0, 0.3, fast),
         (0.0, 0.1, slow),
@@ -218,7 +218,7 @@ def test_choose_takes_the_fastest_that_holds() -> None:
 def test_a_plan_may_lose_so_many_prompts() -> None:
     # The less work, the faster, and the fewer prompts hold.
     found = [measured(candidate(0.1 * (i + 1), 0.9, held=8 + i), 0.95, 9.0 - i) for i in range(3)]
-    result = tune.Sweep(tuple(found), None, Share(10, 10))
+    result = tune.Sweep(tuple(found), Share(10, 10))
     for max_loss, expected in ((0.0, 2), (0.11, 1), (0.21, 0)):
         assert tune.choose(result, min_ssim=0.9, max_drop=0, max_loss=max_loss) == found[expected]
     assert tune.choose(result, min_ssim=0.96, max_drop=0, max_loss=1) is None

@@ -167,7 +167,7 @@ def test_linked_weights_are_named(quantised: Callable[[str], Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("has_vnni", [True, False])
-def test_products_of_integers_are_exact(has_vnni: bool, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_products_of_integers_are_exact(has_vnni: bool, rng: np.random.Generator) -> None:
     """With int8 matrices, or uint8 ones, where pairs of products would saturate: the standard's form, to rounding."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper

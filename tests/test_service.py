@@ -193,7 +193,7 @@ def test_no_memory_for_the_copies_of_a_picture(pipe: Pipeline, monkeypatch: pyte
     assert (metrics.failed, metrics.completed, metrics.accepted) == (2, 1, 3)
 
 
-def test_replacing_and_closing_at_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replacing_and_closing_at_once(pipe: Pipeline) -> None:
     """Whatever comes first, neither waits for the other for ever."""
     service = Service(pipe, max_wait_s=5.0)
     ticket = service.submit(ImageRequest(label=1))  # the worker waits for another to join it

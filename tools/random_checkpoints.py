@@ -41,7 +41,6 @@ def random_checkpoint(
     shared_aln: bool = False,
     attn_l2_norm: bool = True,
     with_encoder: bool = False,
-    seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """State dicts of a VAR and of its VQVAE, fp32, in the official keys.
 
@@ -62,7 +61,7 @@ def random_checkpoint(
         attn_l2_norm=attn_l2_norm,
     )
     vae_config = _vqvae(vocab_size, code_channels, vae_channels, with_encoder)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     state = {key: _tensor(key, shape, generator) for key, shape in expected_var_keys(config).items()}
     levels = [torch.full((side * side,), k) for k, side in enumerate(patch_nums)]
     state["lvl_1L"] = torch.cat(levels).unsqueeze(0)
@@ -165,13 +164,8 @@ def random_hart_folders(
     context_tokens: int,
     text_width: int,
     vocab_size: int = 512,
-    code_channels: int = 32,
-    vae_channels: int = 32,
-    diffusion_width: int = 64,
-    diffusion_depth: int = 2,
     attn_l2_norm: bool = False,
     with_encoder: bool = False,
-    seed: int = 0,
 ) -> Path:
     """The folders `llm` and `tokenizer` of a HART, as published, in `folder`.
 
@@ -188,19 +182,19 @@ def random_hart_folders(
         num_heads=num_heads,
         mlp_width=(8 * width // 3 + 255) // 256 * 256,
         vocab_size=vocab_size,
-        code_channels=code_channels,
+        code_channels=32,
         patch_nums=patch_nums,
         context_tokens=context_tokens,
         text_width=text_width,
         has_context_norm=True,
         has_timestep_embed=True,
         attn_l2_norm=attn_l2_norm,
-        diffusion_width=diffusion_width,
-        diffusion_depth=diffusion_depth,
+        diffusion_width=64,
+        diffusion_depth=2,
         diffusion_steps=8,
     )
-    vae_config = _vqvae(vocab_size, code_channels, vae_channels, with_encoder)
-    generator = torch.Generator().manual_seed(seed)
+    vae_config = _vqvae(vocab_size, config.code_channels, 32, with_encoder)
+    generator = torch.Generator().manual_seed(0)
     state = {key: _tensor(key, shape, generator) for key, shape in expected_hart_keys(config).items()}
     vae_state = {f"vae.{key}": _tensor(key, shape, generator) for key, shape in expected_vae_keys(vae_config).items()}
     data = {

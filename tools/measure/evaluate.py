@@ -23,6 +23,7 @@ from fastvar_trt.tools.measure.compare import Pictures, take_turns
 from fastvar_trt.tools.measure.quality import ImageMetrics, image_metrics, mean_metrics
 
 _Z95 = 1.96  # of the normal distribution, two-sided
+_SAMPLE_WIDTH = 256  # pixels
 ALL = "all"  # categories; and prompts, whatever their tag
 UNTAGGED = "untagged"
 
@@ -283,7 +284,6 @@ def evaluate(
     *,
     vif: bool = True,
     num_samples: int = 8,
-    sample_side: int = 256,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Draw every case with every bundle in turn, and check and compare the pictures.
@@ -293,8 +293,7 @@ def evaluate(
         judge: has what is drawn, and looks at the pictures.
         options: further arguments of `Pipeline.generate`.
         vif: compute VIF, which takes longest.
-        num_samples: of how many cases the pictures are kept, scaled to `sample_side` pixels of width.
-        sample_side: see there.
+        num_samples: of how many cases the pictures are kept, scaled to a width of 256 pixels.
         progress: called with the number of cases drawn since the last call.
 
     Raises:
@@ -315,7 +314,7 @@ def evaluate(
             if i:
                 first = turns[0].result.images
                 metrics[i] += [image_metrics(x, y, vif=vif) for x, y in zip(first, images, strict=True)]
-            samples[i] += [_small(x, sample_side) for x in images[: max(num_samples - rows.start, 0)]]
+            samples[i] += [_small(x) for x in images[: max(num_samples - rows.start, 0)]]
         progress(len(pictures[rows]))
     return Evaluation(
         judge.cases,
@@ -333,6 +332,6 @@ def evaluate(
     )
 
 
-def _small(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    height = round(side * picture.shape[0] / picture.shape[1])
-    return np.asarray(Image.fromarray(picture).resize((side, height), Image.Resampling.LANCZOS))
+def _small(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height = round(_SAMPLE_WIDTH * picture.shape[0] / picture.shape[1])
+    return np.asarray(Image.fromarray(picture).resize((_SAMPLE_WIDTH, height), Image.Resampling.LANCZOS))

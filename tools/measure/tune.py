@@ -101,7 +101,6 @@ class Sweep:
     """All candidates by rising work, and the dense chain that they are judged against."""
 
     candidates: tuple[Candidate, ...]
-    dense_references: ReferenceMetrics | None
     dense_compliance: Share | None = None
 
 
@@ -340,7 +339,6 @@ def sweep(
     front = {one.plan for one in _front(one for one in candidates if one.num_images == len(pictures))}
     return Sweep(
         tuple(dataclasses.replace(one, on_front=one.plan in front) for one in candidates),
-        of_dense.mean_references(),
         None if judge is None else Share(of_dense.held, of_dense.num_images),
     )
 
