@@ -23,6 +23,7 @@ from fastvar_trt.runtime.layout import kv_bytes
 from fastvar_trt.runtime.manifest import Manifest
 from fastvar_trt.runtime.plan import DENSE
 from fastvar_trt.tools.measure.work import chain_multiply_adds
+from fastvar_trt.tools.sheets import saved_figure
 from fastvar_trt.tools.tables import format_table
 
 PROMPT = "a red sphere left of a blue cube on sand"
@@ -118,11 +119,6 @@ def _exponent(pixels: list[int], seconds: list[float]) -> float:
 
 
 def _report(records: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     pixels = [r["pixels"] for r in records]
     dense, pruned = ([r[key] for r in records] for key in ("dense_s", "pruned_s"))
     exponents = [_exponent(pixels, seconds) for seconds in (dense, pruned)]
@@ -137,17 +133,16 @@ def _report(records: list[dict[str, Any]], path: Path) -> None:
     header = ["size", "dense s", "pruned s", "speed-up", "tokens x layers", "KV MiB", "work"]
     click.echo("\n" + format_table(header, rows))
     click.echo(f"time ~ pixels^x: dense x = {exponents[0]:.2f}, pruned x = {exponents[1]:.2f}")
-    figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
-    for name, seconds, exponent in (("dense", dense, exponents[0]), ("pruned", pruned, exponents[1])):
-        axes.loglog(pixels, seconds, "o-", label=f"{name}, pixels^{exponent:.2f}")
-    axes.set_xticks(pixels, [str(r["size"]) for r in records])
-    axes.minorticks_off()
-    axes.set_xlabel("picture")
-    axes.set_ylabel("seconds, all steps")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, (6, 4.2)) as figure:
+        axes = figure.subplots()
+        for name, seconds, exponent in (("dense", dense, exponents[0]), ("pruned", pruned, exponents[1])):
+            axes.loglog(pixels, seconds, "o-", label=f"{name}, pixels^{exponent:.2f}")
+        axes.set_xticks(pixels, [str(r["size"]) for r in records])
+        axes.minorticks_off()
+        axes.set_xlabel("picture")
+        axes.set_ylabel("seconds, all steps")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 if __name__ == "__main__":

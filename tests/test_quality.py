@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from fastvar_trt.tools.measure.quality import (
 from fastvar_trt.tools.measure.work import chain_multiply_adds, step_multiply_adds
 from fastvar_trt.tools.scenes.renderer import render
 from fastvar_trt.tools.scenes.world import random_scene
-from fastvar_trt.tools.sheets import contact_sheet, error_map
+from fastvar_trt.tools.sheets import contact_sheet, error_map, saved_figure
 
 PICTURES = Pictures((1, 2, 3), (0, 1, 2))
 
@@ -113,6 +114,21 @@ def test_a_contact_sheet_shows_every_picture() -> None:
         assert (sheet == value).all(axis=-1).sum() >= 60 * 60
     wrapped = np.asarray(contact_sheet(["a", "b"], [("one " * 20, [flat(10), flat(20)]), ("two", [flat(30)] * 2)], 64))
     assert wrapped.shape[1] == sheet.shape[1] and wrapped.shape[0] > sheet.shape[0] + 2 * 64
+
+
+def test_a_plot_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "plot.png"
+    with saved_figure(path, (2, 1)) as figure:
+        figure.subplots().plot([1, 2])
+    before = path.read_bytes()
+    assert Image.open(path).size == (220, 110)
+    monkeypatch.setattr(Image.Image, "save", full)  # which matplotlib writes by
+    with pytest.raises(RequestError, match="cannot be written: No space left"), saved_figure(path, (2, 1)):
+        pass
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_counted_work_of_a_small_model(tiny_bundle: Path) -> None:

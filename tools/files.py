@@ -10,19 +10,21 @@ from pathlib import Path
 from fastvar_trt.runtime.errors import RequestError
 
 
-def check_writable(path: Path) -> None:
-    """That a file can be written there; makes its folder.
+def check_writable(*paths: Path | None) -> None:
+    """That files can be written there; makes their folders. None: a file that is not asked for.
 
     Raises:
-        RequestError: it cannot.
+        RequestError: one cannot.
     """
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"{folder}: cannot be made: {error.strerror}; give another output") from error
-    if path.is_dir() or not os.access(folder, os.W_OK):
-        raise RequestError(f"{path}: cannot be written; give another output")
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"{path.parent}: cannot be made: {error.strerror}; give another output") from error
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise RequestError(f"{path}: cannot be written; give another output")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""Contact sheets: pictures in rows and columns with captions, and error maps."""
+"""Contact sheets: pictures in rows and columns with captions, and error maps; and plots as files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,18 @@ def save_image(image: Image.Image, path: Path, text: PngInfo | None = None) -> N
     """
     with replacing(path) as partial:
         image.save(partial, format="PNG", pnginfo=text)
+
+
+@contextlib.contextmanager
+def saved_figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure of matplotlib, `size` in inches, that is written as a PNG when the block ends well.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    from matplotlib.figure import Figure  # comes with the extra `quality`
+
+    figure = Figure(size, layout="constrained")
+    yield figure
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools.cli.command import ErrorCommand, counting_bar, examples
-from fastvar_trt.tools.cli.pictures import picture_requests, references_of, request_options, subject_name, vif_option
-from fastvar_trt.tools.files import check_writable, write_text
+from fastvar_trt.tools.cli.pictures import (
+    echo_json,
+    json_option,
+    picture_requests,
+    references_of,
+    request_options,
+    subject_name,
+    vif_option,
+)
+from fastvar_trt.tools.files import check_writable
 from fastvar_trt.tools.measure.compare import Comparison, check_comparable, draw_side_by_side, shared_sampling
 from fastvar_trt.tools.measure.compare import compare as measure
 from fastvar_trt.tools.measure.quality import require_libraries
@@ -51,7 +58,7 @@ def _comparison_table(comparison: Comparison) -> str:
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="PNG: A, B and their error, one row per class or prompt."
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the JSON line to this file.")
+@json_option
 def compare(
     bundle_a: Path,
     bundle_b: Path,
@@ -71,9 +78,7 @@ def compare(
     times, measured in turn. Needs the extra `quality`.
     """
     require_libraries()
-    for path in (out, json_file):
-        if path is not None:
-            check_writable(path)
+    check_writable(out, json_file)
     with Pipeline.load(bundle_a) as a, Pipeline.load(bundle_b) as b:
         check_comparable(a, b)
         pictures = picture_requests(bundle_a, labels, prompts, 1 if greedy else seeds, a.manifest)
@@ -95,10 +100,7 @@ def compare(
                 f"{name}: distance to the nearest photograph of its class {metrics.distance:.4f}, nearest to its own "
                 f"class {metrics.accuracy:.1%}"
             )
-    line = json.dumps({"a": str(bundle_a), "b": str(bundle_b), **comparison.to_json()})
-    click.echo(line)
-    if json_file is not None:
-        write_text(json_file, line + "\n")
+    echo_json({"a": str(bundle_a), "b": str(bundle_b), **comparison.to_json()}, json_file)
     if out is not None:
         subjects = pictures.subjects
         firsts = [subjects.index(subject) for subject in dict.fromkeys(subjects)]

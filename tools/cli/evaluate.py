@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 from pathlib import Path
 
@@ -12,8 +11,16 @@ from PIL import Image
 
 from fastvar_trt.runtime.pipeline import Pipeline
 from fastvar_trt.tools.cli.command import ErrorCommand, RuntimeOptions, counting_bar, examples, runtime_options
-from fastvar_trt.tools.cli.pictures import check_takes_prompts, judge_of, judge_options, vif_option
-from fastvar_trt.tools.files import check_writable, write_text
+from fastvar_trt.tools.cli.pictures import (
+    cfg_option,
+    check_takes_prompts,
+    echo_json,
+    json_option,
+    judge_of,
+    judge_options,
+    vif_option,
+)
+from fastvar_trt.tools.files import check_writable
 from fastvar_trt.tools.measure.compare import check_comparable, shared_sampling
 from fastvar_trt.tools.measure.evaluate import ALL, Evaluation
 from fastvar_trt.tools.measure.evaluate import evaluate as measure
@@ -35,10 +42,10 @@ _ON_SHEET = 8
 @click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
 @judge_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Prompt i gets seed + i.")
-@click.option("--cfg", type=float, help="Guidance scale; default: the bundle's.")
+@cfg_option
 @vif_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="PNG: the first pictures of every bundle.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the JSON line to this file.")
+@json_option
 @runtime_options
 def evaluate(
     bundles: tuple[Path, ...],
@@ -62,9 +69,7 @@ def evaluate(
     judge = judge_of(num_scenes, held_out, prompts_file, checker, seed)
     if judge is None:
         raise click.UsageError("give one of --scenes and --prompts")
-    for path in (out, json_file):
-        if path is not None:
-            check_writable(path)
+    check_writable(out, json_file)
     with contextlib.ExitStack() as stack:
         pipelines = [stack.enter_context(runtime.load(bundle)) for bundle in bundles]
         _check_bundles(pipelines)
@@ -76,10 +81,7 @@ def evaluate(
     if len(bundles) > 1:
         click.echo("\n" + _likeness_table(result, names))
     click.echo("\n" + _time_table(result, names))
-    line = json.dumps(result.to_json())
-    click.echo(line)
-    if json_file is not None:
-        write_text(json_file, line + "\n")
+    echo_json(result.to_json(), json_file)
     if out is not None:
         save_image(_sheet(result, names), out)
 

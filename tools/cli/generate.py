@@ -177,9 +177,7 @@ def _draw(
         raise click.UsageError("give --class, --prompt or --text-features")
     if negative_prompts and not prompts:
         raise click.UsageError("--negative-prompt needs --prompt")
-    for path in (out, save_tokens):
-        if path is not None:
-            check_writable(path)
+    check_writable(out, save_tokens)
     values = {k: v[0] if isinstance(v, tuple) and len(v) == 1 else v for k, v in values.items()}
     sampling: dict[str, Any] = {  # what is given per scale: an array [1, scales]
         k: np.array([v], dtype=np.float32) if isinstance(v, tuple) else v for k, v in values.items()

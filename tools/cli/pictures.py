@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from fastvar_trt.runtime.errors import RequestError
 from fastvar_trt.runtime.manifest import Condition, Manifest
+from fastvar_trt.tools.files import write_text
 from fastvar_trt.tools.measure.compare import Pictures
 from fastvar_trt.tools.measure.evaluate import Judge, load_checker, read_cases
 
@@ -21,8 +23,11 @@ _FEW_CLASSES = 16  # all of them are drawn where nothing else is asked for
 _SCENES = "fastvar_trt.tools.scenes.cases:check"
 _IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp"}
 
-
+cfg_option = click.option("--cfg", type=float, help="Guidance scale; default: the bundle's.")
 vif_option = click.option("--vif/--no-vif", default=True, show_default=True, help="VIF takes longest.")
+json_option = click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Also write the JSON line to this file."
+)
 
 
 def request_options(command: Any) -> Any:
@@ -33,7 +38,7 @@ def request_options(command: Any) -> Any:
             type=click.Path(path_type=Path),
             help="Photographs of the classes: a folder with one sub-folder per class index.",
         ),
-        click.option("--cfg", type=float, help="Guidance scale; default: the bundle's."),
+        cfg_option,
         click.option("--seeds", type=click.IntRange(1), help=f"Images per class or prompt. Default: {_SEEDS}."),
         click.option("--prompt", "prompts", multiple=True, help="Text, for a model of text; repeat for more."),
         click.option("--class", "labels", type=int, multiple=True, help="Class index; default: all, if they are few."),
@@ -126,6 +131,18 @@ def check_takes_prompts(manifest: Manifest, bundle: Path) -> None:
         raise RequestError(f"bundle {bundle}: draws classes, expected one that draws from text")
     if manifest.text_encoder is None:
         raise RequestError(f"bundle {bundle}: has no text encoder for prompts; export it with --text-encoder")
+
+
+def echo_json(data: Any, json_file: Path | None) -> None:
+    """A line of JSON, and the same to a file where one is given.
+
+    Raises:
+        RequestError: that cannot be written.
+    """
+    line = json.dumps(data)
+    click.echo(line)
+    if json_file is not None:
+        write_text(json_file, line + "\n")
 
 
 def subject_name(subject: int | str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastvar_trt.tools.files import write_text
 from fastvar_trt.tools.gpu_check.sections import Section
+from fastvar_trt.tools.sheets import saved_figure
 from fastvar_trt.tools.tables import format_table
 
 FILES = ("gpu_check.json", "gpu_check.md", "gpu_check.png")
@@ -44,27 +45,16 @@ def _to_markdown(sections: Sequence[Section], machine: dict[str, str]) -> str:
 
 def plot(speeds: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Bars: the time of every variant, model by model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     height = sum(len(rows) for rows in speeds.values())
-    figure, axes = pyplot.subplots(
-        len(speeds),
-        figsize=(8, 1.2 + 0.32 * height + 0.6 * len(speeds)),
-        height_ratios=[len(rows) for rows in speeds.values()],
-        squeeze=False,
-        layout="constrained",
-    )
-    for (title, rows), ax in zip(speeds.items(), axes[:, 0], strict=True):
-        names = [row["variant"] for row in rows]
-        colours = ["tab:grey" if name.startswith("PyTorch") else "tab:blue" for name in names]
-        bars = ax.barh(names, [row["ms"] for row in rows], color=colours)
-        ax.bar_label(bars, fmt="%.1f", padding=3)
-        ax.margins(x=0.12)
-        ax.invert_yaxis()
-        ax.set_title(title)
-    axes[-1, 0].set_xlabel("ms per image, medians")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, (8, 1.2 + 0.32 * height + 0.6 * len(speeds))) as figure:
+        ratios = [len(rows) for rows in speeds.values()]
+        axes = figure.subplots(len(speeds), height_ratios=ratios, squeeze=False)
+        for (title, rows), ax in zip(speeds.items(), axes[:, 0], strict=True):
+            names = [row["variant"] for row in rows]
+            colours = ["tab:grey" if name.startswith("PyTorch") else "tab:blue" for name in names]
+            bars = ax.barh(names, [row["ms"] for row in rows], color=colours)
+            ax.bar_label(bars, fmt="%.1f", padding=3)
+            ax.margins(x=0.12)
+            ax.invert_yaxis()
+            ax.set_title(title)
+        axes[-1, 0].set_xlabel("ms per image, medians")

@@ -27,6 +27,7 @@ from fastvar_trt.tools.measure.work import (
     output_bytes,
     step_multiply_adds,
 )
+from fastvar_trt.tools.sheets import saved_figure
 from fastvar_trt.tools.tables import format_table
 
 FORMAT_VERSION = 1
@@ -348,27 +349,23 @@ def comparison_table(a: Profile, b: Profile) -> str:
 
 def plot(profiles: Mapping[str, Profile], path: Path) -> None:
     """Stacked bars: one per profile, one part per graph."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
 
     scales = {g.name: g.scale for profile in profiles.values() for g in profile.graphs}
-    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.95, max(len(scales), 2)))
-    figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.8 * len(profiles)), layout="constrained")
-    labels = list(profiles)
-    left = np.zeros(len(labels))
-    for (name, scale), colour in zip(scales.items(), colours, strict=False):
-        medians = {label: {g.name: g.p50_ms for g in profile.graphs} for label, profile in profiles.items()}
-        widths = np.array([medians[label].get(name, 0.0) for label in labels])
-        axes.barh(labels, widths, left=left, color=colour, label=name, edgecolor="white", linewidth=0.4)
-        ink = "black" if colour[1] > 0.55 else "white"  # viridis becomes light as it becomes green
-        for i, width in enumerate(widths):
-            if width > 0.06 * max(profile.total_ms for profile in profiles.values()):
-                text = name if scale is None else str(scale)
-                axes.text(left[i] + width / 2, i, text, ha="center", va="center", color=ink, fontsize=8)
-        left += widths
-    axes.invert_yaxis()
-    axes.set_xlabel("ms per call, medians; numbers are scales")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    colours = colormaps["viridis"](np.linspace(0, 0.95, max(len(scales), 2)))
+    with saved_figure(path, (7, 0.9 + 0.8 * len(profiles))) as figure:
+        axes = figure.subplots()
+        labels = list(profiles)
+        left = np.zeros(len(labels))
+        for (name, scale), colour in zip(scales.items(), colours, strict=False):
+            medians = {label: {g.name: g.p50_ms for g in profile.graphs} for label, profile in profiles.items()}
+            widths = np.array([medians[label].get(name, 0.0) for label in labels])
+            axes.barh(labels, widths, left=left, color=colour, label=name, edgecolor="white", linewidth=0.4)
+            ink = "black" if colour[1] > 0.55 else "white"  # viridis becomes light as it becomes green
+            for i, width in enumerate(widths):
+                if width > 0.06 * max(profile.total_ms for profile in profiles.values()):
+                    text = name if scale is None else str(scale)
+                    axes.text(left[i] + width / 2, i, text, ha="center", va="center", color=ink, fontsize=8)
+            left += widths
+        axes.invert_yaxis()
+        axes.set_xlabel("ms per call, medians; numbers are scales")

@@ -43,6 +43,7 @@ from fastvar_trt.tools.measure.quality import (
     reference_metrics,
 )
 from fastvar_trt.tools.measure.work import relative_work
+from fastvar_trt.tools.sheets import saved_figure
 
 # Fractions of the last scales in order; the last of them is the last scale's.
 DEFAULT_FRACTIONS = ((0.25,), (0.5,), (0.75,), (0.4, 0.5), (0.5, 0.75), (0.75, 0.9))
@@ -448,51 +449,46 @@ def choose(result: Sweep, *, min_ssim: float, max_drop: float, max_loss: float =
 
 def plot_front(result: Sweep, chosen: Candidate | None, path: Path) -> None:
     """Quality over work: every candidate, the front with its measured speed-ups, what is marked, and the choice."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     looked_at = result.dense_compliance is not None
 
     def place(candidate: Candidate) -> tuple[float, float]:
         return candidate.work, candidate.quality[0 if looked_at else 1]
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    dense = 1.0 if result.dense_compliance is None else result.dense_compliance.value
     num_images = max(c.num_images for c in result.candidates)
     others = [place(c) for c in result.candidates if not c.on_front and not c.is_marked and c.num_images == num_images]
     left_out = [place(c) for c in result.candidates if c.num_images < num_images]
     front = sorted((c for c in result.candidates if c.on_front), key=lambda c: c.work)
-    if others:
-        axes.scatter([x for x, _ in others], [y for _, y in others], color="0.7", label="other plans")
-    if left_out:  # judged by fewer pictures
-        axes.scatter([x for x, _ in left_out], [y for _, y in left_out], color="0.8", marker="x", label="left out")
-    axes.plot(*zip(*map(place, front), strict=True), "o-", color="tab:blue", label="front")
-    axes.plot([1.0], [1.0 if result.dense_compliance is None else result.dense_compliance.value], "ks", label="dense")
-    last_labelled = -1.0
-    for candidate in front:
-        # Labels of near points would cover each other.
-        if candidate.measured is not None and candidate.work - last_labelled > _LABEL_DISTANCE:
-            axes.annotate(
-                f"{candidate.measured.speedup:.2f}x",
-                place(candidate),
-                textcoords="offset points",
-                xytext=(-8, 7),
-                horizontalalignment="center",
-                fontsize=8,
-            )
-            last_labelled = candidate.work
-    for i, candidate in enumerate(c for c in result.candidates if c.is_marked):
-        name = candidate.plan.name
-        if candidate.measured is not None:
-            name += f", {candidate.measured.speedup:.2f}x"
-        axes.plot(*place(candidate), "D", color=f"C{i + 1}", label=name)
-    if chosen is not None:
-        axes.plot(*place(chosen), "*", markersize=16, color="tab:red", label="chosen")
-    axes.set_xlabel("multiply-adds of the transformer, share of dense")
-    axes.set_ylabel("pictures that show their prompt, share" if looked_at else "SSIM against the dense pictures")
-    axes.grid(alpha=0.3)
-    axes.margins(0.1)
-    axes.legend(loc="best")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, (7, 4.5)) as figure:
+        axes = figure.subplots()
+        if others:
+            axes.scatter([x for x, _ in others], [y for _, y in others], color="0.7", label="other plans")
+        if left_out:  # judged by fewer pictures
+            axes.scatter([x for x, _ in left_out], [y for _, y in left_out], color="0.8", marker="x", label="left out")
+        axes.plot(*zip(*map(place, front), strict=True), "o-", color="tab:blue", label="front")
+        axes.plot([1.0], [dense], "ks", label="dense")
+        last_labelled = -1.0
+        for candidate in front:
+            # Labels of near points would cover each other.
+            if candidate.measured is not None and candidate.work - last_labelled > _LABEL_DISTANCE:
+                axes.annotate(
+                    f"{candidate.measured.speedup:.2f}x",
+                    place(candidate),
+                    textcoords="offset points",
+                    xytext=(-8, 7),
+                    horizontalalignment="center",
+                    fontsize=8,
+                )
+                last_labelled = candidate.work
+        for i, candidate in enumerate(c for c in result.candidates if c.is_marked):
+            name = candidate.plan.name
+            if candidate.measured is not None:
+                name += f", {candidate.measured.speedup:.2f}x"
+            axes.plot(*place(candidate), "D", color=f"C{i + 1}", label=name)
+        if chosen is not None:
+            axes.plot(*place(chosen), "*", markersize=16, color="tab:red", label="chosen")
+        axes.set_xlabel("multiply-adds of the transformer, share of dense")
+        axes.set_ylabel("pictures that show their prompt, share" if looked_at else "SSIM against the dense pictures")
+        axes.grid(alpha=0.3)
+        axes.margins(0.1)
+        axes.legend(loc="best")
