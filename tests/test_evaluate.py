@@ -161,8 +161,8 @@ def test_bad_arguments(bundles: tuple[Path, Path], tiny_bundle: Path, tmp_path: 
 def test_the_sweep_of_plans_draws_prompts_as_the_runtime_does(bundles: tuple[Path, Path], tmp_path: Path) -> None:
     pictures = Pictures(("a red cube on sand", "two blue cones on grass at night"), (0, 1))
     plan = PruningPlan("half", ((3, 0.5),), cache_scale=2)
-    result = tune.sweep(bundles[0], [plan], pictures, cfg=3.0)
-    (candidate,) = tune.measure_front(bundles[0], result, tmp_path, pictures, cfg=3.0).candidates
+    study = tune.Study(bundles[0], pictures, cfg=3.0)
+    (candidate,) = tune.measure_front(study, tune.sweep(study, [plan]), tmp_path).candidates
     assert candidate.measured is not None and candidate.metrics.ssim < 0.999
     assert candidate.measured.mean.ssim == pytest.approx(candidate.metrics.ssim, abs=1e-3)
     with pytest.raises(RequestError, match="got 51 tokens, this bundle takes up to 40"):

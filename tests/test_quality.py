@@ -160,9 +160,10 @@ def test_a_bundle_is_exported_again_with_another_plan(tiny_bundle: Path, tmp_pat
 
 
 def test_the_sweep_agrees_with_the_runtime(tiny_bundle: Path, tmp_path: Path) -> None:
-    result = tune.sweep(tiny_bundle, [TINY_PLAN, PruningPlan("all", ((-1, 0.75),), -2, 0)], PICTURES, cfg=1.5)
+    study = tune.Study(tiny_bundle, PICTURES, cfg=1.5)
+    result = tune.sweep(study, [TINY_PLAN, PruningPlan("all", ((-1, 0.75),), -2, 0)])
     assert [c.plan.name for c in result.candidates] == ["all", "tiny"]  # by rising work
-    result = tune.measure_front(tiny_bundle, result, tmp_path, PICTURES, cfg=1.5)
+    result = tune.measure_front(study, result, tmp_path)
     for candidate in result.candidates:
         if candidate.on_front:
             assert candidate.measured is not None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,9 @@ from fastvar_trt.tools.cli.pictures import (
 from fastvar_trt.tools.files import check_writable, write_text
 from fastvar_trt.tools.measure.quality import require_libraries
 from fastvar_trt.tools.tables import format_table
+
+if TYPE_CHECKING:  # it needs torch, and a help does not
+    from fastvar_trt.tools.measure.tune import Candidate, Study, Sweep
 
 _FILES = ("tune.json", "front.png", "plan.json")
 
@@ -119,8 +122,6 @@ def tune(
             f"bundle {bundle}: precision: got {manifest.precision}, expected fp32: plans are judged on the CPU; export "
             "with --precision fp32 (the plan fits every precision)"
         )
-    depth = manifest.model.depth
-    layers = first_layers or tuple(sorted({0, depth // 8, depth // 4, depth // 2}))
     judge = judge_of(num_scenes, held_out, prompts_file, checker, seed=0)
     if judge is None:
         pictures = picture_requests(bundle, labels, prompts, seeds, manifest)
@@ -131,15 +132,16 @@ def tune(
             )
         check_takes_prompts(manifest, bundle)
         pictures = judge.pictures
-    least_ssim = (0.9 if judge is None else 0.0) if min_ssim is None else min_ssim
     guidance = manifest.sampling.cfg if cfg is None else cfg
+    study = tuning.Study(bundle, pictures, guidance, references_of(references, pictures, manifest), judge)
     try:
         extra = list(dict.fromkeys(load_plan(name) for name in marked))
     except PlanError as error:
         raise PlanError(str(error).replace("--prune", "--plan", 1)) from error
+    depth = manifest.model.depth
+    layers = first_layers or tuple(sorted({0, depth // 8, depth // 4, depth // 2}))
     swept = tuning.candidate_plans(fractions or tuning.DEFAULT_FRACTIONS, cache_scales, layers, unguided_from)
     plans = tuning.distinct(swept, extra)
-    known = references_of(references, pictures, manifest)
     tuning.check(bundle, [*plans, *extra], pictures)
     rounds = tuning.rounds(len(pictures), len(plans), budget)
     for name in _FILES:
@@ -147,41 +149,47 @@ def tune(
         (out / name).unlink(missing_ok=True)  # of an earlier run: it would stand beside this one's
     drawn = sum(len(rows) * (alive + len(extra) + 1) for rows, alive in rounds)
     with counting_bar("sweep", drawn) as progress:
-        result = tuning.sweep(bundle, plans, pictures, guidance, known, progress, extra, judge, budget)
+        result = tuning.sweep(study, plans, extra, budget, progress)
     num_front = sum(candidate.on_front or candidate.is_marked for candidate in result.candidates)
-    with (
-        tempfile.TemporaryDirectory(dir=out) as scratch,
-        counting_bar("front", num_front + 1) as progress,
-    ):
-        result = tuning.measure_front(bundle, result, Path(scratch), pictures, guidance, known, progress, judge)
+    with tempfile.TemporaryDirectory(dir=out) as scratch, counting_bar("front", num_front + 1) as progress:
+        result = tuning.measure_front(study, result, Path(scratch), progress)
+    least_ssim = (0.9 if judge is None else 0.0) if min_ssim is None else min_ssim
     chosen = tuning.choose(result, min_ssim=least_ssim, max_drop=max_drop, max_loss=max_loss)
-    click.echo(_front_table(result.candidates, chosen))
-    record = {
-        "bundle": str(bundle),
-        "images": len(pictures),
-        "chosen": None if chosen is None else chosen.plan.name,
-        "candidates": [candidate.to_json() for candidate in result.candidates],
-    }
-    write_text(out / "tune.json", json.dumps(record, indent=1) + "\n")
-    tuning.plot_front(result, chosen, out / "front.png")
+    _write(study, result, chosen, out)
     if chosen is None:
         raise PlanError(
             f"no plan keeps SSIM {least_ssim}, the distance within {max_drop:.1%} and compliance within "
             f"{max_loss:.1%}; see {out / 'front.png'}, and allow more with --min-ssim, --max-drop or --max-loss, or "
             "give smaller --fractions"
         )
-    write_text(out / "plan.json", json.dumps(_with_place(chosen, record), indent=1) + "\n")
     click.echo(f"{out / 'plan.json'}: {chosen.plan.name}")
 
 
-def _with_place(chosen: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+def _write(study: Study, result: Sweep, chosen: Candidate | None, out: Path) -> None:
+    """What was found, as a table and as files."""
+    from fastvar_trt.tools.measure.tune import plot_front
+
+    click.echo(_front_table(result.candidates, chosen))
+    record = {
+        "bundle": str(study.bundle),
+        "images": len(study.pictures),
+        "chosen": None if chosen is None else chosen.plan.name,
+        "candidates": [candidate.to_json() for candidate in result.candidates],
+    }
+    write_text(out / "tune.json", json.dumps(record, indent=1) + "\n")
+    if chosen is not None:
+        write_text(out / "plan.json", json.dumps(_with_place(chosen, record), indent=1) + "\n")
+    plot_front(result, chosen, out / "front.png")
+
+
+def _with_place(chosen: Candidate, record: Mapping[str, Any]) -> dict[str, Any]:
     """The plan as a plan file, with where it was found to lie."""
     found = chosen.to_json()
     measured = {key: found[key] for key in ("work", "metrics", "compliance", "measured")}
     return {**found["plan"], "measured": {"bundle": record["bundle"], "images": record["images"], **measured}}
 
 
-def _front_table(candidates: Any, chosen: Any) -> str:
+def _front_table(candidates: Sequence[Candidate], chosen: Candidate | None) -> str:
     rows: list[list[object]] = []
     for candidate in candidates:
         m = candidate.measured

@@ -219,17 +219,62 @@ def condition_inputs(model: NextScaleModel, tokenizer: PromptTokenizer, pictures
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What plans are judged by.
+
+    Attributes:
+        bundle: the weights, whatever its own plan.
+        pictures: what is drawn.
+        cfg: guidance scale.
+        references: class -> photographs uint8 [M, H, W, 3]; None without any.
+        judge: looks whether pictures show what their prompts ask for; None where nobody does.
+    """
+
+    bundle: Path
+    pictures: Pictures
+    cfg: float
+    references: dict[int, NDArray[Any]] | None = None
+    judge: Judge | None = None
+
+
 @dataclasses.dataclass
 class _Drawn:
     """What a plan has drawn so far."""
 
+    study: Study
+    plan: PruningPlan
+    work: float
+    is_marked: bool
     num_images: int = 0
     held: int = 0
     metrics: list[ImageMetrics] = dataclasses.field(default_factory=list)
     references: list[tuple[ReferenceMetrics, int]] = dataclasses.field(default_factory=list)  # and of how many images
 
-    def mean_references(self) -> ReferenceMetrics | None:
-        """Over all images."""
+    def add(self, images: NDArray[Any], dense: NDArray[Any]) -> None:
+        """Judge the next pictures, beside the dense ones."""
+        study, start = self.study, self.num_images
+        self.num_images += len(images)
+        self.metrics += [image_metrics(x, y, vif=False) for x, y in zip(dense, images, strict=True)]
+        if study.references is not None:
+            labels = study.pictures[start : self.num_images].labels
+            self.references.append((reference_metrics(images, labels, study.references), len(images)))
+        if study.judge is not None:
+            self.held += study.judge.share(list(images), start).held
+
+    def candidate(self) -> Candidate:
+        """By all pictures so far."""
+        return Candidate(
+            self.plan,
+            self.work,
+            mean_metrics(self.metrics),
+            self._mean_references(),
+            self.num_images,
+            None if self.study.judge is None else Share(self.held, self.num_images),
+            is_marked=self.is_marked,
+        )
+
+    def _mean_references(self) -> ReferenceMetrics | None:
         if not self.references:
             return None
         parts, sizes = zip(*self.references, strict=True)
@@ -269,78 +314,49 @@ def rounds(num_pictures: int, num_plans: int, budget: int | None) -> list[tuple[
 
 
 def sweep(
-    bundle: Path,
+    study: Study,
     plans: Sequence[PruningPlan],
-    pictures: Pictures,
-    cfg: float,
-    references: dict[int, NDArray[Any]] | None = None,
-    progress: Callable[[int], None] = lambda count: None,
     marked: Sequence[PruningPlan] = (),
-    judge: Judge | None = None,
     budget: int | None = None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Sweep:
     """Judge every plan by its pictures.
 
     Args:
-        bundle: the weights, whatever its own plan.
+        study: what they are judged by.
         plans: candidates, `distinct` from those that are marked.
-        pictures: what is drawn.
-        cfg: guidance scale.
-        references: class -> photographs uint8 [M, H, W, 3].
-        progress: called with the number of images drawn since the last call, the dense ones included.
         marked: further candidates, which draw all pictures and are measured and shown wherever they lie.
-        judge: looks whether pictures show what their prompts ask for.
         budget: how many pictures the candidates may draw together, besides those that are marked; None: all of theirs.
+        progress: called with the number of images drawn since the last call, the dense ones included.
 
     Raises:
         PlanError: a plan that does not fit the model, or a budget that is too small.
     """
-    model, manifest = load_bundle_model(bundle)
+    model, manifest = load_bundle_model(study.bundle)
+    tokenizer = PromptTokenizer(study.bundle, manifest)
     everything = model.resolve(DENSE)
     resolved = {plan: model.resolve(plan) for plan in (*marked, *plans)}
-    tokenizer = PromptTokenizer(bundle, manifest)
-    of_dense, drawn = _Drawn(), {plan: _Drawn() for plan in resolved}
-
-    def add(own: _Drawn, dense: NDArray[Any], images: NDArray[Any], start: int) -> None:
-        own.num_images += len(images)
-        if images is not dense:
-            own.metrics += [image_metrics(x, y, vif=False) for x, y in zip(dense, images, strict=True)]
-        if references is not None:
-            labels = pictures[start : start + len(images)].labels
-            own.references.append((reference_metrics(images, labels, references), len(images)))
-        if judge is not None:
-            own.held += judge.share(list(images), start).held
-        progress(len(images))
-
-    def candidate(plan: PruningPlan) -> Candidate:
-        own = drawn[plan]
-        return Candidate(
-            plan,
-            relative_work(manifest, resolved[plan]),
-            mean_metrics(own.metrics),
-            own.mean_references(),
-            own.num_images,
-            None if judge is None else Share(own.held, own.num_images),
-            is_marked=plan in marked,
-        )
-
-    alive = list(plans)
+    drawn = {plan: _Drawn(study, plan, relative_work(manifest, own), plan in marked) for plan, own in resolved.items()}
+    pictures, dense_held, alive = study.pictures, 0, list(plans)
     for rows, count in rounds(len(pictures), len(alive), budget):
         if count < len(alive):
-            alive = [one.plan for one in best(map(candidate, alive), count)]
+            alive = [one.plan for one in best((drawn[plan].candidate() for plan in alive), count)]
         for start in range(rows.start, rows.stop, _BATCH):  # outermost: the states that plans share are of one batch
             part = pictures[start : min(start + _BATCH, rows.stop)]
-            drawer = _Drawer(model, condition_inputs(model, tokenizer, part), part.seeds, cfg)
+            drawer = _Drawer(model, condition_inputs(model, tokenizer, part), part.seeds, study.cfg)
             dense = drawer.draw(everything)
-            add(of_dense, dense, dense, start)
+            if study.judge is not None:
+                dense_held += study.judge.share(list(dense), start).held
+            progress(len(part))
             for plan in dict.fromkeys((*marked, *alive)):
-                add(drawn[plan], dense, drawer.draw(resolved[plan]), start)
+                drawn[plan].add(drawer.draw(resolved[plan]), dense)
+                progress(len(part))
 
-    candidates = sorted(map(candidate, resolved), key=_by_work)
+    candidates = sorted((own.candidate() for own in drawn.values()), key=_by_work)
     front = {one.plan for one in _front(one for one in candidates if one.num_images == len(pictures))}
     return Sweep(
         tuple(dataclasses.replace(one, on_front=one.plan in front) for one in candidates),
-        None if judge is None else Share(of_dense.held, of_dense.num_images),
+        None if study.judge is None else Share(dense_held, len(pictures)),
     )
 
 
@@ -374,30 +390,18 @@ def best(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
 
 
 def measure_front(
-    bundle: Path,
-    result: Sweep,
-    folder: Path,
-    pictures: Pictures,
-    cfg: float,
-    references: dict[int, NDArray[Any]] | None = None,
-    progress: Callable[[int], None] = lambda count: None,
-    judge: Judge | None = None,
+    study: Study, result: Sweep, folder: Path, progress: Callable[[int], None] = lambda count: None
 ) -> Sweep:
     """Export the plans of the front, and those that are marked, and run each beside the dense chain.
 
     Args:
-        bundle: as for `sweep`.
-        result: its result.
+        study: what they are judged by.
+        result: of `sweep`.
         folder: where the bundles may lie; the caller removes it.
-        pictures: what is drawn.
-        cfg: guidance scale.
-        references: as for `sweep`.
         progress: called with the number of plans measured since the last call.
-        judge: as for `sweep`.
     """
     dense = folder / "dense"
-    batches = (min(read_manifest(bundle).batches),)
-    export_again(bundle, dense, DENSE, batches=batches)
+    export_again(study.bundle, dense, DENSE, batches=(min(read_manifest(study.bundle).batches),))
     progress(1)
     candidates = list(result.candidates)
     dense_held: Share | None = None  # of the same pictures beside every plan
@@ -408,12 +412,13 @@ def measure_front(
             pruned = folder / f"plan_{i}"
             export_again(dense, pruned, candidate.plan)
             with Pipeline.load(pruned, check="size") as pipe:
-                options = shared_sampling([reference, pipe], cfg)
-                a, b = draw_side_by_side([reference, pipe], pictures, options)
-            measured = compare(a, b, pictures, references)
+                options = shared_sampling([reference, pipe], study.cfg)
+                a, b = draw_side_by_side([reference, pipe], study.pictures, options)
+            measured = compare(a, b, study.pictures, study.references)
             held = None
-            if judge is not None:
-                dense_held, held = dense_held or judge.share(list(a.images)), judge.share(list(b.images))
+            if study.judge is not None:
+                dense_held = dense_held or study.judge.share(list(a.images))
+                held = study.judge.share(list(b.images))
             candidates[i] = dataclasses.replace(candidate, measured=measured, compliance=held)
             shutil.rmtree(pruned)
             progress(1)
