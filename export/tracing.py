@@ -369,7 +369,7 @@ def build_graph(
     passes.RemoveUnusedOpsetsPass()(skeleton)
     passes.ClearMetadataAndDocStringPass()(skeleton)
     passes.NameFixPass()(skeleton)
-    _point_weights(skeleton, places, folder, spec.file)
+    _point_weights(skeleton, len(spec.inputs), places, folder, spec.file)
     skeleton.graph.name = spec.name
     skeleton.producer_name = "fastvar-trt"
     return skeleton
@@ -409,22 +409,29 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def _only_what_it_reads(module: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
-    """The module without the parameters that it does not read: as inputs of a trace they take most of its time.
-
-    A step reads its own tables only, and no part of the decoder.
-    """
+def _parameters_read(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The parameters that a module reads, by name: a step reads its own tables only, and no part of the decoder."""
     with FakeTensorMode(allow_non_fake_inputs=True), _Recorder() as recorder:
         module(*inputs)
-    parameters = {part: dict(part._parameters) for part in module.modules()}
-    for part, own in parameters.items():
-        part._parameters = {name: value if id(value) in recorder.read else None for name, value in own.items()}
-    try:
-        yield
-    finally:
-        for part, own in parameters.items():
-            part._parameters = own
+    return {name: value for name, value in module.named_parameters() if id(value) in recorder.read}
+
+
+class _ParametersAsInputs(nn.Module):
+    """A module whose parameters of given names are inputs after its own; the others are no part of a trace of it.
+
+    Initializers would be merged where they are equal, and folded where they are small. The same graph may read another
+    checkpoint's weights (`exporter.export_again`), in which neither holds.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[str]) -> None:
+        super().__init__()
+        self._module = (module,)  # in a tuple it is no submodule, whose parameters are initializers
+        self._parameter_names = parameters
+
+    def forward(self, *inputs: Tensor) -> Any:
+        count = len(inputs) - len(self._parameter_names)
+        parameters = dict(zip(self._parameter_names, inputs[count:], strict=True))
+        return torch.func.functional_call(self._module[0], parameters, inputs[:count])
 
 
 def linear_layers(models: Iterable[NextScaleModel], functions: Iterable[GraphFunction]) -> frozenset[str]:
@@ -447,11 +454,12 @@ def linear_layers(models: Iterable[NextScaleModel], functions: Iterable[GraphFun
 def _trace(
     module: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str]
 ) -> ir.Model:
-    with torch.no_grad(), _quiet(), _only_what_it_reads(module, inputs):
+    with torch.no_grad(), _quiet():
+        parameters = _parameters_read(module, inputs)
         program = torch.onnx.export(
-            module.eval(),
-            tuple(inputs),
-            input_names=list(input_names),
+            _ParametersAsInputs(module, list(parameters)).eval(),
+            (*inputs, *parameters.values()),
+            input_names=[*input_names, *parameters],
             output_names=list(output_names),
             opset_version=OPSET,
             dynamo=True,
@@ -477,26 +485,30 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _point_weights(model: ir.Model, places: Mapping[str, TensorPlace], folder: Path, file: str) -> None:
-    """Replace every weight by a reference into the weights file; nothing large may stay behind."""
-    for value in list(model.graph.initializers.values()):
-        name = (value.name or "").removeprefix("model.").removeprefix("image_decoder.")
-        name = name.removeprefix("image_encoder.")
-        tensor = value.const_value
+def _point_weights(
+    model: ir.Model, num_inputs: int, places: Mapping[str, TensorPlace], folder: Path, file: str
+) -> None:
+    """Let the inputs after the graph's own be references into the weights file; nothing large may stay behind."""
+    for initializer in model.graph.initializers.values():
+        tensor = initializer.const_value
         assert tensor is not None
-        if name in places:
-            place = places[name]
-            assert tuple(tensor.shape) == place.shape, (file, name)
-            if _is_int4(value):
-                place = dataclasses.replace(place, dtype="int4", shape=(*place.shape[:-1], 2 * place.shape[-1]))
-                value.shape, value.type = ir.Shape(place.shape), ir.TensorType(ir.DataType.INT4)
-            value.const_value = external_tensor(place, name, folder)
-            value.name = name
-        elif tensor.nbytes > _MAX_INLINE_BYTES:
+        if tensor.nbytes > _MAX_INLINE_BYTES:
             raise ExportError(
-                f"{file}: constant {value.name} of {tensor.nbytes} bytes is not one of the weights; it would be "
+                f"{file}: constant {initializer.name} of {tensor.nbytes} bytes is not one of the weights; it would be "
                 "copied into every graph"
             )
+    weights = model.graph.inputs[num_inputs:]
+    del model.graph.inputs[num_inputs:]
+    for value in weights:
+        name = (value.name or "").removeprefix("model.").removeprefix("image_decoder.").removeprefix("image_encoder.")
+        place = places[name]
+        assert value.shape is not None and tuple(value.shape) == place.shape, (file, name)
+        if _is_int4(value):
+            place = dataclasses.replace(place, dtype="int4", shape=(*place.shape[:-1], 2 * place.shape[-1]))
+            value.shape, value.type = ir.Shape(place.shape), ir.TensorType(ir.DataType.INT4)
+        value.const_value = external_tensor(place, name, folder)
+        value.name = name
+        model.graph.register_initializer(value)
 
 
 def _is_int4(value: ir.Value) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -150,6 +151,30 @@ def test_a_fine_tune_takes_the_graphs_of_a_bundle(both: Path, tmp_path: Path) ->
     with Pipeline.load(tmp_path / "b") as ours, Pipeline.load(tmp_path / "fresh") as theirs:
         found, expected = (p.generate(text_features=[FEATURES], seeds=3) for p in (ours, theirs))
         np.testing.assert_array_equal(found.images, expected.images)
+
+
+def test_graphs_tell_weights_apart_that_were_equal(tmp_path: Path) -> None:
+    """As at initialisation; those of a fine-tune differ, and small ones most easily go by another's name."""
+    tuned = tiny_infinity(seed=1)
+    state = {key: torch.zeros_like(value) if value.numel() <= 1024 else value for key, value in tuned.state.items()}
+    equal = dataclasses.replace(tuned, state=state)
+    for name, source in (("equal", equal), ("fresh", tuned)):
+        export_model(source, tmp_path / name, ExportOptions(INFINITY_PLAN, compare=False))
+        assert "blocks.0.attn.q_scale" in external_names(tmp_path / name / "step_00.onnx")
+        assert "blocks.1.attn.q_scale" in external_names(tmp_path / name / "step_00.onnx")
+    torch.save(dict(tuned.state), tmp_path / "tuned.pth")
+    export_again(tmp_path / "equal", tmp_path / "again", checkpoint=tmp_path / "tuned.pth")
+    for graph in read_manifest(tmp_path / "again").graphs:
+        assert external_names(tmp_path / "again" / graph.file) == external_names(tmp_path / "fresh" / graph.file)
+    with Pipeline.load(tmp_path / "again") as ours, Pipeline.load(tmp_path / "fresh") as theirs:
+        found, expected = (p.generate(text_features=[FEATURES], seeds=3) for p in (ours, theirs))
+        np.testing.assert_array_equal(found.images, expected.images)
+
+
+def external_names(path: Path) -> set[str]:
+    """The weights that a graph reads."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return {tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
 
 
 def test_other_checkpoints_are_refused(both: Path, tmp_path: Path) -> None:

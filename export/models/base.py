@@ -16,6 +16,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -362,8 +363,9 @@ class NextScaleModel(nn.Module, abc.ABC):
         return self.requires_grad_(False).eval()
 
     def weight(self, name: str) -> Tensor:
-        """The parameter of that name."""
-        return self.get_parameter(name)
+        """The parameter of that name, or what takes its place while a graph is traced."""
+        found: Tensor = operator.attrgetter(name)(self)
+        return found
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """A linear layer in the compute dtype: [M, in] -> [M, out]."""
