@@ -341,6 +341,10 @@ def export_again(
     checked = options.check(manifest.model.family)
     if matrices and precision is None:
         raise ExportError("matrix: are exceptions from a new precision; give one")
+    if precision == manifest.precision:
+        if matrices:
+            raise ExportError(f"matrix: bundle {bundle} is {precision} already; take what it was made of")
+        precision = None
     if lora is not None and checkpoint is None:
         raise ExportError("--lora: needs --checkpoint, which it is of; weights of a bundle are not as they were")
     if checkpoint is not None and (precision is not None or (integer_kv and not manifest.integer_kv)):

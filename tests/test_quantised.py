@@ -428,6 +428,19 @@ def test_a_damaged_manifest(change: dict[str, Any], tiny_bundle: Path) -> None:
         Manifest.from_json({**data, **change}, "manifest.json")
 
 
+def test_the_precision_that_a_bundle_has_already(tiny_source: VARSource, tmp_path: Path) -> None:
+    """Its own exceptions stay, and its graphs, where keys and values do."""
+    export_model(
+        tiny_source, tmp_path / "w8", ExportOptions(TINY_PLAN, "w8", matrices=(("ffn.fc2", "plain"),), compare=False)
+    )
+    assert not export_again(tmp_path / "w8", tmp_path / "same", precision="w8").traced
+    export_again(tmp_path / "w8", tmp_path / "kv", precision="w8", integer_kv=True)
+    found = read_manifest(tmp_path / "kv")
+    assert found.integer_kv and found.matrices == read_manifest(tmp_path / "w8").matrices
+    with pytest.raises(ExportError, match=r"matrix: bundle .*w8 is w8 already; take what it was made of"):
+        export_again(tmp_path / "w8", tmp_path / "b", precision="w8", matrices=(("ffn.fc1", "plain"),))
+
+
 def test_bundles_that_cannot_be_rounded(quantised: Callable[[str], Path], tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is w8, and rounding twice loses more"):
         export_again(quantised("w8"), tmp_path / "b", precision="w4")
