@@ -289,6 +289,11 @@ def test_a_file_without_encoder_is_named() -> None:
         VARSource.from_state(*tiny_states()).with_encoder()
     with pytest.raises(CheckpointError, match="--with-encoder: --vae: the file has no encoder"):
         tiny_infinity().with_encoder()
+    odd = tiny_infinity(with_encoder=True)
+    key = "encoder.down.0.block.0.conv1.conv.weight"
+    state = {**odd.vae_state, key: torch.zeros(40, *odd.vae_state[key].shape[1:])}
+    with pytest.raises(CheckpointError, match=r"block\.0\.conv1: got 40 channels, expected a multiple of 32 or 24"):
+        dataclasses.replace(odd, vae_state=state).with_encoder()
 
 
 # Pictures as files.

@@ -280,6 +280,12 @@ def test_folders_that_are_not_a_hart_are_named(llm: Path, tmp_path: Path) -> Non
     (wide / "config.json").write_text('{"model_type": "t5"}')
     refused("got model_type 't5', expected qwen2 or qwen2_vl", llm, vae, wide)
 
+    own = {"model_type": "qwen2", "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2}
+    for heads, kv_heads in ((0, 1), (4, 0), (5, 1), (4, 3)):
+        own |= {"vocab_size": 11, "rms_norm_eps": 1e-6, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        (wide / "config.json").write_text(json.dumps(own))
+        refused(f"got num_attention_heads {heads} and num_key_value_heads {kv_heads}", llm, vae, wide)
+
     state = torch.load(llm / "ema_model.bin", weights_only=True)
     del state["decoder_norm.weight"]
     state["blocks.0.attn.proj.bias"] = torch.zeros(3)
@@ -287,8 +293,9 @@ def test_folders_that_are_not_a_hart_are_named(llm: Path, tmp_path: Path) -> Non
     torch.save(state, llm / "ema_model.bin")
     refused(r"1 missing: decoder_norm\.weight; 1 unexpected: surplus; 1 mis-shaped: blocks\.0\.attn\.proj\.bias", llm)
     data = json.loads((llm / "config.json").read_text())
-    (llm / "config.json").write_text(json.dumps(data | {"patch_nums": [2, 3]}))
-    refused(r"patch_nums: got \[2, 3\]", llm)
+    for key, value, got in (("patch_nums", [2, 3], r"\[2, 3\]"), ("norm_eps", None, "None"), ("norm_eps", "x", "'x'")):
+        (llm / "config.json").write_text(json.dumps(data | {key: value}))
+        refused(f"{key}: got {got}", llm)
 
 
 def llm_as_safetensors(llm: Path) -> Path:

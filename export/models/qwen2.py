@@ -78,7 +78,7 @@ class Qwen2Config(TextEncoderConfig):
         try:
             num_heads = int(data["num_attention_heads"])
             rope = data.get("rope_parameters") or data
-            return cls(
+            config = cls(
                 width=int(data["hidden_size"]),
                 num_heads=num_heads,
                 num_kv_heads=int(data.get("num_key_value_heads", num_heads)),
@@ -91,6 +91,13 @@ class Qwen2Config(TextEncoderConfig):
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{where}: {error} is missing or no number") from error
+        width, kv_heads = config.width, config.num_kv_heads
+        if min(num_heads, kv_heads) < 1 or width % num_heads or num_heads % kv_heads:
+            raise CheckpointError(
+                f"{where}: got num_attention_heads {num_heads} and num_key_value_heads {kv_heads}, expected a divisor "
+                f"of hidden_size {width}, and one of that"
+            )
+        return config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,7 @@ class HARTConfig:
             diffusion_width=diffusion.shape[0],
             diffusion_depth=count_indices(state, r"diffloss\.net\.res_blocks\.(\d+)\."),
             diffusion_steps=_steps(told["num_sampling_steps"]),
-            norm_eps=float(told["norm_eps"]),
+            norm_eps=_epsilon(told["norm_eps"]),
         )
         if config.width % config.num_heads or config.head_dim % 4:
             raise CheckpointError(
@@ -115,6 +115,12 @@ def _positive(data: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key}: got {value!r}, expected a positive whole number")
     return value
+
+
+def _epsilon(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise CheckpointError(f"config.json: norm_eps: got {value!r}, expected a number from 0 to 1")
+    return float(value)
 
 
 def _steps(value: Any) -> int:

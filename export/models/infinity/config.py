@@ -53,12 +53,7 @@ class BSQVAEConfig:
             weight = next((state[k] for k in (f"{stem}.norm.weight", f"{stem}.weight") if k in state), None)
             if weight is None:
                 raise CheckpointError(f"not {_VAE_KIND}: key {stem}.norm.weight is missing")
-            channels = int(weight.shape[0])
-            if channels == 0 or (channels % NORM_GROUPS and channels % 24):
-                raise CheckpointError(
-                    f"{stem}: got {channels} channels, expected a multiple of {NORM_GROUPS} or 24, its groups"
-                )
-            levels.append(channels)
+            levels.append(_channels(stem, weight))
         if not levels:
             raise CheckpointError(f"not {_VAE_KIND}: key decoder.up.* is missing")
         return cls(
@@ -83,13 +78,23 @@ class BSQVAEConfig:
             weight = next((state[key] for key in (f"{stem}.conv.weight", f"{stem}.weight") if key in state), None)
             if weight is None:
                 raise CheckpointError(f"--with-encoder: not {_VAE_KIND}: key {stem}.conv.weight is missing")
-            levels.append(int(weight.shape[0]))
+            levels.append(_channels(stem, weight))
         if not levels:
             raise CheckpointError("--with-encoder: --vae: the file has no encoder (keys encoder.*)")
         if len(levels) != len(self.level_channels) or any(k.startswith("encoder.mid.attn_1.") for k in state):
             raise CheckpointError("--with-encoder: --vae: its encoder has levels or layers that no official one has")
         num_blocks = count_indices(state, r"encoder\.down\.0\.block\.(\d+)\.")
         return dataclasses.replace(self, encoder_channels=tuple(levels), encoder_blocks=num_blocks)
+
+
+def _channels(stem: str, weight: Tensor) -> int:
+    """What a layer gives, and group normalisation takes."""
+    channels = int(weight.shape[0])
+    if channels == 0 or (channels % NORM_GROUPS and channels % 24):
+        raise CheckpointError(
+            f"{stem}: got {channels} channels, expected a multiple of {NORM_GROUPS} or 24, its groups"
+        )
+    return channels
 
 
 @dataclasses.dataclass(frozen=True)
