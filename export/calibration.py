@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvar_trt.export.models.base import NextScaleModel
-from fastvar_trt.export.models.matrix import INPUT_SCALE, largest_number, observing, rounds_activations
+from fastvar_trt.export.models.matrix import INPUT_SCALE, largest_number, matrix_format, observing, rounds_activations
 from fastvar_trt.export.models.reference import default_request, generate
 from fastvar_trt.export.progress import Progress
 from fastvar_trt.export.weights_file import overwrite_scalars
@@ -109,17 +109,18 @@ def calibrate(
             f"calibration: what {unusable[0].removesuffix(INPUT_SCALE)} takes is not finite; the weights are damaged, "
             f"or exceed {model.precision.computed}"
         )
+
+    def dtype(name: str) -> str:
+        """Of the numbers that a scale is for: those of a matrix, or keys and values."""
+        linear = name.removesuffix(INPUT_SCALE)
+        matrix = places.get(matrix_format(model.precision, linear).names(linear)[0])
+        return KV_INTEGER if matrix is None else matrix.dtype
+
     # Of a layer that no step of the plan runs: any number will do.
     overwrite_scalars(
-        folder, places, {name: (size or 1.0) / largest_number(_dtype(places, name)) for name, size in largest.items()}
+        folder, places, {name: (size or 1.0) / largest_number(dtype(name)) for name, size in largest.items()}
     )
     return True
-
-
-def _dtype(places: Mapping[str, TensorPlace], name: str) -> str:
-    """Of the numbers that a scale is for: those of a matrix, or keys and values."""
-    matrix = places.get(f"{name.removesuffix(INPUT_SCALE)}.weight_q")
-    return KV_INTEGER if matrix is None else matrix.dtype
 
 
 def _defaults(model: NextScaleModel) -> Sequence[Subject | None]:

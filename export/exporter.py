@@ -211,7 +211,8 @@ def _check_patterns(matrices: Sequence[tuple[str, str]], source: Source, precisi
     """`_check_names` of a model that is not loaded: of what it would quantise without exceptions."""
     if matrices:
         shapes = source.shapes(dataclasses.replace(precision, matrices=()), 0)
-        _check_names(matrices, (name.removesuffix(".weight_q") for name in shapes if name.endswith(".weight_q")))
+        suffix = f".{FORMATS[precision.stored].parts[0]}"
+        _check_names(matrices, (name.removesuffix(suffix) for name in shapes if name.endswith(suffix)))
 
 
 def _check_names(matrices: Sequence[tuple[str, str]], linears: Iterable[str]) -> None:

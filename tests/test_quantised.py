@@ -18,10 +18,11 @@ from torch import Tensor
 
 from conftest import INFINITY_PLAN, TINY_PLAN, Golden, thorough, tiny_infinity, tiny_states
 from fastvar_trt.export.build.registry import build_targets
+from fastvar_trt.export.build.tensorrt.builder import RtxBuilder
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_again, export_model, load_bundle_model
 from fastvar_trt.export.models.base import Request
 from fastvar_trt.export.models.infinity.source import InfinitySource
-from fastvar_trt.export.models.matrix import FORMATS, observing
+from fastvar_trt.export.models.matrix import FORMATS, Quantised, observing
 from fastvar_trt.export.models.reference import generate
 from fastvar_trt.export.models.source import Source
 from fastvar_trt.export.models.var.code import CoDeSource
@@ -367,6 +368,22 @@ def test_exceptions_from_the_format(tiny_source: VARSource, tmp_path: Path) -> N
     with Pipeline.load(tmp_path / "b") as pipe:
         assert pipe.manifest.matrices[:2] == options.matrices
         pipe.generate([1])
+
+
+def test_a_format_is_known_by_its_numbers(tiny_source: VARSource, tmp_path: Path) -> None:
+    """Those of another name than ours, too."""
+    coarse, fine = Quantised("coarse", "int4", block=128), Quantised("fine", "float8_e4m3fn")
+    added = [dataclasses.replace(PRECISIONS["w8"], name=fmt.name, stored=fmt.name) for fmt in (coarse, fine)]
+    with FORMATS.registered(coarse, fine), PRECISIONS.registered(*added):
+        with pytest.raises(ExportError, match="sm89: TensorRT dequantises coarse matrices"):
+            RtxBuilder(["sm89"]).check_precision(added[0])
+        with pytest.raises(ExportError, match="sm86: has no numbers of fine, sm89 is the first"):
+            RtxBuilder(["sm89", "sm86"]).check_precision(added[1])
+        RtxBuilder(["sm89"]).check_precision(added[1])
+        options = ExportOptions(precision="coarse", compare=False, matrices=(("ffn.fc2", "fine"),))
+        export_model(tiny_source, tmp_path / "b", options)
+        layout = read_layout(tmp_path / "b" / WEIGHTS_FILE)
+        assert [layout[f"blocks.0.ffn.fc{i}.weight_q"].dtype for i in (1, 2)] == ["uint8", "float8_e4m3fn"]
 
 
 @pytest.mark.parametrize(

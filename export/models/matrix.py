@@ -66,7 +66,7 @@ class MatrixFormat(abc.ABC):
     @property
     @abc.abstractmethod
     def parts(self) -> tuple[str, ...]:
-        """Of one matrix: suffixes of its tensors' names."""
+        """Of one matrix: suffixes of its tensors' names, that of its numbers first."""
 
     def names(self, linear: str) -> tuple[str, ...]:
         """The tensors of a linear layer's matrix."""
@@ -241,8 +241,8 @@ FORMATS: Registry[MatrixFormat] = Registry(
 
 def rounds_activations(precision: Precision) -> bool:
     """Whether anything has a scale that is found by drawing."""
-    found = (FORMATS[name] for name in precision.formats)
-    return precision.rounds_kv or any(isinstance(fmt, Quantised) and fmt.rounds_inputs for fmt in found)
+    parts = (part for name in precision.formats for part in FORMATS[name].parts)
+    return precision.rounds_kv or any(f".{part}" == INPUT_SCALE for part in parts)
 
 
 def matrix_format(precision: Precision, linear: str) -> MatrixFormat:

@@ -13,6 +13,7 @@ from fastvar_trt.export.build.cuda import with_weights_as_inputs
 from fastvar_trt.export.build.tensorrt.engine import build_engine
 from fastvar_trt.export.build.tensorrt.flavour import RTX_TARGETS, Flavour
 from fastvar_trt.export.build.tensorrt.layers import count_kernels
+from fastvar_trt.export.models.matrix import FORMATS, Quantised
 from fastvar_trt.export.passes.allow_attention_decomposition import AllowAttentionDecomposition
 from fastvar_trt.export.passes.replace_functions import ReplaceFunctions
 from fastvar_trt.export.passes.use_plugins import UsePlugins
@@ -26,8 +27,8 @@ from fastvar_trt.runtime.errors import ExportError
 from fastvar_trt.runtime.manifest import GraphSpec, Manifest, TensorSpec, check_same_tensors
 from fastvar_trt.runtime.precision import Precision
 
-_UNSHARED = "w4"  # a format whose matrices TensorRT does not multiply with as they lie in the file
-_FIRST_TARGET = {"fp8": "sm89"}  # format -> the first GPUs that have its numbers
+_UNSHARED = "int4"  # matrices of these TensorRT does not multiply with as they lie in the file
+_FIRST_TARGET = {"float8_e4m3fn": "sm89"}  # dtype -> the first GPUs that have such numbers
 WITH_PLUGINS = f"{CURRENT_TARGET}+plugins"
 
 
@@ -53,17 +54,20 @@ class RtxBuilder(Builder):
 
     def check_precision(self, precision: Precision) -> None:
         """See `Builder.check_precision`."""
-        if _UNSHARED in precision.formats:
-            raise ExportError(
-                f"--target {self.targets[0]}: TensorRT dequantises {_UNSHARED} matrices that engines share into memory "
-                "of its own, of all layers at once (3.75 GiB for Infinity-2B, more than all of w8 takes); take w8"
-            )
-        for name in sorted(precision.formats & _FIRST_TARGET.keys()):
+        formats = (FORMATS[name] for name in sorted(precision.formats))
+        for fmt in (fmt for fmt in formats if isinstance(fmt, Quantised)):
+            if fmt.dtype == _UNSHARED:
+                raise ExportError(
+                    f"--target {self.targets[0]}: TensorRT dequantises {fmt.name} matrices that engines share into "
+                    "memory of its own, of all layers at once (3.75 GiB for Infinity-2B, more than all of w8 takes); "
+                    "take w8"
+                )
+            first = _FIRST_TARGET.get(fmt.dtype, "")
             for target in self.targets:
-                if _rank(target) < _rank(_FIRST_TARGET[name]):
+                if _rank(target) < _rank(first):
                     raise ExportError(
-                        f"--target {target}: has no numbers of {name}, {_FIRST_TARGET[name]} is the first that has; "
-                        "leave it out, or take another precision (w8a8 runs everywhere)"
+                        f"--target {target}: has no numbers of {fmt.name}, {first} is the first that has; leave it "
+                        "out, or take another precision (w8a8 runs everywhere)"
                     )
 
     def all_targets(self, engines: EngineSet) -> tuple[str, ...]:
