@@ -359,8 +359,8 @@ def build_graph(
     passes.InlinePass(lambda f: f.domain == BLOCK_DOMAIN)(skeleton)
     skeleton.opset_imports.pop(BLOCK_DOMAIN, None)
     for proto in onnx_functions.function_protos(OPSET):
-        cache_function = ir.serde.deserialize_function(proto)
-        skeleton.functions[cache_function.identifier()] = cache_function
+        operator = ir.serde.deserialize_function(proto)
+        skeleton.functions[operator.identifier()] = operator
     passes.RemoveUnusedFunctionsPass()(skeleton)
     passes.CommonSubexpressionEliminationPass()(skeleton)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(skeleton)

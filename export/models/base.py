@@ -297,7 +297,7 @@ class StepOutputs:
 Config = TypeVar("Config")
 
 
-def restored(kind: type[Config], data: Mapping[str, Any]) -> Config:
+def config_from_json(kind: type[Config], data: Mapping[str, Any]) -> Config:
     """A configuration from what `dataclasses.asdict` made of it, whose tuples JSON keeps as lists.
 
     Raises:
@@ -405,7 +405,7 @@ class NextScaleModel(nn.Module, abc.ABC):
         Raises:
             CheckpointError: it is of others, or cannot be read.
         """
-        raise CheckpointError(f"--checkpoint {checkpoint}: this model is made of more than one; export it again")
+        raise CheckpointError(f"--checkpoint {checkpoint}: no other can be taken into this family; export it again")
 
     def transformer_tensors(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The deployment tensors of such a state dict that do not depend on the size of the pictures."""

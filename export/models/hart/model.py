@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised, restored
+from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, config_from_json, l2_normalised
 from fastvar_trt.export.models.checkpoint import check_keys
 from fastvar_trt.export.models.codebook import CodeBookModel, top_k
 from fastvar_trt.export.models.hart.checkpoint import load_transformer, transformer_problems, transformer_tensors
@@ -193,9 +193,12 @@ class HART(CodeBookModel, TextModel):
         Raises:
             KeyError, TypeError: they are not complete.
         """
-        config, vae_config = restored(HARTConfig, configs["hart"]), restored(VQVAEConfig, configs["vae"])
+        config, vae_config = (
+            config_from_json(HARTConfig, configs["hart"]),
+            config_from_json(VQVAEConfig, configs["vae"]),
+        )
         text = configs.get("text_encoder")
-        return cls(config, vae_config, None if text is None else restored(Qwen2Config, text), precision)
+        return cls(config, vae_config, None if text is None else config_from_json(Qwen2Config, text), precision)
 
     def condition_outputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """The embedded text, its positions, and the head's modulation."""

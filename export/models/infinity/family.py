@@ -150,7 +150,7 @@ _SIZE_OPTIONS = (
 )
 _FILES = SourceCommand(
     name="infinity",
-    description="An official Infinity checkpoint, at one size and aspect ratio.",
+    description="An official Infinity checkpoint, at one size and aspect ratio, or several.",
     examples=(
         "fastvar-export infinity --checkpoint infinity_2b_reg.pth --vae infinity_vae_d32reg.pth \\\n"
         "    --pn 1M --h-div-w 1.333 --precision fp16 --out out/infinity_1m",

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, l2_normalised, restored
+from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, config_from_json, l2_normalised
 from fastvar_trt.export.models.checkpoint import load_state_dict
 from fastvar_trt.export.models.infinity import checkpoint as checkpoints
 from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
@@ -197,9 +197,12 @@ class Infinity(TextModel):
         Raises:
             KeyError, TypeError: they are not complete.
         """
-        config, vae_config = restored(InfinityConfig, configs["infinity"]), restored(BSQVAEConfig, configs["vae"])
+        config, vae_config = (
+            config_from_json(InfinityConfig, configs["infinity"]),
+            config_from_json(BSQVAEConfig, configs["vae"]),
+        )
         text = configs.get("text_encoder")
-        return cls(config, vae_config, None if text is None else restored(T5Config, text), precision)
+        return cls(config, vae_config, None if text is None else config_from_json(T5Config, text), precision)
 
     def condition_outputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Start token, modulations, keys and values of the text."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvar_trt.export.models.base import BlockSpec, restored
+from fastvar_trt.export.models.base import BlockSpec, config_from_json
 from fastvar_trt.export.models.checkpoint import load_state_dict
 from fastvar_trt.export.models.codebook import CodeBookModel
 from fastvar_trt.export.models.source import Source, to_meta
@@ -116,6 +116,10 @@ class CoDe(CodeBookModel):
         """
         return plan.resolve(self.schedule, self.config.refiner.depth, drafted=self.config.drafted)
 
+    def load_transformer(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        """None: there are two."""
+        raise CheckpointError(f"--checkpoint {checkpoint}: this model is made of more than one; export it again")
+
     def model_spec(self) -> ModelSpec:
         """The refiner's, with the drafter's inside."""
         drafter, refiner = (self._parts[name].model_spec() for name in (DRAFTER, REFINER))
@@ -136,9 +140,9 @@ class CoDe(CodeBookModel):
         Raises:
             KeyError, TypeError: they are not complete.
         """
-        drafter, refiner = (restored(VARConfig, configs["code"][part]) for part in (DRAFTER, REFINER))
+        drafter, refiner = (config_from_json(VARConfig, configs["code"][part]) for part in (DRAFTER, REFINER))
         config = CoDeConfig(drafter, refiner, int(configs["code"]["switch"]))
-        return cls(config, restored(VQVAEConfig, configs["vae"]), precision)
+        return cls(config, config_from_json(VQVAEConfig, configs["vae"]), precision)
 
     def condition_inputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Class indices, for both."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvar_trt.export.models.base import BlockSpec, block_geometry, l2_normalised, restored
+from fastvar_trt.export.models.base import BlockSpec, block_geometry, config_from_json, l2_normalised
 from fastvar_trt.export.models.checkpoint import check_keys, load_state_dict
 from fastvar_trt.export.models.codebook import CodeBookModel
 from fastvar_trt.export.models.matrix import linear_names
@@ -135,7 +135,9 @@ class VAR(CodeBookModel):
         Raises:
             KeyError, TypeError: they are not complete.
         """
-        return cls(restored(VARConfig, configs["var"]), restored(VQVAEConfig, configs["vae"]), precision)
+        return cls(
+            config_from_json(VARConfig, configs["var"]), config_from_json(VQVAEConfig, configs["vae"]), precision
+        )
 
     def condition_inputs(self, batch: int) -> tuple[TensorSpec, ...]:
         """Class indices."""
