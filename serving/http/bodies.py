@@ -33,6 +33,7 @@ MAX_PROMPT = 10_000  # characters; a bundle's limit in tokens is lower, and no s
 MAX_CFG = 100.0  # far beyond what is of use; logits overflow much later, which would spoil a whole batch
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _MAX_PREVIEWS = 64
+_SUBJECT = "subject"  # what a picture is of: the type of that error
 _MAX_PROBLEMS = 10  # that one answer tells
 _MAX_NAME = 100  # characters of a field, in an answer
 _SCHEMAS = "#/components/schemas/{model}"
@@ -61,7 +62,7 @@ class Body:
         tagged = tuple(Annotated[model, Tag(name)] for name, model in self.models.items())
         choice = Discriminator(
             self._which,
-            custom_error_type="subject",
+            custom_error_type=_SUBJECT,
             custom_error_message=f"give one of {', '.join(self.models)}",
         )
         union: Any = Annotated[Union[tagged], choice]  # noqa: UP007  # of as many as there are
@@ -80,7 +81,7 @@ class Body:
         try:
             return self.adapter.validate_json(content)
         except ValidationError as error:
-            problems = error.errors(include_url=False, include_context=False, include_input=False)
+            problems = error.errors(include_url=False, include_context=False)
             told = [self._problem(problem) for problem in problems[:_MAX_PROBLEMS]]
             more = len(problems) - len(told)
             raise RequestError("; ".join([*told, *([f"and {more} more"] if more else [])])) from error
@@ -89,6 +90,9 @@ class Body:
         place = list(problem["loc"])
         if len(self.models) > 1 and place and place[0] in self.models:  # which of the models it is of
             place = place[1:]
+        if problem["type"] == _SUBJECT and isinstance(problem["input"], Mapping):  # misspelt, maybe
+            given = ", ".join(str(name)[:_MAX_NAME] for name in list(problem["input"])[:_MAX_PROBLEMS])
+            return f"body: {problem['msg']}; got {given or 'nothing'}"
         where = ".".join(str(part)[:_MAX_NAME] for part in ("body", *place))
         return f"{where}: {problem['msg']}"
 

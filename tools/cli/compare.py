@@ -100,7 +100,6 @@ def compare(
                 f"{name}: distance to the nearest photograph of its class {metrics.distance:.4f}, nearest to its own "
                 f"class {metrics.accuracy:.1%}"
             )
-    echo_json({"a": str(bundle_a), "b": str(bundle_b), **comparison.to_json()}, json_file)
     if out is not None:
         subjects = pictures.subjects
         firsts = [subjects.index(subject) for subject in dict.fromkeys(subjects)]
@@ -122,3 +121,5 @@ def compare(
             ),
             out,
         )
+        click.echo(f"{out}: a picture of each subject, and the errors")
+    echo_json({"a": str(bundle_a), "b": str(bundle_b), **comparison.to_json()}, json_file)

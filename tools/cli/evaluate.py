@@ -81,9 +81,10 @@ def evaluate(
     if len(bundles) > 1:
         click.echo("\n" + _likeness_table(result, names))
     click.echo("\n" + _time_table(result, names))
-    echo_json(result.to_json(), json_file)
     if out is not None:
         save_image(_sheet(result, names), out)
+        click.echo(f"\n{out}: the first {len(result.samples[0])} prompts, and which categories fail")
+    echo_json(result.to_json(), json_file)
 
 
 def _check_bundles(pipelines: list[Pipeline]) -> None:
@@ -128,5 +129,9 @@ def _sheet(result: Evaluation, names: list[str]) -> Image.Image:
     titles = [
         f"{name}: {statistics.median(own.seconds):.2f} s" for name, own in zip(names, result.results, strict=True)
     ]
-    rows = [(result.cases[i].prompt, [samples[i] for samples in result.samples]) for i in range(len(result.samples[0]))]
+    rows = []
+    for i in range(len(result.samples[0])):
+        failed = [(name, result.failed(j, i)) for j, name in enumerate(names)]
+        told = "".join(f" ({name} fails: {', '.join(own)})" for name, own in failed if own)
+        rows.append((result.cases[i].prompt + told, [samples[i] for samples in result.samples]))
     return contact_sheet(titles, rows, result.samples[0].shape[2])

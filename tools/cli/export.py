@@ -27,10 +27,10 @@ from fastvar_trt.tools.cli.command import (
 )
 
 _BUNDLE_EXAMPLES = (
-    "fastvar-export bundle --from out/demo --prune none --out out/demo_dense",
-    "fastvar-export bundle --from out/demo --precision w8a8 --target cpu --out out/demo_w8a8",
+    "fastvar-export bundle --from out/demo_dense --prune infinity-short --out out/short",
+    "fastvar-export bundle --from out/demo_dense --precision w8a8 --target cpu --out out/demo_w8a8",
     "fastvar-export bundle --from out/infinity --checkpoint finetuned.pth --out out/finetuned",
-    "fastvar-export bundle --from out/demo --triton out/model_repository",
+    "fastvar-export bundle --from out/demo_dense --triton out/model_repository",
 )
 Export = Callable[[Path, ProgressBar], Any]  # writes the bundle to a folder, and gives the exporter's report
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fastvar_trt.runtime.errors import RequestError
-from fastvar_trt.runtime.manifest import STEP, Manifest, Variant, graph_name
+from fastvar_trt.runtime.manifest import STEP, Condition, Manifest, Variant, graph_name
 from fastvar_trt.runtime.pictures import (
     check_same_size,
     drawing_text,
@@ -178,12 +178,19 @@ def _draw(
     if negative_prompts and not prompts:
         raise click.UsageError("--negative-prompt needs --prompt")
     check_writable(out, save_tokens)
+    if out.suffix.lower() != ".png":
+        raise click.UsageError(f"--out: got {out.name}, expected a name that ends in .png")
     values = {k: v[0] if isinstance(v, tuple) and len(v) == 1 else v for k, v in values.items()}
     sampling: dict[str, Any] = {  # what is given per scale: an array [1, scales]
         k: np.array([v], dtype=np.float32) if isinstance(v, tuple) else v for k, v in values.items()
     }
     with runtime.load(bundle) as pipe:
         manifest, variant = pipe.manifest, pipe.variant(h_div_w=h_div_w, size=size)
+        draws_text = manifest.model.condition is Condition.TEXT
+        if labels and draws_text:
+            raise RequestError(f"--class: bundle {bundle} draws from text; give --prompt")
+        if prompts and not draws_text:
+            raise RequestError(f"--prompt: bundle {bundle} draws classes; give --class")
         conditions = {
             "labels": labels or None,
             "prompts": prompts or None,

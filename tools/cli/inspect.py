@@ -49,14 +49,13 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
         f"batch {', '.join(map(str, manifest.batches))}"
     )
     first = 0 if model.drafter is None else model.drafter.depth  # plans number the refiner's layers
-    click.echo(
-        f"plan {variant.plan.name}"
-        + (
-            ""
-            if plan.cache_scale is None
-            else f": cache of scale {plan.cache_scale}, layers {plan.first_layer - first} to {plan.last_layer - first}"
-        )
-    )
+    told = [f"plan {variant.plan.name}"]
+    if plan.cache_scale is not None:
+        layers = f"{plan.first_layer - first} to {plan.last_layer - first}"
+        told.append(f"cache of scale {plan.cache_scale}, layers {layers}")
+    if plan.unguided_from is not None:
+        told.append(f"no guidance from scale {plan.unguided_from} on")
+    click.echo("; ".join(told))
     rows = [
         [k, f"{h}x{w}", h * w, plan.num_kept[k] or "skipped"] + [plan.num_past(k, plan.layers(k)[i]) for i in (0, -1)]
         for k, (h, w) in enumerate(variant.schedule)

@@ -31,10 +31,10 @@ _LOG = logging.getLogger(__name__)
     cls=ErrorCommand,
     short_help="Serve bundles over HTTP.",
     epilog=examples(
-        "fastvar serve out/demo",
-        'curl -s --json \'{"label": 1, "seed": 3}\' localhost:8000/v1/images -o cat.png',
+        "fastvar serve out/demo_pruned",
+        'curl -s --json \'{"prompt": "two blue cubes on snow"}\' localhost:8000/v1/images -o cubes.png',
         "fastvar serve out/infinity --backend tensorrt_rtx --host 0.0.0.0 --max-queue 256 --rate 60/minute",
-        "fastvar serve small=out/demo large=out/infinity --max-memory 12 --api-key-file keys.txt",
+        "fastvar serve small=out/demo_pruned large=out/infinity --max-memory 12 --api-key-file keys.txt",
     ),
 )
 @click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE...")

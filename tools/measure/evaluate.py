@@ -245,6 +245,10 @@ class Evaluation:
             return None
         return Share(sum(all(r.values()) if category == ALL else r[category] for r in rows), len(rows))
 
+    def failed(self, bundle: int, case: int) -> list[str]:
+        """The categories that did not hold in a picture."""
+        return [name for name, held in self.results[bundle].checks[case].items() if not held]
+
     def speedup(self, bundle: int) -> tuple[float, float]:
         """The first bundle's time over that of another: of the steps, and of whole calls (median of pairs)."""
         first, other = self.results[0], self.results[bundle]
@@ -266,6 +270,11 @@ class Evaluation:
                         }
                         for category in self.categories
                     },
+                    "failures": [
+                        {"case": number, "prompt": case.prompt, "categories": failed}
+                        for number, case in enumerate(self.cases)
+                        if (failed := self.failed(i, number))
+                    ],
                     "against_first": None if i == 0 else mean_metrics(result.metrics).to_json(),
                     "seconds_per_call": round(statistics.median(result.seconds), 4),
                     "speedup_steps": round(self.speedup(i)[0], 3),
