@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -25,6 +26,7 @@ if _WORKER and hasattr(os, "sched_setaffinity"):
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as DriverService
@@ -63,6 +65,26 @@ def thorough(*values: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first: what is left at the end, workers can share."""
     items.sort(key=lambda item: item.path.name not in ("test_golden.py", "test_scene_model.py"))
+
+
+def run(command: Any, *arguments: object) -> Result:
+    """A command of click."""
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def told_by(command: Any, *arguments: object) -> str:
+    """What a command says that does not fail."""
+    done = run(command, *arguments)
+    assert done.exit_code == 0, f"{arguments[0]}: {done.output}"
+    return done.output
+
+
+@contextlib.contextmanager
+def changed_json(path: Path) -> Iterator[Any]:
+    """What a JSON file holds; what the block makes of it is written back."""
+    data = json.loads(path.read_text())
+    yield data
+    path.write_text(json.dumps(data))
 
 
 class Golden:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from conftest import TINY_PLAN, thorough
+from conftest import TINY_PLAN, changed_json, thorough
 from fastvar_trt.export.build import cpu as module
 from fastvar_trt.export.build.base import BuildReport, build_bundle
 from fastvar_trt.export.build.cpu import PACKED_FILE, CpuBuilder
@@ -82,10 +82,8 @@ def test_fresh_engines_are_not_built_again(built: Path) -> None:
 
 def _change_graph(bundle: Path) -> None:
     """Another export in the same folder: the graph's hash is no longer the one that was built from."""
-    record = bundle / "engines" / "cpu" / "engines.json"
-    data = json.loads(record.read_text())
-    data["engines"][3]["graph_sha256"] = "0" * 64
-    record.write_text(json.dumps(data))
+    with changed_json(bundle / "engines" / "cpu" / "engines.json") as data:
+        data["engines"][3]["graph_sha256"] = "0" * 64
 
 
 def _change_weights(bundle: Path) -> None:
@@ -94,23 +92,18 @@ def _change_weights(bundle: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    manifest = json.loads((bundle / MANIFEST_FILE).read_text())
-    manifest["files"][WEIGHTS_FILE] = dataclasses.asdict(FileSpec.of(path))
-    (bundle / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with changed_json(bundle / MANIFEST_FILE) as manifest:
+        manifest["files"][WEIGHTS_FILE] = dataclasses.asdict(FileSpec.of(path))
 
 
 def _drop_engine(bundle: Path) -> None:
-    record = bundle / "engines" / "cpu" / "engines.json"
-    data = json.loads(record.read_text())
-    del data["engines"][4]
-    record.write_text(json.dumps(data))
+    with changed_json(bundle / "engines" / "cpu" / "engines.json") as data:
+        del data["engines"][4]
 
 
 def _other_processor(bundle: Path) -> None:
-    record = bundle / "engines" / "cpu" / "engines.json"
-    data = json.loads(record.read_text())
-    data["engines"][0]["built_with"]["processor"] = "another"
-    record.write_text(json.dumps(data))
+    with changed_json(bundle / "engines" / "cpu" / "engines.json") as data:
+        data["engines"][0]["built_with"]["processor"] = "another"
 
 
 def _damage(bundle: Path) -> None:

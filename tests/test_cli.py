@@ -14,18 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 
-from conftest import TINY_PATCH_NUMS, tiny_states
+from conftest import TINY_PATCH_NUMS, changed_json, run, tiny_states
 from fastvar_trt.runtime import Pipeline, read_manifest
 from fastvar_trt.runtime.manifest import MANIFEST_FILE, REFERENCE_FILE, WEIGHTS_FILE, FileSpec
 from fastvar_trt.tools.cli import main as fastvar
 from fastvar_trt.tools.cli.export import main as fastvar_export
-
-
-def run(command: Any, *arguments: object) -> Result:
-    return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
 def refused(result: Result, *messages: str, exit_code: int = 1) -> None:
@@ -147,9 +143,8 @@ def test_damaged_bundles(bundle: Path, file: str, harm: Any, message: str, tmp_p
 
 
 def test_a_manifest_of_another_version(bundle: Path) -> None:
-    data = json.loads((bundle / MANIFEST_FILE).read_text())
-    data["format_version"] = 99
-    (bundle / MANIFEST_FILE).write_text(json.dumps(data))
+    with changed_json(bundle / MANIFEST_FILE) as data:
+        data["format_version"] = 99
     refused(run(fastvar, "verify", bundle), "format version: got 99, this release reads 2", "export the bundle again")
 
 
@@ -197,17 +192,15 @@ def _in_another_order(data: dict[str, Any]) -> None:
     ],
 )
 def test_a_manifest_that_contradicts_itself(bundle: Path, change: Any, message: str) -> None:
-    data = json.loads((bundle / MANIFEST_FILE).read_text())
-    change(data)
-    (bundle / MANIFEST_FILE).write_text(json.dumps(data))
+    with changed_json(bundle / MANIFEST_FILE) as data:
+        change(data)
     refused(run(fastvar, "inspect", bundle), "manifest.json: damaged", message)
 
 
 @pytest.mark.parametrize("key", ["variants", "model", "files", "sampling"])
 def test_a_manifest_without_a_field(bundle: Path, key: str) -> None:
-    data = json.loads((bundle / MANIFEST_FILE).read_text())
-    del data[key]
-    (bundle / MANIFEST_FILE).write_text(json.dumps(data))
+    with changed_json(bundle / MANIFEST_FILE) as data:
+        del data[key]
     refused(run(fastvar, "inspect", bundle), "damaged", key)
 
 
@@ -216,9 +209,8 @@ def test_verify_finds_a_bundle_that_computes_something_else(bundle: Path) -> Non
         reference = dict(data)
     reference["logits_01"][0, 3, 5] += 0.1
     np.savez(bundle / REFERENCE_FILE, **reference)
-    data = json.loads((bundle / MANIFEST_FILE).read_text())
-    data["files"][REFERENCE_FILE] = dataclasses.asdict(FileSpec.of(bundle / REFERENCE_FILE))
-    (bundle / MANIFEST_FILE).write_text(json.dumps(data))
+    with changed_json(bundle / MANIFEST_FILE) as data:
+        data["files"][REFERENCE_FILE] = dataclasses.asdict(FileSpec.of(bundle / REFERENCE_FILE))
     refused(
         run(fastvar, "verify", bundle), "does not compute what PyTorch computed: batch 1, step 1: logits differ by 0.1"
     )

@@ -10,26 +10,20 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from click.testing import CliRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import Comparator
 
+from conftest import run, told_by
 from fastvar_trt.runtime import Pipeline, RequestError
 from fastvar_trt.runtime.request import Request
 from fastvar_trt.tools.cli import main
 from fastvar_trt.tools.measure.capture import capture_graph
 
 
-def invoke(*arguments: object) -> str:
-    found = CliRunner().invoke(main, list(map(str, arguments)))
-    assert found.exit_code == 0, found.output
-    return found.output
-
-
 def test_a_captured_graph_runs_without_us(tiny_bundle: Path, tmp_path: Path) -> None:
     """By ONNX Runtime through Polygraphy, in its default way: the same outputs."""
     out = tmp_path / "step 3"
-    told = invoke("capture", tiny_bundle, "--graph", "step_03", "--class", 4, "--seed", 2, "-o", out)
+    told = told_by(main, "capture", tiny_bundle, "--graph", "step_03", "--class", 4, "--seed", 2, "-o", out)
     assert f"polygraphy run {tiny_bundle / 'step_03.onnx'} --onnxrt --data-loader-script '{out}/load_data.py'\n" in told
     namespace: dict[str, object] = {"__file__": str(out / "load_data.py")}
     exec((out / "load_data.py").read_text(), namespace)
@@ -47,7 +41,7 @@ def test_a_captured_graph_runs_without_us(tiny_bundle: Path, tmp_path: Path) -> 
 
 def test_polygraphy_s_command_takes_it(tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "decoder"
-    invoke("capture", tiny_bundle, "--graph", "decoder", "-o", out)
+    told_by(main, "capture", tiny_bundle, "--graph", "decoder", "-o", out)
     tool = "from polygraphy.tools import main; main()"
     arguments = ["run", tiny_bundle / "decoder.onnx", "--onnxrt", "--data-loader-script", out / "load_data.py"]
     found = subprocess.run(
@@ -59,17 +53,16 @@ def test_polygraphy_s_command_takes_it(tiny_bundle: Path, tmp_path: Path) -> Non
 def test_what_cannot_be_captured(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="graph: got 'step_09', expected one of condition, step_00"):
         capture_graph(tiny_bundle, "step_09", Request(label=1))
-    found = CliRunner().invoke(main, ["capture", str(tiny_bundle), "--graph", "decoder", "-o", str(tmp_path)])
+    found = run(main, "capture", tiny_bundle, "--graph", "decoder", "-o", tmp_path)
     assert found.exit_code == 1 and "exists already" in found.output
     (tmp_path / "file").touch()
-    arguments = ["capture", str(tiny_bundle), "--graph", "decoder", "-o", str(tmp_path / "file" / "out")]
-    found = CliRunner().invoke(main, arguments)
+    found = run(main, "capture", tiny_bundle, "--graph", "decoder", "-o", tmp_path / "file" / "out")
     assert found.exit_code == 1 and "file: cannot be made" in found.output
 
 
 def test_the_doctor_says_what_runs_here(tiny_bundle: Path) -> None:
     before = sorted(tiny_bundle.rglob("*"))
-    told = invoke("doctor", tiny_bundle)
+    told = told_by(main, "doctor", tiny_bundle)
     assert max(map(len, told.splitlines()[:-1])) <= 120
     report = json.loads(told.splitlines()[-1])
     assert report["extras"]["cpu"] and report["extras"]["export"] and report["backends"]["onnxruntime cpu"]

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from PIL import Image
 
-from conftest import TINY_PATCH_NUMS, Golden, thorough, tiny_infinity, tiny_states
+from conftest import TINY_PATCH_NUMS, Golden, run, thorough, tiny_infinity, tiny_states
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_again, export_model, load_bundle_model
 from fastvar_trt.export.models.hart.source import HARTSource
 from fastvar_trt.export.models.var.source import VARSource
@@ -368,10 +367,6 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
 # The command.
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(main, list(map(str, arguments)))
-
-
 def test_the_command_edits_and_says_how(editing_bundle: Path, tmp_path: Path, pipe: Pipeline, image: Any) -> None:
     big = np.repeat(np.repeat(image, 2, 0), 2, 1)
     (tmp_path / "in.png").write_bytes(png(big))
@@ -380,7 +375,7 @@ def test_the_command_edits_and_says_how(editing_bundle: Path, tmp_path: Path, pi
     (tmp_path / "mask.png").write_bytes(png(box))
     out = tmp_path / "out.png"
     common = ("edit", editing_bundle, "--image", tmp_path / "in.png", "--class", 3, "--seed", 7, "-o", out)
-    found = invoke(*common, "--mask", tmp_path / "mask.png")
+    found = run(main, *common, "--mask", tmp_path / "mask.png")
     assert found.exit_code == 0, found.output
     ours = fitted(Image.fromarray(big), 128, 128)
     expected = pipe.generate([3], seeds=7, image=ours, mask=fitted_mask(Image.fromarray(box), 128, 128))
@@ -390,11 +385,11 @@ def test_the_command_edits_and_says_how(editing_bundle: Path, tmp_path: Path, pi
     assert (text["labels"], text["seed"], text["edited"], text["plan"]) == ([3], 7, True, "skipping")
     assert text["bundle_sha256"] == pipe.manifest.identity and text["paste"] is True
     values = ("--class", 3, "--cfg", "3,3,2,1", "--top-p", 0.9)
-    assert invoke("generate", editing_bundle, *values, "-o", tmp_path / "drawn.png").exit_code == 0
+    assert run(main, "generate", editing_bundle, *values, "-o", tmp_path / "drawn.png").exit_code == 0
     with Image.open(tmp_path / "drawn.png") as drawn:
         told = json.loads(drawn.text["fastvar"])
     assert (told["labels"], told["cfg"], told["top_p"], told["edited"]) == ([3], [3, 3, 2, 1], 0.9, False)
-    assert invoke(*common, "--keep-scales", 2).exit_code == 0
+    assert run(main, *common, "--keep-scales", 2).exit_code == 0
     (tmp_path / "mask.png").write_bytes(png(box[:64, :64]))
     for arguments, code, message in (
         ((*common, "--mask", tmp_path / "mask.png"), 1, "mask: got 64x64, expected 256x256"),
@@ -403,6 +398,6 @@ def test_the_command_edits_and_says_how(editing_bundle: Path, tmp_path: Path, pi
         ((*common, "--keep-scales", 1, "--size", "64x64"), 1, "size: got '64x64', this bundle draws 128x128"),
     ):
         before = out.read_bytes()
-        found = invoke(*arguments)
+        found = run(main, *arguments)
         assert found.exit_code == code and message in found.output, found.output
         assert out.read_bytes() == before

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,7 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import Qwen2Config, Qwen2Model
 
-from conftest import Golden
+from conftest import Golden, run, told_by
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.hart.source import HARTSource
 from fastvar_trt.export.models.registry import load_plan
@@ -317,35 +316,29 @@ def test_the_commands_work(llm: Path, tmp_path: Path) -> None:
     command = ["hart", "--checkpoint", llm, "--max-top-k", "8", "--target", "cpu"]
     command += ["--text-encoder", text, "--system-prompt", tmp_path / "system.txt"]
     prompts = ["--prompt", "a red fox", "--prompt", "the snow"]
-    invoke(export_main, *command, "--prune", "none", "--no-compare", "--out", dense)
-    invoke(export_main, *command, "--prune", plan, "--precision", "fp16", "--out", pruned)
+    told_by(export_main, *command, "--prune", "none", "--no-compare", "--out", dense)
+    told_by(export_main, *command, "--prune", plan, "--precision", "fp16", "--out", pruned)
     np.savez(features, **{"0": np.random.default_rng(0).standard_normal((12, 48)).astype(np.float32), "tokens": [5]})
-    invoke(main, "generate", pruned, "--text-features", features, "-o", tmp_path / "a.png")
+    told_by(main, "generate", pruned, "--text-features", features, "-o", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (80, 80)
-    told = invoke(main, "generate", pruned, "--prompt", "snow " * 13, "-o", tmp_path / "b.png")
+    told = told_by(main, "generate", pruned, "--prompt", "snow " * 13, "-o", tmp_path / "b.png")
     assert "warning: image 0: prompt: has 13 tokens; the model reads the first 12" in told
     np.savez(features, **{"0": np.zeros((12, 48), np.float32), "tokens": [13]})
-    done = CliRunner().invoke(main, ["generate", str(pruned), "--text-features", str(features), "-o", "c.png"])
+    done = run(main, "generate", pruned, "--text-features", features, "-o", "c.png")
     assert done.exit_code == 1 and "text_tokens: got 13, expected 1 to 12" in done.output
-    invoke(main, "inspect", pruned)
-    invoke(main, "verify", pruned)
-    invoke(main, "profile", pruned, "--runs", "1", "--out", tmp_path / "profile")
-    invoke(main, "compare", dense, pruned, *prompts, "--seeds", "1", "--json", tmp_path / "compare.json")
+    told_by(main, "inspect", pruned)
+    told_by(main, "verify", pruned)
+    told_by(main, "profile", pruned, "--runs", "1", "--out", tmp_path / "profile")
+    told_by(main, "compare", dense, pruned, *prompts, "--seeds", "1", "--json", tmp_path / "compare.json")
     per_prompt = json.loads((tmp_path / "compare.json").read_text())["prompts"]
     assert per_prompt["a red fox"]["ssim"] < 1 and len(per_prompt) == 2
     axes = ["--fractions", "0.5", "--cache-scales", "-2", "--first-layers", "0"]
-    invoke(main, "tune", dense, *prompts, "--seeds", "1", *axes, "--out", tmp_path / "tune")
+    told_by(main, "tune", dense, *prompts, "--seeds", "1", *axes, "--out", tmp_path / "tune")
     with Pipeline.load(pruned) as pipe:
         assert [graph.name for graph in pipe.manifest.default.chain(1)][-2:] == ["residual", "decoder"]
         app = create_app(Service(pipe))
         with TestClient(app) as client:
             check_answers(client, pipe)
-
-
-def invoke(command: Any, *arguments: object) -> str:
-    done = CliRunner().invoke(command, list(map(str, arguments)))
-    assert done.exit_code == 0, f"{arguments[0]}: {done.output}"
-    return done.output
 
 
 def check_answers(client: TestClient, pipe: Pipeline) -> None:

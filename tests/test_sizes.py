@@ -14,11 +14,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
 
-from conftest import INFINITY_MAPS, INFINITY_PLAN, tiny_infinity, tiny_states
+from conftest import INFINITY_MAPS, INFINITY_PLAN, run, tiny_infinity, tiny_states
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_again, export_model
 from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.export.models.lora import merged
@@ -130,10 +129,6 @@ def test_a_size_is_held_once(tmp_path: Path) -> None:
 
 
 # Another checkpoint, and LoRA.
-
-
-def run(command: Any, *arguments: object) -> Result:
-    return CliRunner().invoke(command, list(map(str, arguments)))
 
 
 def test_a_fine_tune_takes_the_graphs_of_a_bundle(both: Path, tmp_path: Path) -> None:
