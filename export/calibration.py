@@ -31,8 +31,8 @@ Subject = int | str  # a class, or a prompt
 NUM_SUBJECTS = 4  # where none are given
 
 
-def check_subjects(model: NextScaleModel, subjects: Sequence[Subject]) -> None:
-    """That a model can draw them, and that there is something to find.
+def check_subjects(model: NextScaleModel, subjects: Sequence[Subject], folder: Path) -> None:
+    """That a model can draw them, and that there is something to find; `folder` has the tokenizer.
 
     Raises:
         ExportError: naming the one that it cannot.
@@ -54,6 +54,8 @@ def check_subjects(model: NextScaleModel, subjects: Sequence[Subject]) -> None:
             raise ExportError(f"calibration: got the class {subject}, the model draws from text; give prompts")
         if isinstance(subject, int) and not 0 <= subject < spec.num_classes:
             raise ExportError(f"calibration: class {subject}: the model has 0 to {spec.num_classes - 1}")
+        if isinstance(subject, str):
+            _tokens(model, folder, subject)
 
 
 @torch.inference_mode()
@@ -141,14 +143,20 @@ def _condition(model: NextScaleModel, folder: Path, subject: Subject | None, see
         ids = torch.randint(model.text_vocabulary(), (length,), generator=torch.Generator().manual_seed(seed))
         count = max(length * (seed + 1) // (2 * NUM_SUBJECTS), 1)
     else:
-        tokens = load_tokenizer(folder / TOKENIZER_FILE).encode(subject).ids
-        if len(tokens) > length:
-            raise ExportError(
-                f"calibration: {subject!r} has {len(tokens)} tokens, the bundle takes {length}; shorten it"
-            )
+        tokens = _tokens(model, folder, subject)
         ids, count = torch.zeros(length, dtype=torch.int64), len(tokens)
         ids[:count] = torch.tensor(tokens)
     return {names.TOKEN_IDS: ids[None], names.TOKEN_COUNT: torch.tensor([count])}
+
+
+def _tokens(model: NextScaleModel, folder: Path, prompt: str) -> list[int]:
+    """Those of a prompt, cut off where the runtime cuts it off."""
+    tokens, spec = list(load_tokenizer(folder / TOKENIZER_FILE).encode(prompt).ids), model.model_spec()
+    if len(tokens) > spec.text_length and not spec.context_tokens:
+        raise ExportError(
+            f"calibration: {prompt!r} has {len(tokens)} tokens, the bundle takes {spec.text_length}; shorten it"
+        )
+    return tokens[: spec.text_length]
 
 
 def _encoded(model: NextScaleModel, prompt: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -172,7 +172,6 @@ def export_model(
         raise ExportError(f"examples: got {len(options.examples)} names, this model has {spec.num_classes} classes")
     model = source.new_model(precision)
     sizes = [_Size(model, options.plan), *(_Size(other.new_model(precision), plan) for other, plan in more)]
-    check_subjects(model, options.calibration)
     _check_sizes(sizes)
     scales = dict(_kv_scales(model))
     shapes = source.shapes(precision, options.max_top_k) | shapes_of(scales.items())
@@ -185,9 +184,10 @@ def export_model(
     shapes |= shapes_of(of_sizes.items())
     _check_patterns(options.matrices, source, precision)
     with _new_bundle(out, force) as folder:
+        source.copy_files(folder)
+        check_subjects(model, options.calibration, folder)
         tensors = itertools.chain(source.tensors(precision, options.max_top_k), scales.items(), of_sizes.items())
         places = _write_weights(folder, shapes, tensors)
-        source.copy_files(folder)
         _load_calibrated(sizes, places, folder, options, progress)
         return _write_graphs(sizes, places, folder, options, progress)
 
@@ -361,7 +361,7 @@ def export_again(
     if state is not None and lora is not None:
         state = merged(state, *lora)
     there = {function.spec.file: (function, bundle / function.spec.file) for function in functions}
-    check_subjects(model, calibration)
+    check_subjects(model, calibration, bundle)
     with _new_bundle(out, force) as folder:
         _copy(bundle, folder, manifest, names.TOKENIZER_FILE)
         if state is None:
@@ -438,7 +438,7 @@ def _export_rounded(
 
     models = _new_models(bundle, manifest, wanted)
     quantised = models[0]
-    check_subjects(quantised, options.calibration)
+    check_subjects(quantised, options.calibration, bundle)
 
     def rounded(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, scale) for name, scale in _kv_scales(quantised) if name not in tensors)

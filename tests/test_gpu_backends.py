@@ -370,6 +370,11 @@ def test_enterprise_engines_are_built_for_this_gpu(bundle: Path, monkeypatch: py
     assert len(build_tensorrt(bundle, "current").built) == 12
     with pytest.raises(ExportError, match=r"got current and current\+plugins: give one of them"):
         build_tensorrt(bundle, "current", "current+plugins")
+    monkeypatch.setattr(builder, "CudaDevice", lambda: FakeCuda(target="sm75"))
+    with pytest.raises(ExportError, match=r"current\+plugins: needs SM80 or later, this GPU is SM75; take current"):
+        build_tensorrt(bundle, "current+plugins")
+    with pytest.raises(ExportError, match="sm75: has no numbers of fp8"):  # before anything is exported
+        EnterpriseBuilder(["current"]).check_precision(PRECISIONS["fp8"])
 
     def load_enterprise(target: str) -> Pipeline:
         cuda = FakeCuda(target=target)

@@ -23,9 +23,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import Qwen2Config, Qwen2Model
 
 from conftest import Golden, run, told_by
-from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model
 from fastvar_trt.export.models.hart.source import HARTSource
 from fastvar_trt.export.models.registry import load_plan
+from fastvar_trt.export.weights_file import map_weights
 from fastvar_trt.runtime import GenerationResult, Pipeline, PruningPlan, Request
 from fastvar_trt.runtime.errors import CheckpointError, PlanError
 from fastvar_trt.runtime.manifest import Role, TensorSpec
@@ -304,6 +305,19 @@ def llm_as_safetensors(llm: Path) -> Path:
     (folder / "config.json").write_text((llm / "config.json").read_text())
     save_file(torch.load(llm / "ema_model.bin", weights_only=True), folder / "model.safetensors")
     return folder
+
+
+def test_long_prompts_of_a_calibration_are_cut_off(llm: Path, tmp_path: Path) -> None:
+    """As those of requests are: the scales are those of the first twelve tokens."""
+    text = qwen2_folder(tmp_path / "qwen", "right", "", width=48)
+    source = HARTSource.from_folders(llm, None, text, SYSTEM)
+    scales = []
+    for count in (12, 50):
+        options = ExportOptions(precision="w8a8", calibration=("snow " * count,), compare=False)
+        export_model(source, tmp_path / str(count), options)
+        tensors = map_weights(tmp_path / str(count))
+        scales.append({name: float(x) for name, x in tensors.items() if name.endswith("input_scale")})
+    assert scales[0] == scales[1] != {}
 
 
 def test_the_commands_work(llm: Path, tmp_path: Path) -> None:

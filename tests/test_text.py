@@ -15,11 +15,12 @@ from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import T5Config, T5EncoderModel
 
+from fastvar_trt.export import exporter
 from fastvar_trt.export.build.tensorrt.builder import RtxBuilder, tensorrt_graph
 from fastvar_trt.export.build.tensorrt.engine import build_engine
 from fastvar_trt.export.build.tensorrt.flavour import Flavour
 from fastvar_trt.export.build.tensorrt.layers import count_kernels
-from fastvar_trt.export.exporter import ExportOptions, ExportReport
+from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model
 from fastvar_trt.export.models.infinity.schedules import schedule
 from fastvar_trt.export.models.infinity.source import InfinitySource
 from fastvar_trt.export.models.t5 import T5Config as OurConfig
@@ -27,7 +28,7 @@ from fastvar_trt.export.models.t5 import T5Source, position_bias
 from fastvar_trt.export.tracing import build_graph, save_graph, text_function
 from fastvar_trt.export.validation import compare_with_torch, run_in_onnxruntime
 from fastvar_trt.export.weights_file import map_weights, write_weights
-from fastvar_trt.runtime import BundleError, CheckpointError, ImageRequest, Pipeline, RequestError, Service
+from fastvar_trt.runtime import BundleError, CheckpointError, ExportError, ImageRequest, Pipeline, RequestError, Service
 from fastvar_trt.runtime.manifest import MANIFEST_FILE
 from fastvar_trt.runtime.precision import PRECISIONS
 from fastvar_trt.runtime.text import TextEncoder
@@ -225,6 +226,15 @@ def test_a_text_encoder_that_was_replaced_is_not_used(bundle: Path, tmp_path: Pa
 def test_prompts_out_of_range(bundle: Path, arguments: dict[str, Any], message: str) -> None:
     with Pipeline.load(bundle) as pipe, pytest.raises(RequestError, match=message):
         pipe.generate(**arguments)
+
+
+def test_long_prompts_of_a_calibration_are_refused_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "_write_weights", None)
+    with pytest.raises(ExportError, match=r"calibration: 'a a .* has 11 tokens, the bundle takes 10; shorten it"):
+        export_model(_source(folder), tmp_path / "b", ExportOptions(precision="w8a8", calibration=("a " * 10,)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_encoder_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from fastvar_trt.runtime.precision import Precision
 
 _UNSHARED = "int4"  # matrices of these TensorRT does not multiply with as they lie in the file
 _FIRST_TARGET = {"float8_e4m3fn": "sm89"}  # dtype -> the first GPUs that have such numbers
+_FIRST_WITH_PLUGINS = "sm80"  # what `register_plugins` compiles for, and later ones
 WITH_PLUGINS = f"{CURRENT_TARGET}+plugins"
 
 
@@ -116,13 +117,25 @@ class EnterpriseBuilder(RtxBuilder):
     def open(self) -> None:
         """See `Builder.open`; the target is the GPU that is found."""
         super().open()
+        self._find_target()
         if self.plugins:
             register_plugins()
+
+    def check_precision(self, precision: Precision) -> None:
+        """See `Builder.check_precision`: of the GPU that is found."""
+        self._find_target()
+        super().check_precision(precision)
+
+    def _find_target(self) -> None:
         device = CudaDevice()
         try:
             self.targets = (device.target,)
         finally:
             device.close()
+        if self.plugins and _rank(device.target) < _rank(_FIRST_WITH_PLUGINS):
+            raise ExportError(
+                f"--target {WITH_PLUGINS}: needs SM80 or later, this GPU is {device.target.upper()}; take current"
+            )
 
     def all_targets(self, engines: EngineSet) -> tuple[str, ...]:
         """This GPU alone."""
