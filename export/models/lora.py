@@ -22,23 +22,23 @@ _NOT_PLAIN = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "fan_in
 
 
 class MergedState(Mapping[str, Tensor]):
-    """A state dict with matrices changed: W + scale B A, computed when it is asked for."""
+    """A state dict, `before`, with matrices changed: W + scale B A, computed when it is asked for."""
 
     def __init__(self, state: Mapping[str, Tensor], changes: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
-        self._state, self._changes = state, changes
+        self.before, self._changes = state, changes
 
     def __getitem__(self, key: str) -> Tensor:
-        tensor = self._state[key]
-        if key not in self._changes or tensor.is_meta:
+        tensor = self.before[key]
+        if key not in self._changes:
             return tensor
         down, up, scale = self._changes[key]
         return (tensor.float() + scale * (up.float() @ down.float())).to(tensor.dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
+        return iter(self.before)
 
     def __len__(self) -> int:
-        return len(self._state)
+        return len(self.before)
 
 
 def merged(state: Mapping[str, Tensor], lora: Path, scale: float = 1.0) -> MergedState:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvar_trt.export.models.base import NextScaleModel
-from fastvar_trt.export.models.lora import merged
+from fastvar_trt.export.models.lora import MergedState, merged
 from fastvar_trt.export.models.matrix import dtype_name
 from fastvar_trt.runtime.precision import Precision
 
@@ -78,5 +78,7 @@ def shapes_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[tuple[in
 
 
 def to_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without data."""
+    """A state dict without data; merging changes neither shapes nor dtypes."""
+    if isinstance(state, MergedState):
+        return to_meta(state.before)
     return {key: value.to("meta") for key, value in state.items()}
