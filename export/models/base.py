@@ -36,6 +36,7 @@ from fastvar_trt.runtime.precision import Precision
 
 BLOCK_DOMAIN = "fastvar.block"  # only inside the exporter: block functions are inlined before a graph is written
 KEPT = ("attn.k", "attn.v")  # whose scales lie beside those of the linear layers
+MASKED = -3e4  # of scores: in every precision finite, and low enough that exp() gives 0
 MAX_Q_SCALE = 100.0  # `max_scale_mul` of VAR's and Infinity's SelfAttention
 
 
@@ -267,6 +268,12 @@ def l2_normalised(x: Tensor) -> Tensor:
     """x / ||x|| over the last axis in fp32, the norm clamped as in `F.normalize` (which exports an Expand)."""
     x = x.float()
     return x / (x * x).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`LlamaRMSNorm`, and T5's, in fp32 over the last axis."""
+    x = x.float()
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvar_trt.export.models.base import MASKED, rms_norm
 from fastvar_trt.export.models.checkpoint import key_problems, load_folder, read_config
 from fastvar_trt.export.models.matrix import matrix_format, torch_dtype, write_linear, write_matrix
 from fastvar_trt.export.models.text import TEXT_PREFIX, TextEncoderConfig
@@ -23,7 +24,6 @@ from fastvar_trt.runtime.errors import CheckpointError
 from fastvar_trt.runtime.manifest import TOKENIZER_FILE
 from fastvar_trt.runtime.precision import Precision
 
-_MASKED = -3e4
 _TYPES = ("qwen2", "qwen2_vl")
 # Where the language model lies in the layouts that there are, the deepest first.
 _LAYOUTS = ("model.language_model.", "language_model.model.", "model.", "")
@@ -172,7 +172,7 @@ class Qwen2Source:
         yield f"{TEXT_PREFIX}system", torch.tensor(self.system_ids, dtype=torch.int64)
         yield f"{TEXT_PREFIX}position", torch.arange(config.num_positions)
         order = torch.arange(config.num_positions)
-        yield f"{TEXT_PREFIX}causal", (order[None] > order[:, None]).float() * _MASKED
+        yield f"{TEXT_PREFIX}causal", (order[None] > order[:, None]).float() * MASKED
 
 
 def expected_keys(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
@@ -251,7 +251,7 @@ def encode(
     else:
         is_padding, prompt = place >= system + length, ids[0]
     tokens = torch.cat([weights["system"], prompt.masked_fill(is_padding[system:], config.pad_id)])
-    bias = torch.clamp_min(weights["causal"] + is_padding.float() * _MASKED, _MASKED).to(dtype)[None, None]
+    bias = torch.clamp_min(weights["causal"] + is_padding.float() * MASKED, MASKED).to(dtype)[None, None]
     x = F.embedding(tokens, weights["embed_tokens.weight"]).float()
     cos, sin = (weights[f"rope.{part}"] for part in ("cos", "sin"))  # [S + T, 1, D/2]
 
@@ -259,7 +259,7 @@ def encode(
         return matrix_format(precision, f"{TEXT_PREFIX}{name}").product(weights, name, x, bias)
 
     def normed(x: Tensor, name: str) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps) * weights[f"{name}.weight"]
+        return rms_norm(x, weights[f"{name}.weight"], config.norm_eps)
 
     def turned(x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvar_trt.export.models.base import MASKED, rms_norm
 from fastvar_trt.export.models.checkpoint import key_problems, load_folder, read_config
 from fastvar_trt.export.models.matrix import FORMATS, Cast, MatrixFormat, matrix_format, torch_dtype
 from fastvar_trt.export.models.text import TEXT_PREFIX, TextEncoderConfig
@@ -24,7 +25,6 @@ from fastvar_trt.runtime.manifest import TOKENIZER_FILE
 from fastvar_trt.runtime.precision import Precision
 
 _EMBEDDING = "shared.weight"
-_MASKED = -3e4
 _ACTIVATIONS = {"gated-gelu": "tanh", "gated-gelu_new": "tanh"}  # Hugging Face maps the first to the second
 _UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.")
 
@@ -189,7 +189,7 @@ def encode(
     """
     dtype = torch_dtype(precision.computed)
     heads = (config.num_heads, config.text_length, config.head_dim)
-    padding = (weights["position"] >= length).float() * _MASKED  # [T]
+    padding = (weights["position"] >= length).float() * MASKED  # [T]
     bias = (weights["position_bias"] + padding).to(dtype).unsqueeze(0)  # [1, H, T, T]
     x = F.embedding(ids[0], weights[_EMBEDDING]).float()  # [T, C]
 
@@ -197,7 +197,7 @@ def encode(
         return _format(precision, name).product(weights, name, x, None)
 
     def normed(x: Tensor, name: str) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps) * weights[f"{name}.weight"]
+        return rms_norm(x, weights[f"{name}.weight"], config.norm_eps)
 
     for i in range(config.depth):
         attention, ffn = f"encoder.block.{i}.layer.0.", f"encoder.block.{i}.layer.1."

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, config_from_json, l2_normalised
+from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, config_from_json, l2_normalised, rms_norm
 from fastvar_trt.export.models.checkpoint import check_keys
 from fastvar_trt.export.models.codebook import CodeBookModel, top_k
 from fastvar_trt.export.models.hart.checkpoint import load_transformer, transformer_problems, transformer_tensors
@@ -112,12 +112,6 @@ class HARTBlockSpec(BlockSpec):
             return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(self.dtype)
 
         return self.attend(tensors, turned(q), turned(k), v.to(self.dtype))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`LlamaRMSNorm` in fp32, over the last axis."""
-    x = x.float()
-    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
 class HART(CodeBookModel, TextModel):

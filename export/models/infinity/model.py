@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvar_trt.export.models.base import BlockSpec, Request, block_geometry, config_from_json, l2_normalised
+from fastvar_trt.export.models.base import (
+    MASKED,
+    BlockSpec,
+    Request,
+    block_geometry,
+    config_from_json,
+    l2_normalised,
+    rms_norm,
+)
 from fastvar_trt.export.models.checkpoint import load_state_dict
 from fastvar_trt.export.models.infinity import checkpoint as checkpoints
 from fastvar_trt.export.models.infinity.config import BSQVAEConfig, InfinityConfig
@@ -37,7 +45,6 @@ from fastvar_trt.runtime.request import GRAPH_INPUTS
 
 DEFAULT_TAU = 0.5  # scripts/infer.sh
 DEFAULT_TOP_P = 0.97  # gen_one_img
-_MASKED = -3e4  # in every precision finite, and low enough that exp() gives 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,12 +276,10 @@ class Infinity(TextModel):
         learnt = self.weight("text.uncond")  # [T, C_text]
         unconditional = torch.where(inputs[names.NEGATIVE][:, None, None], features[batch:], learnt)
         text = torch.cat([features[:batch], unconditional])  # [B2, T, C_text]
-        text = (
-            text * torch.rsqrt(text.square().mean(-1, keepdim=True) + config.norm_eps) * self.weight("text.norm.weight")
-        )
+        text = rms_norm(text, self.weight("text.norm.weight"), config.norm_eps)
         text = text.to(self.dtype).flatten(0, 1)  # [B2*T, C_text]
         padding = self.weight("text.position") >= lengths[:, None]  # [B2, T]
-        mask = (padding.float() * _MASKED)[:, None, None]  # [B2, 1, 1, T]
+        mask = (padding.float() * MASKED)[:, None, None]  # [B2, 1, 1, T]
 
         start = self._pool(text, mask)  # [B2, C]
         activated = F.silu(start).to(self.dtype)
