@@ -499,8 +499,8 @@ class Pipeline:
         wrong = [scale for scale in preview_scales if scale not in allowed or isinstance(scale, bool)]
         if wrong:
             raise RequestError(
-                f"preview_scales: got {wrong[0]!r}, expected some of {', '.join(map(str, allowed))} (the computed scales "
-                "before the last)"
+                f"preview_scales: got {wrong[0]!r}, expected some of {', '.join(map(str, allowed))} (the computed "
+                "scales before the last)"
             )
         return found
 
