@@ -18,8 +18,9 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from fastvar_trt.export.build.tensorrt.engine import BuiltEngine, EngineTensor
+from fastvar_trt.export.build.tensorrt.engine import BuiltEngine
 from fastvar_trt.runtime.errors import OutOfMemoryError
+from fastvar_trt.runtime.manifest import TensorSpec
 
 VERSION = "0.fake"
 _NUMPY = {1: "float32", 2: "uint8", 6: "int32", 7: "int64", 9: "bool", 10: "float16"}
@@ -301,14 +302,15 @@ def fake_build_engine(
     for node in model.graph.node:
         for attribute in [a for a in node.attribute if a.name == "TRT_decomposable"]:
             node.attribute.remove(attribute)  # ONNX Runtime does not know it
-    tensors = tuple(
-        EngineTensor(
-            value.name,
-            is_input,
-            _NUMPY[value.type.tensor_type.elem_type],
-            tuple(d.dim_value for d in value.type.tensor_type.shape.dim),
+    inputs, outputs = (
+        tuple(
+            TensorSpec(
+                value.name,
+                tuple(d.dim_value for d in value.type.tensor_type.shape.dim),
+                _NUMPY[value.type.tensor_type.elem_type],
+            )
+            for value in values
         )
-        for is_input, values in ((True, model.graph.input), (False, model.graph.output))
-        for value in values
+        for values in (model.graph.input, model.graph.output)
     )
-    return BuiltEngine(model.SerializeToString(), tensors, (), 4096)
+    return BuiltEngine(model.SerializeToString(), inputs, outputs, (), 4096)

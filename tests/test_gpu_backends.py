@@ -505,8 +505,8 @@ def test_an_engine_with_other_tensors_is_refused(bundle: Path, monkeypatch: pyte
         import dataclasses
 
         engine = fake_build_engine(*arguments)
-        tensors = tuple(dataclasses.replace(t, dtype="float16") if t.name == "f_hat" else t for t in engine.tensors)
-        return dataclasses.replace(engine, tensors=tensors)
+        inputs = tuple(dataclasses.replace(t, dtype="float16") if t.name == "f_hat" else t for t in engine.inputs)
+        return dataclasses.replace(engine, inputs=inputs)
 
     patch_build(monkeypatch, half)
     shutil.rmtree(bundle / "engines")

@@ -88,17 +88,13 @@ class RtxBuilder(Builder):
             targets,
             lambda phase, share: progress(graph.file, phase, share),
         )
-        inputs, outputs = (
-            tuple(TensorSpec(t.name, t.shape, t.dtype) for t in engine.tensors if t.is_input == is_input)
-            for is_input in (True, False)
-        )
-        check_same_tensors(f"{graph.file}: the engine", (*graph.inputs, *weights), inputs, ExportError)
-        check_same_tensors(f"{graph.file}: the engine", graph.outputs, outputs, ExportError)
+        check_same_tensors(f"{graph.file}: the engine", (*graph.inputs, *weights), engine.inputs, ExportError)
+        check_same_tensors(f"{graph.file}: the engine", graph.outputs, engine.outputs, ExportError)
         path = scratch / f"{Path(graph.file).stem}.engine"
         path.write_bytes(engine.data)
         kernels = {**count_kernels(engine.layers), "plugins": int(self.plugins)}
         names = tuple(spec.name for spec in weights)
-        return Built(path, names, inputs, outputs, kernels, engine.layers, engine.activation_bytes)
+        return Built(path, names, engine.inputs, engine.outputs, kernels, engine.layers, engine.activation_bytes)
 
 
 class EnterpriseBuilder(RtxBuilder):

@@ -10,16 +10,7 @@ from fastvar_trt.export.build.tensorrt.flavour import Flavour
 from fastvar_trt.export.build.tensorrt.layers import read_activation_bytes, read_layers
 from fastvar_trt.runtime.engines import EngineLayer
 from fastvar_trt.runtime.errors import ExportError
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineTensor:
-    """An input or output of an engine: dtype as in `TensorSpec`."""
-
-    name: str
-    is_input: bool
-    dtype: str
-    shape: tuple[int, ...]
+from fastvar_trt.runtime.manifest import TensorSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +19,14 @@ class BuiltEngine:
 
     Attributes:
         data: the plan.
-        tensors: inputs and outputs as the network declares them.
+        inputs, outputs: as the network declares them.
         layers: of the optimised network; empty where the log did not list them.
         activation_bytes: that it needs while it runs; 0 where the log did not say.
     """
 
     data: bytes
-    tensors: tuple[EngineTensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     layers: tuple[EngineLayer, ...]
     activation_bytes: int
 
@@ -68,7 +60,8 @@ def build_engine(
         found = [parser.get_error(i) for i in range(parser.num_errors)]
         problems = "; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in found)
         raise ExportError(f"{name}: {flavour.name} {flavour.version} does not accept the graph: {problems}")
-    tensors = _tensors(trt, network)
+    inputs = _tensors(trt, network.num_inputs, network.get_input)
+    outputs = _tensors(trt, network.num_outputs, network.get_output)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # Products in fp32 are those that half precision has been kept out of; TF32 would round them to ten bits.
@@ -82,10 +75,10 @@ def build_engine(
     if plan is None:
         raise ExportError(f"{name}: {flavour.name} {flavour.version} built no engine: {logger.errors()}")
     log = logger.text()
-    return BuiltEngine(bytes(plan), tensors, read_layers(log), read_activation_bytes(log))
+    return BuiltEngine(bytes(plan), inputs, outputs, read_layers(log), read_activation_bytes(log))
 
 
-def _tensors(trt: Any, network: Any) -> tuple[EngineTensor, ...]:
+def _tensors(trt: Any, count: int, get: Callable[[int], Any]) -> tuple[TensorSpec, ...]:
     names = {
         trt.DataType.FLOAT: "float32",
         trt.DataType.HALF: "float16",
@@ -97,15 +90,7 @@ def _tensors(trt: Any, network: Any) -> tuple[EngineTensor, ...]:
         trt.DataType.FP8: "float8_e4m3fn",
         trt.DataType.BOOL: "bool",
     }
-    sides = (
-        (True, network.num_inputs, network.get_input),
-        (False, network.num_outputs, network.get_output),
-    )
-    return tuple(
-        EngineTensor(t.name, is_input, names[t.dtype], tuple(t.shape))
-        for is_input, count, get in sides
-        for t in (get(i) for i in range(count))
-    )
+    return tuple(TensorSpec(t.name, tuple(t.shape), names[t.dtype]) for t in map(get, range(count)))
 
 
 def _logger(trt: Any) -> Any:

@@ -76,17 +76,15 @@ def _load(
     vae: Path,
     pn: str,
     h_div_w: float,
-    aspect: None = None,
     text_length: int | None = None,
     text_encoder: Path | None = None,
 ) -> InfinitySource:
-    del aspect  # is the other by now
     from fastvar_trt.export.models.infinity.source import InfinitySource
 
     return InfinitySource.from_files(checkpoint, vae, pn, h_div_w, text_length, text_encoder)
 
 
-def load_scenes(pn: str, h_div_w: float = 1.0, aspect: None = None) -> InfinitySource:
+def load_scenes(pn: str, h_div_w: float = 1.0) -> InfinitySource:
     """The model that comes with the package, at a size and a height over width.
 
     Raises:
@@ -121,7 +119,7 @@ def _sizes(pn: tuple[str, ...], h_div_w: Any, aspect: Any, **rest: Any) -> list[
             except ExportError as error:
                 missing.append(error)
                 continue
-            found.append({"pn": size, "h_div_w": ratio, "aspect": None, **rest})
+            found.append({"pn": size, "h_div_w": ratio, **rest})
         if len(missing) == len(wanted):
             raise missing[0]
         for absent in missing:
