@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import Qwen2Config, Qwen2Model
 
-from conftest import Golden, run, told_by
+from conftest import Golden, run, thorough, told_by
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model
 from fastvar_trt.export.models.hart.source import HARTSource
 from fastvar_trt.export.models.registry import load_plan
@@ -185,7 +185,7 @@ def transformers_features(folder: Path, source: HARTSource, prompt: str) -> NDAr
     return np.asarray(states[-1][0, len(system) :].numpy())
 
 
-@pytest.mark.parametrize(("side", "prefix"), [("right", ""), ("left", "model.language_model.")])
+@pytest.mark.parametrize(("side", "prefix"), [("right", ""), thorough("left", "model.language_model.")])
 def test_text_features_are_those_of_transformers(side: str, prefix: str, tmp_path: Path, export_once: Export) -> None:
     golden = Golden("hart_d4_dense")
     folder = qwen2_folder(tmp_path / "qwen", side, prefix)

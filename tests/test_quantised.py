@@ -466,7 +466,7 @@ def test_bundles_that_cannot_be_rounded(quantised: Callable[[str], Path], tiny_b
     with pytest.raises(PlanError):
         export_again(tiny_bundle, tmp_path / "b", PruningPlan("x", ((9, 0.5),), cache_scale=-2), precision="w8")
     done = CliRunner().invoke(fastvar_export, ["bundle", "--from", str(tiny_bundle), "--out", str(tmp_path / "b")])
-    assert done.exit_code == 2 and "--prune, --precision, --integer-kv or --checkpoint" in done.output
+    assert done.exit_code == 2 and "--prune, --precision, --integer-kv, --batch or --checkpoint" in done.output
     assert not list(tmp_path.iterdir())
 
 

@@ -102,7 +102,7 @@ def _noted(should_stop: Callable[[], bool], stopped: threading.Event) -> bool:
 
 @pytest.mark.parametrize("scales", [[3], [-1], [99], ["1"], [True]])
 def test_scales_without_preview(pipe: Pipeline, scales: list[Any]) -> None:
-    with pytest.raises(RequestError, match=r"preview_scales: got .*, expected of 0, 1, 2 \(the computed scales"):
+    with pytest.raises(RequestError, match=r"preview_scales: got .*, expected some of 0, 1, 2 \(the computed scales"):
         next(pipe.stream([2], preview_scales=scales))
     with Service(pipe) as service, pytest.raises(RequestError, match="preview_scales"):
         service.submit(ImageRequest(label=1, preview_scales=tuple(scales)))
