@@ -86,7 +86,7 @@ def chains(drafter: int, refiner: int, switch: int, *, on_meta: bool) -> list[Ch
     ]
 
 
-def times(found: list[Chain], folder: Path, runs: int) -> list[dict[str, float]]:
+def times(found: list[Chain], folder: Path, runs: int, *, prepacked: bool) -> list[dict[str, float]]:
     """Median seconds of the steps of each."""
     bundles: list[Path] = []
     for i, chain in enumerate(found):
@@ -95,7 +95,8 @@ def times(found: list[Chain], folder: Path, runs: int) -> list[dict[str, float]]
             export_again(bundles[-1], bundle, chain.plan)
         else:
             export_model(chain.source, bundle, ExportOptions(chain.plan, max_top_k=600, compare=False))
-        build_targets(bundle, "cpu")
+        if prepacked:
+            build_targets(bundle, "cpu")
         bundles.append(bundle)
     seconds: list[list[float]] = [[] for _ in bundles]
     with contextlib.ExitStack() as stack:
@@ -113,16 +114,24 @@ def times(found: list[Chain], folder: Path, runs: int) -> list[dict[str, float]]
 @click.option("--precision", default="fp16", show_default=True, help="Of what is counted; times are of fp32.")
 @click.option("--times/--no-times", "measured", default=True, show_default=True)
 @click.option("--runs", default=5, show_default=True)
+@click.option("--prepacked/--as-exported", default=True, show_default=True, help="The first takes twice the disk.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Where bundles may lie. Default: a temporary folder.")
 def main(
-    drafter: int, refiner: int, switch: int, precision: str, measured: bool, runs: int, work_dir: Path | None
+    drafter: int,
+    refiner: int,
+    switch: int,
+    precision: str,
+    measured: bool,
+    runs: int,
+    prepacked: bool,
+    work_dir: Path | None,
 ) -> None:
     """Count and measure."""
     found = chains(drafter, refiner, switch, on_meta=not measured)
     records: list[dict[str, Any]] = [{"chain": chain.name, **chain.counts(precision)} for chain in found]
     if measured:
         with tempfile.TemporaryDirectory(dir=work_dir) as scratch:
-            for record, own in zip(records, times(found, Path(scratch), runs), strict=True):
+            for record, own in zip(records, times(found, Path(scratch), runs, prepacked=prepacked), strict=True):
                 record |= own
     click.echo(format_table(list(records[0]), [[_text(value) for value in record.values()] for record in records]))
     click.echo(json.dumps({"switch": switch, "precision": precision, "cpu": cpu_fields(), "chains": records}))
