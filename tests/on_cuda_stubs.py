@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cuda_stubs import Stubs
 
-stubs = Stubs(Path(sys.argv[1]))
+stubs = Stubs(Path(sys.argv[1]))  # before what loads CUDA's libraries: hence E402 below
 
 import onnxruntime  # noqa: E402
 

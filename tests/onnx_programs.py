@@ -49,7 +49,7 @@ def keep_in(folder: Path) -> None:
             partial.rename(file)
         return Converted(ir.load(file))
 
-    torch.onnx.export = export  # type: ignore[assignment]
+    torch.onnx.export = export  # type: ignore[assignment]  # gives no ONNXProgram, but what is read of it
 
 
 def _key(program: torch.export.ExportedProgram, options: Any) -> str:

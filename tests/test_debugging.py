@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -58,6 +59,19 @@ def test_what_cannot_be_captured(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     found = run(main, "capture", tiny_bundle, "--graph", "decoder", "-o", tmp_path / "file" / "out")
     assert found.exit_code == 1 and "file: cannot be made" in found.output
+
+
+def test_a_capture_that_finds_no_room_leaves_nothing(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, *_: object, **__: object) -> None:
+        file.write_bytes(b"PK")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    found = run(main, "capture", tiny_bundle, "--graph", "decoder", "-o", tmp_path / "out")
+    assert found.exit_code == 1 and "out: cannot be written: No space left on device" in found.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_doctor_says_what_runs_here(tiny_bundle: Path) -> None:

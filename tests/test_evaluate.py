@@ -21,7 +21,7 @@ from fastvar_trt.runtime.plan import PruningPlan
 from fastvar_trt.tools.cli import main
 from fastvar_trt.tools.measure import tune
 from fastvar_trt.tools.measure.compare import Pictures
-from fastvar_trt.tools.measure.evaluate import Share, load_checker, read_cases
+from fastvar_trt.tools.measure.evaluate import BundleResult, Evaluation, Share, load_checker, read_cases
 from fastvar_trt.tools.random_checkpoints import random_infinity_checkpoint
 from fastvar_trt.tools.scenes.cases import cases, check
 from fastvar_trt.tools.scenes.renderer import render
@@ -81,6 +81,18 @@ def test_wilson_interval() -> None:
         assert Share(held, count).interval == pytest.approx((low, high), abs=1e-4)
 
 
+def test_pairs_of_verdicts() -> None:
+    """One prompt that complies here alone, two there alone, one that both and one that neither complies with."""
+    verdicts = ((False, True, True, True, False), (True, False, False, True, False))
+    results = [
+        # Of two categories, of which the first always holds: what counts is that all of them do.
+        BundleResult(tuple({"sky": True, "count": held} for held in own), (), (), {})
+        for own in verdicts
+    ]
+    evaluation = Evaluation(tuple(cases(5)), ("first", "other"), tuple(results), ())
+    assert evaluation.changed(1) == (1, 2) and evaluation.changed(0) == (0, 0)
+
+
 def test_two_bundles_on_scenes(bundles: tuple[Path, Path], tmp_path: Path) -> None:
     code, output = run(*bundles, "--scenes", 3, "-o", tmp_path / "s.png", "--json", tmp_path / "e.json")
     assert code == 0, output
@@ -91,6 +103,9 @@ def test_two_bundles_on_scenes(bundles: tuple[Path, Path], tmp_path: Path) -> No
     assert dense["compliance"]["ground"]["all"]["count"] == 3 and dense["compliance"]["sky"]["one solid"]["count"] == 1
     assert dense["against_first"] is None and dense["speedup_call"] == 1.0
     assert 0 < pruned["against_first"]["ssim"] < 1
+    alone = [pruned["against_first"][f"complies_{where}_alone"] for where in ("here", "there")]
+    held = [own["compliance"]["all"]["all"]["value"] * 3 for own in (pruned, dense)]
+    assert alone[0] - alone[1] == pytest.approx(held[0] - held[1], abs=1e-3)
     assert set(pruned["step_ms"]) == {"condition", *(f"step_{k:02d}" for k in range(4)), "decoder"}
     assert Image.open(tmp_path / "s.png").width > 2 * 256
     assert "three solids" in output and "speed-up of the steps" in output

@@ -269,6 +269,8 @@ def test_compare_command(tiny_bundle: Path, other_size: Path, tmp_path: Path) ->
     quick = CliRunner().invoke(main, [*arguments, "--no-vif"])
     assert json.loads(quick.output.splitlines()[-1])["mean"] == {"psnr_db": None, "ssim": 1.0, "vif": None}
 
+    ignored = CliRunner().invoke(main, [*arguments, "--greedy"])
+    assert ignored.exit_code == 2 and "give one of --greedy and --seeds" in ignored.output
     refused = CliRunner().invoke(main, ["compare", str(tiny_bundle), str(other_size), "--class", "1"])
     assert refused.exit_code == 1 and "bundles of one model only" in refused.output
     refused = CliRunner().invoke(main, [*arguments, "--class", "99"])

@@ -77,6 +77,8 @@ def compare(
     PSNR, SSIM (structure) and VIF (visual information fidelity) of B's pictures against A's; token agreement per scale;
     times, measured in turn. Needs the extra `quality`.
     """
+    if greedy and seeds is not None:
+        raise click.UsageError("give one of --greedy and --seeds: the likeliest tokens are the same with every seed")
     require_libraries()
     check_writable(out, json_file)
     with Pipeline.load(bundle_a) as a, Pipeline.load(bundle_b) as b:

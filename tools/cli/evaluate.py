@@ -62,8 +62,8 @@ def evaluate(
 ) -> None:
     """Whether pictures show what their prompts say, for one or more bundles of one model.
 
-    Compliance per category with its 95 % interval; PSNR, SSIM and VIF against the first bundle; time per scale,
-    measured in turn. Needs the extras `quality` and `text`.
+    Compliance per category with its 95 % interval; PSNR, SSIM and VIF against the first bundle, and how many prompts
+    only one of the two complies with; time per scale, measured in turn. Needs the extras `quality` and `text`.
     """
     require_libraries()
     judge = judge_of(num_scenes, held_out, prompts_file, checker, seed)
@@ -106,9 +106,9 @@ def _compliance_table(result: Evaluation, names: list[str]) -> str:
 
 def _likeness_table(result: Evaluation, names: list[str]) -> str:
     rows = [
-        [name, *mean_metrics(own.metrics).texts()] for name, own in list(zip(names, result.results, strict=True))[1:]
+        [names[i], *mean_metrics(result.results[i].metrics).texts(), *result.changed(i)] for i in range(1, len(names))
     ]
-    return format_table([f"against {names[0]}", "PSNR dB", "SSIM", "VIF"], rows)
+    return format_table([f"against {names[0]}", "PSNR dB", "SSIM", "VIF", "complies here alone", "there alone"], rows)
 
 
 def _time_table(result: Evaluation, names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,19 @@ def capture_graph(bundle: Path, graph: str, request: Request) -> dict[str, dict[
 
 
 def write_capture(folder: Path, captured: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
-    """`inputs.npz`, `outputs.npz` and `load_data.py` for Polygraphy, in a folder that is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, arrays in captured.items():
-        np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
-    (folder / "load_data.py").write_text(_LOADER, encoding="utf-8")
+    """`inputs.npz`, `outputs.npz` and `load_data.py` for Polygraphy, in a folder that is made.
+
+    Raises:
+        RequestError: it is there already, or cannot be written; nothing is left of it then.
+    """
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot be made: {error.strerror}; give another output") from error
+    try:
+        for name, arrays in captured.items():
+            np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
+        (folder / "load_data.py").write_text(_LOADER, encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RequestError(f"{folder}: cannot be written: {error.strerror or error}") from error

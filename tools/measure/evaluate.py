@@ -249,6 +249,15 @@ class Evaluation:
         """The categories that did not hold in a picture."""
         return [name for name, held in self.results[bundle].checks[case].items() if not held]
 
+    def changed(self, bundle: int) -> tuple[int, int]:
+        """Cases that comply in this bundle alone, and in the first alone (the pairs of McNemar's test).
+
+        They tell more than two shares, whose intervals hold how hard the prompts are, too.
+        """
+        first, other = ([all(checks.values()) for checks in self.results[i].checks] for i in (0, bundle))
+        pairs = list(zip(first, other, strict=True))
+        return pairs.count((False, True)), pairs.count((True, False))
+
     def speedup(self, bundle: int) -> tuple[float, float]:
         """The first bundle's time over that of another: of the steps, and of whole calls (median of pairs)."""
         first, other = self.results[0], self.results[bundle]
@@ -275,7 +284,12 @@ class Evaluation:
                         for number, case in enumerate(self.cases)
                         if (failed := self.failed(i, number))
                     ],
-                    "against_first": None if i == 0 else mean_metrics(result.metrics).to_json(),
+                    "against_first": None
+                    if i == 0
+                    else {
+                        **mean_metrics(result.metrics).to_json(),
+                        **dict(zip(("complies_here_alone", "complies_there_alone"), self.changed(i), strict=True)),
+                    },
                     "seconds_per_call": round(statistics.median(result.seconds), 4),
                     "speedup_steps": round(self.speedup(i)[0], 3),
                     "speedup_call": round(self.speedup(i)[1], 3),
