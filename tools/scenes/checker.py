@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
+from scipy.spatial.distance import cdist
 
 from fastvar_trt.tools.scenes.renderer import COLOURS, ground_point, render, silhouette, surface_colour
 from fastvar_trt.tools.scenes.world import GROUNDS, SHAPES, SKIES, Scene, Solid
@@ -278,9 +279,9 @@ def _known_colours(sky: str) -> Array:
 
 def _colour_map(image: Array, sky: str) -> NDArray[np.int64]:
     """Index of the nearest colour of every pixel."""
-    chroma = _chroma(image)
-    distance = np.stack([np.linalg.norm(chroma[:, :, None] - own, axis=-1).min(axis=-1) for own in _known_colours(sky)])
-    return distance.argmin(axis=0)
+    known = _known_colours(sky)
+    distance = cdist(known.reshape(-1, 3), _chroma(image).reshape(-1, 3))
+    return distance.reshape(*known.shape[:2], *image.shape[:2]).min(axis=1).argmin(axis=0)
 
 
 def _shape_of(mask: NDArray[np.bool_], has_colour: NDArray[np.bool_], light: Array) -> str:

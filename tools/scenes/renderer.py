@@ -154,13 +154,13 @@ def _trace(scene: Scene, d: Array) -> Array:
         if window is None:
             continue
         part = d[window]
-        t, normal = solid.hit(_CAMERA, part)
+        t, normals = solid.hit(_CAMERA, part)
         mine = t < nearest[window]
         if not mine.any():
             continue
         points = _CAMERA + t[mine][:, None] * part[mine]
         lit = _unshaded(points, [other for other in placed if other is not solid], light)
-        colour = _surface(solid, scene, part[mine], normal[mine], lit, air, light)
+        colour = _surface(solid, scene, part[mine], normals()[mine], lit, air, light)
         image[window][mine] = colour
         nearest[window][mine] = t[mine]
     return image
@@ -333,21 +333,25 @@ class _Placed:
             return None
         return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
-    def hit(self, origin: Array, d: Array) -> tuple[Array, Array]:
-        """Distances [...] of rays from origin [3] or [..., 3] along d [..., 3], `_FAR` for none, and normals."""
+    def hit(self, origin: Array, d: Array) -> tuple[Array, Callable[[], Array]]:
+        """What rays from origin [3] or [..., 3] along d [..., 3] meet.
+
+        Returns:
+            distances [...], `_FAR` for none; and what computes the normals [..., 3] there, which few ask for.
+        """
         o = np.broadcast_to(origin - np.array([self.x, 0, self.z], np.float32), d.shape)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            t, normal = getattr(self, f"_{self.shape}")(o, d)
-        return np.where(np.isfinite(t) & (t > 1e-4), t, _FAR).astype(np.float32), normal.astype(np.float32)
+            t, normals = getattr(self, f"_{self.shape}")(o, d)
+        return np.where(np.isfinite(t) & (t > 1e-4), t, _FAR).astype(np.float32), lambda: normals().astype(np.float32)
 
-    def _sphere(self, o: Array, d: Array) -> tuple[Any, Any]:
+    def _sphere(self, o: Array, d: Array) -> tuple[Any, Callable[[], Any]]:
         r = self.radius
         o = o - np.array([0, r, 0], np.float32)
         b, c = (o * d).sum(-1), (o * o).sum(-1) - r * r
         t = -b - np.sqrt(b * b - c)
-        return t, (o + np.where(np.isfinite(t), t, 0)[..., None] * d) / r
+        return t, lambda: _along(o, d, t) / r
 
-    def _cube(self, o: Array, d: Array) -> tuple[Any, Any]:
+    def _cube(self, o: Array, d: Array) -> tuple[Any, Callable[[], Any]]:
         h = 0.72 * self.radius
         cos, sin = np.cos(self.turn), np.sin(self.turn)
         turned = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], np.float32)
@@ -355,13 +359,16 @@ class _Placed:
         inverse = 1 / np.where(np.abs(d) < 1e-7, 1e-7, d)
         middle, spread = -o * inverse, np.abs(h * inverse)
         enter, leave = (middle - spread), (middle + spread)
-        axis = enter.argmax(-1)
-        t = enter.max(-1)
-        t = np.where(t < leave.min(-1), t, np.nan)
-        normal = np.where(np.arange(3) == axis[..., None], -np.sign(d), 0)
-        return t, normal @ turned
+        # In pairs: numpy is slow at reducing axes of three.
+        t = np.maximum(np.maximum(enter[..., 0], enter[..., 1]), enter[..., 2])
+        left = np.minimum(np.minimum(leave[..., 0], leave[..., 1]), leave[..., 2])
 
-    def _cylinder(self, o: Array, d: Array) -> tuple[Any, Any]:
+        def normals() -> Array:
+            return np.where(np.arange(3) == enter.argmax(-1)[..., None], -np.sign(d), 0) @ turned
+
+        return np.where(t < left, t, np.nan), normals
+
+    def _cylinder(self, o: Array, d: Array) -> tuple[Any, Callable[[], Any]]:
         r, h = 0.62 * self.radius, 2.0 * self.radius
         a, b, c = _quadratic(o, d, r)
         t = (-b - np.sqrt(b * b - a * c)) / a
@@ -371,12 +378,14 @@ class _Placed:
         x, z = (o[..., i] + lid * d[..., i] for i in (0, 2))
         on_lid = (x * x + z * z < r * r) & (lid > 0) & ~(t < lid)
         t = np.where(on_lid, lid, t)
-        point = o + np.where(np.isfinite(t), t, 0)[..., None] * d
-        side = point / r * np.array([1, 0, 1], np.float32)
-        up = np.broadcast_to(np.array([0, 1, 0], np.float32), side.shape)
-        return t, np.where(on_lid[..., None], up, side)
 
-    def _cone(self, o: Array, d: Array) -> tuple[Any, Any]:
+        def normals() -> Array:
+            side = _along(o, d, t) / r * np.array([1, 0, 1], np.float32)
+            return np.where(on_lid[..., None], np.broadcast_to(np.array([0, 1, 0], np.float32), side.shape), side)
+
+        return t, normals
+
+    def _cone(self, o: Array, d: Array) -> tuple[Any, Callable[[], Any]]:
         r, h = 1.05 * self.radius, 2.1 * self.radius
         k = (r / h) ** 2  # x^2 + z^2 = k (h - y)^2
         below = h - o[..., 1]
@@ -390,9 +399,18 @@ class _Placed:
             y = o[..., 1] + t * d[..., 1]
             t = np.where((y > 0) & (y < h) & (t > 0), t, np.nan)
             best = np.fmin(best, t)
-        point = o + np.where(np.isfinite(best), best, 0)[..., None] * d
-        normal = np.stack([point[..., 0], k * (h - point[..., 1]), point[..., 2]], axis=-1)
-        return best, normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-6)
+
+        def normals() -> Array:
+            point = _along(o, d, best)
+            slope = np.stack([point[..., 0], k * (h - point[..., 1]), point[..., 2]], axis=-1)
+            return slope / np.maximum(np.linalg.norm(slope, axis=-1, keepdims=True), 1e-6)
+
+        return best, normals
+
+
+def _along(o: Array, d: Array, t: Array) -> Array:
+    """Points [..., 3] of rays at distances t [...]; their origins where they meet nothing."""
+    return o + np.where(np.isfinite(t), t, 0)[..., None] * d
 
 
 def _quadratic(o: Array, d: Array, r: float) -> tuple[Any, Any, Any]:
