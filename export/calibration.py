@@ -60,8 +60,7 @@ def check_subjects(model: NextScaleModel, subjects: Sequence[Subject], folder: P
 
 @torch.inference_mode()
 def calibrate(
-    model: NextScaleModel,
-    plan: ResolvedPlan,
+    chains: Sequence[tuple[NextScaleModel, ResolvedPlan]],
     folder: Path,
     places: Mapping[str, TensorPlace],
     subjects: Sequence[Subject],
@@ -70,12 +69,11 @@ def calibrate(
     """Draw, and write the scales of activations into the weights file; nothing where no format has any.
 
     Args:
-        model: over the weights file.
-        plan: with which it draws.
+        chains: the model over the weights file, and the plan with which it draws, at every size.
         folder: of the weights file, and the tokenizer.
         places: of the file's tensors.
-        subjects: classes or prompts; without any, the first classes, prompts of random tokens, or what the model is
-            compared on, where it has no text encoder.
+        subjects: classes or prompts, drawn at every size; without any, the first classes, prompts of random tokens, or
+            what the model is compared on, where it has no text encoder.
         progress: called with `calibration`, `compare` and the share that is done.
 
     Returns:
@@ -84,7 +82,12 @@ def calibrate(
     Raises:
         ExportError: what was multiplied is not finite.
     """
-    scales = {id(parameter): name for name, parameter in model.named_parameters() if name.endswith(INPUT_SCALE)}
+    scales = {
+        id(parameter): name
+        for model, _ in chains
+        for name, parameter in model.named_parameters()
+        if name.endswith(INPUT_SCALE)
+    }
     if not scales:
         return False
     largest = dict.fromkeys(scales.values(), 0.0)
@@ -94,31 +97,32 @@ def calibrate(
         if name is not None:
             largest[name] = float(np.maximum(largest[name], float(x.abs().max())))  # not max(): NaN shall stay
 
-    conditions = [_condition(model, folder, subject, i) for i, subject in enumerate(subjects or _defaults(model))]
-    request = default_request(model, 1, greedy=False)
-    for i, encoder_inputs in enumerate(conditions):
-        progress("calibration", "compare", i / len(conditions))
+    first = chains[0][0]
+    conditions = [_condition(first, folder, subject, i) for i, subject in enumerate(subjects or _defaults(first))]
+    draws = [(chain, i) for chain in chains for i in range(len(conditions))]
+    for done, ((model, plan), i) in enumerate(draws):
+        progress("calibration", "compare", done / len(draws))
         noise = {
             scale: torch.from_numpy(uniform_noise(i, scale, model.token_spec(scale)[0]))[None] for scale in plan.steps
         }
         with observing(observe):
-            inputs = encoder_inputs if model.text_specs() is None else _encoded(model, encoder_inputs)
-            generate(model, plan, inputs, noise, request, [i])
+            inputs = conditions[i] if model.text_specs() is None else _encoded(model, conditions[i])
+            generate(model, plan, inputs, noise, default_request(model, 1, greedy=False), [i])
     progress("calibration", "done", 1.0)
     unusable = [name for name, size in largest.items() if not np.isfinite(size)]
     if unusable:
         raise ExportError(
             f"calibration: what {unusable[0].removesuffix(INPUT_SCALE)} takes is not finite; the weights are damaged, "
-            f"or exceed {model.precision.computed}"
+            f"or exceed {first.precision.computed}"
         )
 
     def dtype(name: str) -> str:
         """Of the numbers that a scale is for: those of a matrix, or keys and values."""
         linear = name.removesuffix(INPUT_SCALE)
-        matrix = places.get(matrix_format(model.precision, linear).names(linear)[0])
+        matrix = places.get(matrix_format(first.precision, linear).names(linear)[0])
         return KV_INTEGER if matrix is None else matrix.dtype
 
-    # Of a layer that no step of the plan runs: any number will do.
+    # Of a layer that no step of any plan runs: any number will do.
     overwrite_scalars(
         folder, places, {name: (size or 1.0) / largest_number(dtype(name)) for name, size in largest.items()}
     )

@@ -28,6 +28,7 @@ from fastvar_trt.export.models.matrix import (
     FORMATS,
     INPUT_SCALE,
     Cast,
+    check_exceptions,
     matrix_format,
     unknown_scale,
     write_matrix,
@@ -45,7 +46,7 @@ from fastvar_trt.export.tracing import (
     save_graph,
     text_function,
 )
-from fastvar_trt.export.validation import GraphError, compare_with_torch, run_in_onnxruntime
+from fastvar_trt.export.validation import GraphError, compare_with_torch, run_in_onnxruntime, tolerance_of
 from fastvar_trt.export.weights_file import map_weights, write_weights
 from fastvar_trt.plugins import DOMAIN, VERSION
 from fastvar_trt.runtime import manifest as names
@@ -64,7 +65,7 @@ from fastvar_trt.runtime.manifest import (
 )
 from fastvar_trt.runtime.noise import uniform_noise
 from fastvar_trt.runtime.plan import DENSE, PruningPlan, ResolvedPlan
-from fastvar_trt.runtime.precision import PLAIN, PRECISIONS, Precision, in_block
+from fastvar_trt.runtime.precision import PRECISIONS, Precision, in_block
 from fastvar_trt.runtime.request import GRAPH_INPUTS
 from fastvar_trt.runtime.weights import TensorPlace, plan_layout, read_layout
 
@@ -103,10 +104,7 @@ class ExportOptions:
             if self.matrices:
                 raise ExportError(f"matrix: {precision.name} has one format for all; give a precision of few bits")
             return precision
-        formats = [PLAIN, *(name for name, fmt in FORMATS.items() if not isinstance(fmt, Cast))]
-        for pattern, name in self.matrices:
-            if name not in formats:
-                raise ExportError(f"matrix {pattern}: got {name!r}, expected one of {', '.join(formats)}")
+        check_exceptions(self.matrices)
         own = FAMILIES[family].matrices if family in FAMILIES else ()
         return dataclasses.replace(precision, matrices=(*self.matrices, *precision.matrices, *own))
 
@@ -210,8 +208,9 @@ def _check_sizes(sizes: Sequence[_Size]) -> None:
 def _check_patterns(matrices: Sequence[tuple[str, str]], source: Source, precision: Precision) -> None:
     """`_check_names` of a model that is not loaded: of what it would quantise without exceptions."""
     if matrices:
-        shapes = source.shapes(dataclasses.replace(precision, matrices=()), 0)
-        suffix = f".{FORMATS[precision.stored].parts[0]}"
+        any_shape = FORMATS["w8"]  # whose blocks are whole whatever the sizes are
+        shapes = source.shapes(dataclasses.replace(precision, stored=any_shape.name, matrices=()), 0)
+        suffix = f".{any_shape.parts[0]}"
         _check_names(matrices, (name.removesuffix(suffix) for name in shapes if name.endswith(suffix)))
 
 
@@ -241,12 +240,13 @@ def _load_calibrated(
     options: ExportOptions,
     progress: Progress,
 ) -> None:
-    """Give the model its weights, and those the scales of activations, where they have any, found at the first size."""
-    model = sizes[0].model
-    model.load_tensors(map_weights(folder))
-    changed = calibrate(model, sizes[0].resolved, folder, places, options.calibration, progress)
-    for size in sizes if changed else sizes[1:]:
+    """Give the models their weights, and those the scales of activations, where they have any."""
+    for size in sizes:
         size.model.load_tensors(map_weights(folder))
+    chains = [(size.model, size.resolved) for size in sizes]
+    if calibrate(chains, folder, places, options.calibration, progress):
+        for size in sizes:
+            size.model.load_tensors(map_weights(folder))
 
 
 def load_bundle_model(bundle: Path, *, hashes: bool = True) -> tuple[NextScaleModel, Manifest]:
@@ -311,7 +311,7 @@ def export_again(
         precision: one that computes as that of `bundle` does, whose matrices are then rounded; default: that one.
         matrices: exceptions from the precision's format, before the family's own.
         integer_kv: keep keys and values in 8 bits, as a bundle that does already goes on to.
-        calibration: classes or prompts to draw for scales, which are found again for every plan.
+        calibration: classes or prompts to draw for scales, which are found again; default: those of `bundle`.
         batches: batch sizes; default: those of `bundle`.
         checkpoint: the official file or folder of another transformer of the same sizes, as a fine-tune is; VAE and
             text encoder stay.
@@ -328,6 +328,7 @@ def export_again(
     """
     models, manifest = _load_models(bundle)
     model = models[0]
+    calibration = calibration or manifest.calibration
     options = ExportOptions(
         plan or manifest.default.plan,
         precision or manifest.precision,
@@ -598,8 +599,9 @@ class _GraphWriter:
         if not self._compare:
             return
         self._report(function, "compare")
+        tolerance = tolerance_of(graph, model.precision)
         got = run_in_onnxruntime(self._folder, spec, graph, inputs)
-        self.errors[spec.file] = compare_with_torch(function, inputs, got, model.precision)
+        self.errors[spec.file] = compare_with_torch(function, inputs, got, tolerance)
 
     def _report(self, function: GraphFunction, phase: str) -> None:
         self._progress(function.spec.file, phase, PHASES.index(phase) / (len(PHASES) - 1))
@@ -711,6 +713,7 @@ def _manifest(
         configs=model.configs(),
         matrices=model.precision.matrices,
         integer_kv=model.precision.rounds_kv,
+        calibration=options.calibration,
         examples=options.examples,
     )
 

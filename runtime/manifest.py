@@ -650,6 +650,7 @@ class Manifest:
     configs: Mapping[str, Any]  # the exporter's: what it needs to trace these weights again
     matrices: tuple[tuple[str, str], ...] = ()  # exceptions from the precision's format: see `Precision.matrices`
     integer_kv: bool = False  # whether keys and values are kept in 8 bits
+    calibration: tuple[int | str, ...] = ()  # classes or prompts that scales of activations were found with
     examples: tuple[str, ...] = ()  # of prompts, or names of classes in order
 
     @property
@@ -713,6 +714,8 @@ class Manifest:
             raise ValueError(f"matrices: got {list(self.matrices)}, expected pairs of a pattern and a known format")
         if not isinstance(self.integer_kv, bool):
             raise ValueError(f"integer_kv: got {self.integer_kv!r}, expected true or false")
+        if not all(type(subject) in (int, str) for subject in self.calibration):
+            raise ValueError(f"calibration: got {list(self.calibration)}, expected classes or prompts")
         if not self.batches or min(self.batches) < 1 or len(set(self.batches)) != len(self.batches):
             raise ValueError(f"batches: got {list(self.batches)}, expected one or more different sizes of 1 or more")
         if not self.variants or len({variant.name for variant in self.variants}) != len(self.variants):
@@ -735,6 +738,7 @@ class Manifest:
             "precision": self.precision,
             "matrices": [list(rule) for rule in self.matrices],
             "integer_kv": self.integer_kv,
+            "calibration": list(self.calibration),
             "examples": list(self.examples),
             "batches": list(self.batches),
             "sampling": dataclasses.asdict(self.sampling),
@@ -775,6 +779,7 @@ class Manifest:
                 configs=dict(data["configs"]),
                 matrices=tuple((pattern, name) for pattern, name in data.get("matrices", ())),
                 integer_kv=data.get("integer_kv", False),
+                calibration=tuple(data.get("calibration", ())),
                 examples=tuple(map(str, data.get("examples", ()))),
             )
             manifest._check()

@@ -34,7 +34,7 @@ def bundles(
     export_once: Callable[..., tuple[Path, ExportReport]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[Path]:
-    """Small bundles of every family in every precision, built for `cuda`."""
+    """Small bundles of two families in several precisions, built for `cuda`."""
     if not (SITE / "stubs").is_dir():
         pytest.skip(f"{SITE} is not there; `make test` makes it where a compiler is")
     folder = tmp_path_factory.mktemp("cuda")

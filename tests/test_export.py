@@ -349,11 +349,11 @@ def test_a_selection_that_is_not_pytorchs_fails_the_export(tiny_bundle: Path, tm
     function, inputs, folder, graph = _last_step(bundle)
     got = run_in_onnxruntime(folder, function.spec, graph, inputs)
     assert len(got.selections) == 2 * 1  # attn and ffn of the one pruned layer
-    assert validation.compare_with_torch(function, inputs, got, FP32).selection_shortfall == 0
+    assert validation.compare_with_torch(function, inputs, got, FP32.tolerance).selection_shortfall == 0
     others = [i for i in range(max(function.layers.items())[1].num_tokens) if i not in got.selections[0][0].tolist()]
     got.selections[0][0, :3] = torch.tensor(others[:3])
     with pytest.raises(ExportError, match="the pivotal tokens of one sublayer are not those of PyTorch"):
-        validation.compare_with_torch(function, inputs, got, FP32)
+        validation.compare_with_torch(function, inputs, got, FP32.tolerance)
 
 
 def test_one_token_at_the_edge_of_a_selection_is_no_mismatch(
@@ -377,9 +377,9 @@ def test_one_token_at_the_edge_of_a_selection_is_no_mismatch(
     monkeypatch.setattr("fastvar_trt.plugins.torch_ops.torch.argsort", swapped)
     expected = function.run(inputs, COMPUTE)
     with pytest.raises(ExportError, match="maximum error"):
-        validation.compare_graph(function, expected, got.tensors, FP32)
+        validation.compare_graph(function, expected, got.tensors, FP32.tolerance)
     calls.clear()
-    error = validation.compare_with_torch(function, inputs, got, FP32)
+    error = validation.compare_with_torch(function, inputs, got, FP32.tolerance)
     assert error.relative_error < PRECISIONS["fp32"].tolerance.error
 
 
@@ -388,7 +388,9 @@ def test_not_finite_is_a_mismatch(tiny_source: VARSource, wrong: float) -> None:
     model = VAR(tiny_source.config, tiny_source.vae_config, FP32)
     function = exporter.chain_functions(model, TINY_PLAN.resolve(tiny_source.config.schedule, 2), 1)[0]
     with pytest.raises(ExportError, match="start: maximum error"):
-        validation.compare_graph(function, {"start": torch.ones(2)}, {"start": torch.tensor([1.0, wrong])}, FP32)
+        validation.compare_graph(
+            function, {"start": torch.ones(2)}, {"start": torch.tensor([1.0, wrong])}, FP32.tolerance
+        )
 
 
 def test_no_disk_space_is_seen_before_writing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import T5Config, T5EncoderModel
 
-from fastvar_trt.export import exporter
+from fastvar_trt.export import calibration, exporter
 from fastvar_trt.export.build.tensorrt.builder import RtxBuilder, tensorrt_graph
 from fastvar_trt.export.build.tensorrt.engine import build_engine
 from fastvar_trt.export.build.tensorrt.flavour import Flavour
@@ -23,6 +23,7 @@ from fastvar_trt.export.build.tensorrt.layers import count_kernels
 from fastvar_trt.export.exporter import ExportOptions, ExportReport, export_model
 from fastvar_trt.export.models.infinity.schedules import schedule
 from fastvar_trt.export.models.infinity.source import InfinitySource
+from fastvar_trt.export.models.reference import generate
 from fastvar_trt.export.models.t5 import T5Config as OurConfig
 from fastvar_trt.export.models.t5 import T5Source, position_bias
 from fastvar_trt.export.tracing import build_graph, save_graph, text_function
@@ -237,6 +238,25 @@ def test_long_prompts_of_a_calibration_are_refused_first(
     assert not list(tmp_path.iterdir())
 
 
+def test_without_prompts_a_calibration_encodes_random_ones(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Mapping[str, torch.Tensor]] = []
+
+    def recorded(model: Any, plan: Any, inputs: Mapping[str, torch.Tensor], *more: Any) -> Any:
+        drawn.append(inputs)
+        return generate(model, plan, inputs, *more)
+
+    monkeypatch.setattr(calibration, "generate", recorded)
+    export_model(_source(folder), tmp_path / "b", ExportOptions(precision="w8a8", compare=False))
+    assert [int(inputs["text_lengths"][0]) for inputs in drawn] == [1, 2, 3, 5]
+    for inputs in drawn:
+        features, length = inputs["text_features"][0], int(inputs["text_lengths"][0])
+        assert features[:length].abs().amax(dim=1).min() > 0 and not features[length:].any()
+    scales = [float(x) for name, x in map_weights(tmp_path / "b").items() if name.endswith("input_scale")]
+    assert scales and all(0 < scale < 100 for scale in scales)
+
+
 def test_another_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="its features are 128 wide, the model takes 2048"):
         T5Source.from_folder(folder, 10, 2048)
@@ -276,7 +296,7 @@ def test_the_text_encoder_in_half_precision_and_as_an_engine(folder: Path, tmp_p
     inputs = model.example_text()
     with torch.inference_mode():
         got = run_in_onnxruntime(tmp_path, function.spec, graph, inputs)
-        error = compare_with_torch(function, inputs, got, PRECISIONS["fp16"])
+        error = compare_with_torch(function, inputs, got, PRECISIONS["fp16"].tolerance)
     assert error.relative_error < PRECISIONS["fp16"].tolerance.error
 
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")

@@ -17,7 +17,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, thorough
 from fastvar_trt.export.build.registry import build_targets
 from fastvar_trt.export.exporter import ExportOptions, ExportReport
 from fastvar_trt.export.models.var.source import VARSource
@@ -78,7 +78,7 @@ def _floor() -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("precision", ["w8", "w8a8"])
+@pytest.mark.parametrize("precision", ["w8", thorough("w4"), "w8a8"])
 @pytest.mark.parametrize("release", sorted(PYTHONS))
 def test_no_session_copies_weights_of_few_bits(
     wide_source: VARSource,

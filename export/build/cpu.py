@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from fastvar_trt.export.build.base import Builder, Built
 from fastvar_trt.export.passes.flash_attention import FlashAttention
@@ -96,6 +97,10 @@ class CpuBuilder(Builder):
         rewrites = (WidenBFloat16(), FlashAttention(), IntegerProducts(has_vnni=cpu_has_vnni()))
         modified = [rewrite(model).modified for rewrite in rewrites]
         if any(modified):
+            written = _taken_out(model)
+            options.add_external_initializers(
+                list(written), [ort.OrtValue.ortvalue_from_numpy(a) for a in written.values()]
+            )
             source = ir.serde.serialize_model(model).SerializeToString()
         try:
             ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -132,3 +137,17 @@ class CpuBuilder(Builder):
             self._offsets[digest] = merged.tell()
             merged.write(blob)
         return self._offsets[digest]
+
+
+def _taken_out(model: ir.Model) -> dict[str, NDArray[Any]]:
+    """Large initializers that rewrites made, in the graph named only: protobuf holds no more than 2 GiB."""
+    taken = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < _MIN_EXTERNAL_BYTES:
+            continue
+        taken[name] = array = tensor.numpy()
+        value.const_value = ir.ExternalTensor(
+            "given", 0, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
+        )
+    return taken

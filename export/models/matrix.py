@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -237,6 +237,18 @@ FORMATS: Registry[MatrixFormat] = Registry(
     Quantised("w8a8", "int8", rounds_inputs=True),
     Quantised("fp8", "float8_e4m3fn", per_output=False, rounds_inputs=True),
 )
+
+
+def check_exceptions(matrices: Iterable[tuple[str, str]]) -> None:
+    """That the formats of `Precision.matrices` are some.
+
+    Raises:
+        ExportError: one is not.
+    """
+    formats = [PLAIN, *(name for name, fmt in FORMATS.items() if not isinstance(fmt, Cast))]
+    for pattern, name in matrices:
+        if name not in formats:
+            raise ExportError(f"matrix {pattern}: got {name!r}, expected one of {', '.join(formats)}")
 
 
 def rounds_activations(precision: Precision) -> bool:

@@ -89,7 +89,8 @@ def _precision(default: str | None) -> list[click.Option]:
             ["--calibrate", "calibration"],
             type=_Subject(),
             multiple=True,
-            help="Class or prompt to draw for scales (of w8a8, fp8, --integer-kv); repeatable. Default: four.",
+            help="Class or prompt to draw for scales (of w8a8, fp8, --integer-kv); repeatable. Default: "
+            f"{'four' if default else 'those of the bundle, or four'}.",
         ),
     ]
 
@@ -256,10 +257,11 @@ def _bundle_command() -> click.Command:
             return
         if lora is not None and checkpoint is None:
             raise click.UsageError("--lora needs --checkpoint, which it is of")
-        if not integer_kv and all(change is None for change in (prune, precision, batches, checkpoint)):
+        own = (prune, precision, batches, checkpoint)
+        if not integer_kv and not calibration and all(change is None for change in own):
             raise click.UsageError(
-                "--out needs --prune, --precision, --integer-kv, --batch or --checkpoint: what the new bundle has of "
-                "its own"
+                "--out needs --prune, --precision, --integer-kv, --calibrate, --batch or --checkpoint: what the new "
+                "bundle has of its own"
             )
         if precision is None and matrices:
             raise click.UsageError("--matrix needs --precision")
@@ -283,8 +285,9 @@ def _bundle_command() -> click.Command:
                 progress=progress,
             )
 
-        wanted = read_manifest(bundle).own_precision
-        if precision is not None:
+        manifest = read_manifest(bundle)
+        wanted = manifest.own_precision  # with its exceptions, which stay
+        if precision not in (None, manifest.precision):
             wanted = dataclasses.replace(PRECISIONS[precision], matrices=matrices)
         _run(export, out, wanted, targets, triton, force=force)
 
@@ -317,8 +320,10 @@ def _run(
     with extras("export,cpu"):
         import fastvar_trt.export.exporter  # noqa: F401  # with all that it needs, before minutes of work
         from fastvar_trt.export.build.registry import build_targets, parse_targets
+        from fastvar_trt.export.models.matrix import check_exceptions
         from fastvar_trt.serving.triton.repository import check_free, model_folder
-    builders = parse_targets(targets) if targets is not None else []  # an error before minutes of work
+    check_exceptions(precision.matrices)  # errors before minutes of work
+    builders = parse_targets(targets) if targets is not None else []
     for builder in builders:
         builder.check_precision(precision)
     if triton is not None:

@@ -23,7 +23,7 @@ from fastvar_trt.runtime.manifest import (
 )
 from fastvar_trt.runtime.weights import TensorPlace, read_layout
 from fastvar_trt.tools.cli.command import BUNDLE, ErrorCommand, examples
-from fastvar_trt.tools.measure.stored import StoredMatrices, quantised_matrices
+from fastvar_trt.tools.measure.stored import StoredMatrices, of_all_layers, stored_matrices
 from fastvar_trt.tools.measure.work import activation_bytes, output_bytes
 from fastvar_trt.tools.tables import format_table
 
@@ -46,6 +46,7 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
     click.echo(
         f"{model.family}, {_sizes(model)}, {_conditions(manifest)}, "
         f"{variant.image_width}x{variant.image_height} pixels, {manifest.precision}, "
+        f"{'keys and values in 8 bits, ' if manifest.integer_kv else ''}"
         f"batch {', '.join(map(str, manifest.batches))}"
     )
     first = 0 if model.drafter is None else model.drafter.depth  # plans number the refiner's layers
@@ -62,8 +63,8 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
     ]
     click.echo("\n" + format_table(["scale", "map", "tokens", "kept", "past keys, first layer", "last layer"], rows))
     layout = read_layout(bundle / WEIGHTS_FILE)
-    stored = quantised_matrices(layout, manifest.own_precision)
-    if stored:
+    if manifest.own_precision.is_quantised:
+        stored = of_all_layers(stored_matrices(layout, manifest.own_precision))
         click.echo("\n" + _matrix_table(stored, manifest))
     memory = _memory_rows(manifest)
     click.echo("\n" + format_table(["memory, batch", *[str(b) for b in manifest.batches]], memory))
@@ -90,7 +91,7 @@ def inspect(bundle: Path, tensors: bool, as_json: bool) -> None:
 
 
 def _matrix_table(stored: list[StoredMatrices], manifest: Manifest) -> str:
-    """Matrices of few bits, and what they save."""
+    """Matrices, and what those of few bits save."""
     precision = manifest.own_precision
     rows: list[list[object]] = [
         [

@@ -18,21 +18,17 @@ from fastvar_trt.runtime.backends.onnxruntime import cpu_fields, num_cores
 from fastvar_trt.runtime.errors import BundleError
 from fastvar_trt.runtime.layout import kv_bytes
 from fastvar_trt.runtime.manifest import WEIGHTS_FILE, Manifest, Role
-from fastvar_trt.runtime.precision import DTYPES
+from fastvar_trt.runtime.precision import DTYPES, in_block
 from fastvar_trt.runtime.weights import TensorPlace, read_layout
-from fastvar_trt.tools.measure.stored import bytes_per_weight
-from fastvar_trt.tools.measure.work import (
-    has_cross_attention,
-    layer_weights,
-    output_bytes,
-    step_multiply_adds,
-)
+from fastvar_trt.tools.measure.stored import stored_matrices
+from fastvar_trt.tools.measure.work import has_cross_attention, output_bytes, step_multiply_adds
 from fastvar_trt.tools.sheets import saved_figure
 from fastvar_trt.tools.tables import format_table
 
 FORMAT_VERSION = 1
 _CEILING_SIDE = 2048  # of the matrix product that the ceiling is measured with
 _COPIED_BYTES = 256 << 20
+_OF_THE_CONDITION = frozenset({"modulation", "cross.mat_kv"})  # layers of blocks that no step runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +116,20 @@ def statistics_of(samples: Sequence[float]) -> dict[str, float]:
 
 def step_bytes(manifest: Manifest, layout: Mapping[str, TensorPlace], scale: int, batch: int) -> int:
     """What a step moves at least: its matrices once, as the weights file stores them, keys and values of the past read,
-    new ones written."""
-    model, plan = manifest.model.at(scale), manifest.resolved_plan
-    precision = manifest.own_precision
-    per_layer = layer_weights(model) + (2 * model.width**2 if has_cross_attention(model) else 0)
-    matrices = model.depth * per_layer * bytes_per_weight(layout, precision, "blocks.")
-    matrices += model.width * model.vocab_size * bytes_per_weight(layout, precision, "head.")
+    new ones written, those of the text read."""
+    model, plan, precision = manifest.model.at(scale), manifest.resolved_plan, manifest.own_precision
+    part = "" if manifest.model.drafter is None else "refiner." if model is manifest.model else "drafter."
+    layers = tuple(f"blocks.{layer}." for layer in plan.layers(scale))
+    matrices = sum(
+        own.num_bytes
+        for own in stored_matrices(layout, precision)
+        if own.name == f"{part}head" or (own.name.startswith(layers) and in_block(own.name) not in _OF_THE_CONDITION)
+    )
     rows = plan.rows(scale, batch)
     keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in plan.layers(scale))
     text = model.depth * model.text_length if has_cross_attention(model) else 0
-    moved = DTYPES[precision.kv].num_bytes * 2 * rows * model.width * (keys + text)
-    return round(matrices) + moved
+    sizes = DTYPES[precision.kv].num_bytes * keys + DTYPES[precision.computed].num_bytes * text
+    return matrices + 2 * rows * model.width * sizes
 
 
 class Recorder:
