@@ -98,7 +98,8 @@ def calibrate(
             largest[name] = float(np.maximum(largest[name], float(x.abs().max())))  # not max(): NaN shall stay
 
     first = chains[0][0]
-    conditions = [_condition(first, folder, subject, i) for i, subject in enumerate(subjects or _defaults(first))]
+    with observing(observe):
+        conditions = [_condition(first, folder, subject, i) for i, subject in enumerate(subjects or _defaults(first))]
     draws = [(chain, i) for chain in chains for i in range(len(conditions))]
     for done, ((model, plan), i) in enumerate(draws):
         progress("calibration", "compare", done / len(draws))
@@ -106,8 +107,7 @@ def calibrate(
             scale: torch.from_numpy(uniform_noise(i, scale, model.token_spec(scale)[0]))[None] for scale in plan.steps
         }
         with observing(observe):
-            inputs = conditions[i] if model.text_specs() is None else _encoded(model, conditions[i])
-            generate(model, plan, inputs, noise, default_request(model, 1, greedy=False), [i])
+            generate(model, plan, conditions[i], noise, default_request(model, 1, greedy=False), [i])
     progress("calibration", "done", 1.0)
     unusable = [name for name, size in largest.items() if not np.isfinite(size)]
     if unusable:
@@ -137,7 +137,7 @@ def _defaults(model: NextScaleModel) -> Sequence[Subject | None]:
 
 
 def _condition(model: NextScaleModel, folder: Path, subject: Subject | None, seed: int) -> dict[str, Tensor]:
-    """Inputs of the condition graph, or of the text encoder where there is one."""
+    """Inputs of the condition graph."""
     if isinstance(subject, int):
         return {names.LABELS: torch.tensor([subject])}
     if model.text_specs() is None:
@@ -150,7 +150,7 @@ def _condition(model: NextScaleModel, folder: Path, subject: Subject | None, see
         tokens = _tokens(model, folder, subject)
         ids, count = torch.zeros(length, dtype=torch.int64), len(tokens)
         ids[:count] = torch.tensor(tokens)
-    return {names.TOKEN_IDS: ids[None], names.TOKEN_COUNT: torch.tensor([count])}
+    return _encoded(model, {names.TOKEN_IDS: ids[None], names.TOKEN_COUNT: torch.tensor([count])})
 
 
 def _tokens(model: NextScaleModel, folder: Path, prompt: str) -> list[int]:

@@ -302,7 +302,7 @@ def export_again(
     """Write a bundle of the same model with another plan or precision, without the checkpoint; or of another checkpoint
     of the same sizes.
 
-    Graphs that stay as they are get copied.
+    Graphs that stay as they are get copied; they are not compared again, whatever the weights or scales.
 
     Args:
         bundle: a bundle.
@@ -519,7 +519,8 @@ def _write_weights(
 
 
 class _GraphWriter:
-    """Traces, writes and checks graphs; a graph that is `there` already, checked over the same weights, is copied.
+    """Traces, writes and checks graphs; a graph that is `there` already is copied, and was compared where it was
+    traced.
 
     PyTorch runs the chain greedily and hands its state to each graph. The graph itself is run with sampling, so that
     the comparison covers the draw; the greedy images are left in the bundle as its known-answer test.

@@ -44,7 +44,7 @@ def bundles(
         ("tiny", tiny_source, var(batches=(1, 2))),
         ("tiny_fp16", tiny_source, var("fp16")),
         ("tiny_bf16", tiny_source, var("bf16")),
-        ("tiny_w8", tiny_source, var("w8-fp16", compare=False)),
+        ("tiny_w8", tiny_source, var("w8-fp16")),
         ("tiny_w8a8", tiny_source, var("w8a8-bf16", compare=False, integer_kv=True)),
         ("infinity", tiny_infinity(), infinity(batches=(1, 4))),
         ("infinity_fp16", tiny_infinity(), infinity("fp16")),

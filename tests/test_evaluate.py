@@ -82,7 +82,7 @@ def test_wilson_interval() -> None:
 
 
 def test_pairs_of_verdicts() -> None:
-    """One prompt that complies here alone, two there alone, one that both and one that neither complies with."""
+    """One prompt that only the other complies with, two that only the first does, one that both and one that none."""
     verdicts = ((False, True, True, True, False), (True, False, False, True, False))
     results = [
         # Of two categories, of which the first always holds: what counts is that all of them do.
@@ -90,7 +90,7 @@ def test_pairs_of_verdicts() -> None:
         for own in verdicts
     ]
     evaluation = Evaluation(tuple(cases(5)), ("first", "other"), tuple(results), ())
-    assert evaluation.changed(1) == (1, 2) and evaluation.changed(0) == (0, 0)
+    assert evaluation.only_one_complies(1) == (1, 2) and evaluation.only_one_complies(0) == (0, 0)
 
 
 def test_two_bundles_on_scenes(bundles: tuple[Path, Path], tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_two_bundles_on_scenes(bundles: tuple[Path, Path], tmp_path: Path) -> No
     assert dense["compliance"]["ground"]["all"]["count"] == 3 and dense["compliance"]["sky"]["one solid"]["count"] == 1
     assert dense["against_first"] is None and dense["speedup_call"] == 1.0
     assert 0 < pruned["against_first"]["ssim"] < 1
-    alone = [pruned["against_first"][f"complies_{where}_alone"] for where in ("here", "there")]
+    alone = [pruned["against_first"][f"only_{which}_complies"] for which in ("this", "first")]
     held = [own["compliance"]["all"]["all"]["value"] * 3 for own in (pruned, dense)]
     assert alone[0] - alone[1] == pytest.approx(held[0] - held[1], abs=1e-3)
     assert set(pruned["step_ms"]) == {"condition", *(f"step_{k:02d}" for k in range(4)), "decoder"}

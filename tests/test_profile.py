@@ -42,7 +42,7 @@ def test_rates_are_those_of_the_counted_work() -> None:
 def test_bytes_of_a_step(tiny_bundle: Path) -> None:
     manifest = read_manifest(tiny_bundle)
     model = manifest.model
-    matrices = 2 * (4 * 128**2 + 2 * 128 * model.mlp_width) + 128 * 96
+    matrices = 2 * (4 * 128**2 + 2 * 128 * model.mlp_width) + 128 * 96 + 32 * 128  # head and embedding
     keys = 2 * (1 + 9 + 25) + (64 + 32)  # the last layer of the last scale keeps half
     assert step_bytes(manifest, read_layout(tiny_bundle / WEIGHTS_FILE), 3, 1) == 4 * (matrices + 2 * 2 * 128 * keys)
 

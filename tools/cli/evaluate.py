@@ -106,9 +106,12 @@ def _compliance_table(result: Evaluation, names: list[str]) -> str:
 
 def _likeness_table(result: Evaluation, names: list[str]) -> str:
     rows = [
-        [names[i], *mean_metrics(result.results[i].metrics).texts(), *result.changed(i)] for i in range(1, len(names))
+        [names[i], *mean_metrics(result.results[i].metrics).texts(), *result.only_one_complies(i)]
+        for i in range(1, len(names))
     ]
-    return format_table([f"against {names[0]}", "PSNR dB", "SSIM", "VIF", "complies here alone", "there alone"], rows)
+    return format_table(
+        [f"against {names[0]}", "PSNR dB", "SSIM", "VIF", "only this complies", f"only {names[0]}"], rows
+    )
 
 
 def _time_table(result: Evaluation, names: list[str]) -> str:

@@ -306,8 +306,8 @@ def _bundle_command() -> click.Command:
         "bundle",
         params=params,
         callback=run,
-        help="The model of a bundle with another plan, precision or batch sizes, without its checkpoint, or with "
-        "another one: only the graphs that a plan changes are traced. With --triton and no --out, the bundle goes "
+        help="The model of a bundle with another plan, precision, scales or batch sizes, without its checkpoint, or "
+        "with another one: only the graphs that a plan changes are traced. With --triton and no --out, the bundle goes "
         "into a model repository as it is.",
         epilog=examples(*_BUNDLE_EXAMPLES),
     )

@@ -249,10 +249,10 @@ class Evaluation:
         """The categories that did not hold in a picture."""
         return [name for name, held in self.results[bundle].checks[case].items() if not held]
 
-    def changed(self, bundle: int) -> tuple[int, int]:
-        """Cases that comply in this bundle alone, and in the first alone (the pairs of McNemar's test).
+    def only_one_complies(self, bundle: int) -> tuple[int, int]:
+        """In how many cases this bundle complies and the first does not, and the other way round.
 
-        They tell more than two shares, whose intervals hold how hard the prompts are, too.
+        These pairs (of McNemar's test) tell more than two shares, whose intervals hold how hard the prompts are, too.
         """
         first, other = ([all(checks.values()) for checks in self.results[i].checks] for i in (0, bundle))
         pairs = list(zip(first, other, strict=True))
@@ -288,7 +288,8 @@ class Evaluation:
                     if i == 0
                     else {
                         **mean_metrics(result.metrics).to_json(),
-                        **dict(zip(("complies_here_alone", "complies_there_alone"), self.changed(i), strict=True)),
+                        "only_this_complies": self.only_one_complies(i)[0],
+                        "only_first_complies": self.only_one_complies(i)[1],
                     },
                     "seconds_per_call": round(statistics.median(result.seconds), 4),
                     "speedup_steps": round(self.speedup(i)[0], 3),

@@ -119,11 +119,12 @@ def step_bytes(manifest: Manifest, layout: Mapping[str, TensorPlace], scale: int
     new ones written, those of the text read."""
     model, plan, precision = manifest.model.at(scale), manifest.resolved_plan, manifest.own_precision
     part = "" if manifest.model.drafter is None else "refiner." if model is manifest.model else "drafter."
+    alone = {f"{part}head", *([f"{part}word_embed"] if scale > 0 else [])}
     layers = tuple(f"blocks.{layer}." for layer in plan.layers(scale))
     matrices = sum(
         own.num_bytes
         for own in stored_matrices(layout, precision)
-        if own.name == f"{part}head" or (own.name.startswith(layers) and in_block(own.name) not in _OF_THE_CONDITION)
+        if own.name in alone or (own.name.startswith(layers) and in_block(own.name) not in _OF_THE_CONDITION)
     )
     rows = plan.rows(scale, batch)
     keys = sum(plan.num_past(scale, layer) + plan.kept(scale, layer) for layer in plan.layers(scale))
