@@ -100,13 +100,13 @@ def calibrate(
     first = chains[0][0]
     with observing(observe):
         conditions = [_condition(first, folder, subject, i) for i, subject in enumerate(subjects or _defaults(first))]
-    draws = [(chain, i) for chain in chains for i in range(len(conditions))]
-    for done, ((model, plan), i) in enumerate(draws):
-        progress("calibration", "compare", done / len(draws))
-        noise = {
-            scale: torch.from_numpy(uniform_noise(i, scale, model.token_spec(scale)[0]))[None] for scale in plan.steps
-        }
-        with observing(observe):
+        draws = [(chain, i) for chain in chains for i in range(len(conditions))]
+        for done, ((model, plan), i) in enumerate(draws):
+            progress("calibration", "compare", done / len(draws))
+            noise = {
+                scale: torch.from_numpy(uniform_noise(i, scale, model.token_spec(scale)[0]))[None]
+                for scale in plan.steps
+            }
             generate(model, plan, conditions[i], noise, default_request(model, 1, greedy=False), [i])
     progress("calibration", "done", 1.0)
     unusable = [name for name, size in largest.items() if not np.isfinite(size)]

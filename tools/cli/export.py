@@ -248,17 +248,15 @@ def _bundle_command() -> click.Command:
         force: bool,
     ) -> None:
         merged = _lora_with_scale(lora, lora_scale)
-        changes = (prune, precision, batches, targets, checkpoint, lora)
+        own = integer_kv or calibration or any(x is not None for x in (prune, precision, batches, checkpoint))
         if out is None:
-            more = integer_kv or matrices or calibration
-            if triton is None or more or any(change is not None for change in changes):
+            if triton is None or own or matrices or targets is not None or lora is not None:
                 raise click.UsageError("give --out; without it, --triton alone writes the bundle as it is")
             _write_triton(bundle, triton, force=force)
             return
         if lora is not None and checkpoint is None:
             raise click.UsageError("--lora needs --checkpoint, which it is of")
-        own = (prune, precision, batches, checkpoint)
-        if not integer_kv and not calibration and all(change is None for change in own):
+        if not own:
             raise click.UsageError(
                 "--out needs --prune, --precision, --integer-kv, --calibrate, --batch or --checkpoint: what the new "
                 "bundle has of its own"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastvar_trt.export.folders import temporary_folder
 from fastvar_trt.runtime.backends import BoundGraph, View
 from fastvar_trt.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fastvar_trt.runtime.errors import RequestError
@@ -102,16 +102,13 @@ def write_capture(folder: Path, captured: Mapping[str, Mapping[str, NDArray[Any]
     """`inputs.npz`, `outputs.npz` and `load_data.py` for Polygraphy, in a folder that is made.
 
     Raises:
-        RequestError: it is there already, or cannot be written; nothing is left of it then.
+        RequestError: it cannot be written; nothing is left of it then.
     """
     try:
-        folder.mkdir(parents=True)
+        with temporary_folder(folder) as partial:
+            for name, arrays in captured.items():
+                np.savez(partial / f"{name}.npz", allow_pickle=False, **arrays)
+            (partial / "load_data.py").write_text(_LOADER, encoding="utf-8")
+            partial.rename(folder)
     except OSError as error:
-        raise RequestError(f"{folder}: cannot be made: {error.strerror}; give another output") from error
-    try:
-        for name, arrays in captured.items():
-            np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
-        (folder / "load_data.py").write_text(_LOADER, encoding="utf-8")
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise RequestError(f"{folder}: cannot be written: {error.strerror or error}") from error

@@ -254,15 +254,19 @@ class Evaluation:
 
         These pairs (of McNemar's test) tell more than two shares, whose intervals hold how hard the prompts are, too.
         """
-        first, other = ([all(checks.values()) for checks in self.results[i].checks] for i in (0, bundle))
-        pairs = list(zip(first, other, strict=True))
-        return pairs.count((False, True)), pairs.count((True, False))
+        fails = [(bool(self.failed(0, i)), bool(self.failed(bundle, i))) for i in range(len(self.cases))]
+        return fails.count((True, False)), fails.count((False, True))
 
     def speedup(self, bundle: int) -> tuple[float, float]:
         """The first bundle's time over that of another: of the steps, and of whole calls (median of pairs)."""
         first, other = self.results[0], self.results[bundle]
         pairs = zip(first.seconds, other.seconds, strict=True)
         return first.steps_ms / other.steps_ms, statistics.median(a / b for a, b in pairs)
+
+    def _against_first(self, bundle: int) -> dict[str, float | None]:
+        this, first = self.only_one_complies(bundle)
+        likeness = mean_metrics(self.results[bundle].metrics).to_json()
+        return {**likeness, "only_this_complies": this, "only_first_complies": first}
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pictures, as a JSON object."""
@@ -284,13 +288,7 @@ class Evaluation:
                         for number, case in enumerate(self.cases)
                         if (failed := self.failed(i, number))
                     ],
-                    "against_first": None
-                    if i == 0
-                    else {
-                        **mean_metrics(result.metrics).to_json(),
-                        "only_this_complies": self.only_one_complies(i)[0],
-                        "only_first_complies": self.only_one_complies(i)[1],
-                    },
+                    "against_first": None if i == 0 else self._against_first(i),
                     "seconds_per_call": round(statistics.median(result.seconds), 4),
                     "speedup_steps": round(self.speedup(i)[0], 3),
                     "speedup_call": round(self.speedup(i)[1], 3),
